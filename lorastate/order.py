@@ -1,0 +1,62 @@
+"""What the two stages share: a student field correlated with a teacher field, and potentials of its law.
+
+In both stages the theory is the expectation, over a Gaussian pair (teacher, student), of an inner minimum:
+
+    pre-training   teacher Y (size Q0 + delta/2),  student Omega,  response V, overlap M, norm Q
+    fine-tuning    teacher chi* (size q0),         student omega,  response v, overlap m, norm q
+
+The pair is written as  student = (overlap / size) teacher + noise * g  with g an independent standard field and
+noise^2 = norm - overlap^2 / size >= 0. The solver works with (log response, overlap, noise): the teacher's
+nodes never move, and the trivial solution (a student that is exactly zero) is an ordinary point.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+#: Floors of response and noise; a solution that sits on them is the zero student and is reported as such.
+RESPONSE_FLOOR, NOISE_FLOOR = 1e-9, 1e-7
+
+
+class Order(NamedTuple):
+    """Order parameters of a stage: `response` (V or v), `overlap` (M or m), `noise` (see the module)."""
+
+    response: Any
+    overlap: Any
+    noise: Any
+
+    def norm(self, size):
+        """Q (or q) = overlap^2 / size + noise^2."""
+        return self.overlap**2 / size + self.noise**2
+
+    def encode(self):
+        return jnp.stack([jnp.log(self.response), self.overlap, self.noise])
+
+
+def decode(x) -> Order:
+    return Order(jnp.exp(x[0]), x[1], x[2])
+
+
+def from_norm(response, overlap, norm, size) -> Order:
+    """`Order` from (V, M, Q); values at or below zero are lifted to the floors, NaN stays NaN."""
+    square = norm - overlap**2 / size
+    noise = jnp.sqrt(jnp.where(square <= NOISE_FLOOR**2, NOISE_FLOOR**2, square))
+    return Order(jnp.where(response <= RESPONSE_FLOOR, RESPONSE_FLOOR, response), overlap, noise)
+
+
+class Slopes(NamedTuple):
+    """Partial derivatives of a potential C(V, M, Q): what the conjugates are made of."""
+
+    response: Any
+    overlap: Any
+    norm: Any
+
+
+def slopes(potential, order: Order, size) -> Slopes:
+    """dC/dV, dC/dM, dC/dQ of `potential(order)`, by the chain rule through (V, M, noise)."""
+    d = jax.grad(potential)(order)
+    by_norm = d.noise / (2 * order.noise)
+    return Slopes(d.response, d.overlap - 2 * order.overlap / size * by_norm, by_norm)

@@ -1,0 +1,201 @@
+"""Settings: the physical inputs of both stages, validated, as pytrees whose continuous fields are leaves."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .activation import Activation, Custom, Identity, Softmax
+from .channel import Fresh, Inputs
+from .errors import SettingError, is_concrete, require_float64
+
+_WHY_LAM = (
+    "lam > 0; zero is not allowed because below the interpolation threshold the response V grows without bound "
+    "as lam -> 0 (take a small positive value instead)"
+)
+
+
+def _real(name: str, value: Any, allowed: str, low: float, closed: bool = False):
+    """A float64 leaf, checked where its value is known; `allowed` says the range in words."""
+    if isinstance(value, bool) or isinstance(value, str | bytes) or value is None:
+        raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}")
+    try:
+        out = jnp.asarray(value, dtype=jnp.float64)
+    except (TypeError, ValueError):
+        raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}") from None
+    if is_concrete(out):
+        x = np.asarray(out)
+        good = np.isfinite(x) & ((x >= low) if closed else (x > low))
+        if not np.all(good):
+            shown = float(x[~good].flat[0]) if x.ndim else float(x)
+            raise SettingError(f"{name} = {shown!r} is out of range; allowed: {allowed}, finite")
+    return out
+
+
+def _whole(name: str, value: Any, low: int, high: int):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise SettingError(f"{name} = {value!r} is not a whole number; allowed: {low} to {high}")
+    if not low <= value <= high:
+        raise SettingError(f"{name} = {value} is out of range; allowed: {low} to {high}")
+    return int(value)
+
+
+def as_activation(name: str, value: Any, beta: Any = None) -> Activation:
+    """An `Activation` from one, from the name "softmax" or "identity", or from a callable on T x T matrices."""
+    if isinstance(value, Activation):
+        if isinstance(value, Softmax):
+            _real(f"{name}.beta", value.beta, "beta > 0", 0.0)
+        return value
+    if value == "softmax":
+        return Softmax(_real(f"{name.rsplit('.', 1)[0]}.beta", 1.0 if beta is None else beta, "beta > 0", 0.0))
+    if value == "identity":
+        if beta is not None:
+            raise SettingError(
+                f"{name.rsplit('.', 1)[0]}.beta = {beta!r} has no meaning for the identity activation; "
+                "allowed: leave it out"
+            )
+        return Identity()
+    if callable(value):
+        return Custom(value)
+    raise SettingError(f'{name} = {value!r} is unknown; allowed: "softmax", "identity" (or a callable in Python)')
+
+
+class Pretraining(eqx.Module):
+    """Pre-training of the attention layer, S = W W^T / sqrt(P D) with L(W) of arXiv:2606.05899.
+
+    `alpha` = N / D^2 (samples), `kappa0` = P0 / D (teacher rank), `kappa` = P / D (student width), `delta` = variance
+    of the label noise, `lam` = ridge on W. `activation` is "softmax" (with `beta`), "identity", an `Activation` or
+    a callable; `tokens` T is static. Raises `SettingError` on anything out of range.
+    """
+
+    alpha: Any
+    lam: Any
+    kappa0: Any = 1.0
+    kappa: Any = 1.0
+    delta: Any = 0.5
+    activation: Any = "softmax"
+    tokens: int = eqx.field(static=True, default=3)
+
+    def __init__(
+        self, alpha, lam, kappa0=1.0, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None
+    ):
+        require_float64()
+        self.alpha = _real("pretraining.alpha", alpha, "alpha > 0", 0.0)
+        self.lam = _real("pretraining.lam", lam, _WHY_LAM, 0.0)
+        self.kappa0 = _real("pretraining.kappa0", kappa0, "kappa0 > 0", 0.0)
+        self.kappa = _real("pretraining.kappa", kappa, "kappa > 0", 0.0)
+        self.delta = _real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
+        self.activation = as_activation("pretraining.activation", activation, beta)
+        self.tokens = _whole("pretraining.tokens", tokens, 2, 8)
+
+    @property
+    def Q0(self):
+        """Tr(S*^2)/D = 1 + kappa0, the size of the base teacher."""
+        return 1.0 + self.kappa0
+
+    @property
+    def label_size(self):
+        """Q0 + delta/2: entry variance of the noisy label pre-activation Y, in units of (1 + delta_ab)."""
+        return self.Q0 + self.delta / 2
+
+
+class Finetuning(eqx.Module):
+    """Rank-one LoRA update on the frozen map.
+
+    `alpha` = N' / D (samples: a sample ratio, not LoRA's `lora_alpha`), `lam` = ridge on w, `delta` = variance of the
+    label noise, `inputs` = where the fine-tuning inputs come from ("fresh" or an `Inputs` object). `delta`,
+    `activation` and `tokens` left at None follow the pre-training ones (`Setting.finetuning_resolved`).
+    """
+
+    alpha: Any
+    lam: Any
+    delta: Any = None
+    activation: Any = None
+    tokens: int | None = eqx.field(static=True, default=None)
+    inputs: Inputs = Fresh()
+
+    def __init__(self, alpha, lam, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None):
+        require_float64()
+        self.alpha = _real("finetuning.alpha", alpha, "alpha > 0", 0.0)
+        self.lam = _real("finetuning.lam", lam, _WHY_LAM.split(";")[0] + "; zero is not allowed because "
+                         "the response v = 1/(l' + 2 lam) then has no bound", 0.0)  # fmt: skip
+        self.delta = (
+            None if delta is None else _real("finetuning.delta", delta, "delta >= 0", 0.0, closed=True)
+        )
+        if activation is None and beta is not None:
+            raise SettingError(f"finetuning.beta = {beta!r} needs an activation; allowed: with softmax only")
+        self.activation = (
+            None if activation is None else as_activation("finetuning.activation", activation, beta)
+        )
+        self.tokens = None if tokens is None else _whole("finetuning.tokens", tokens, 2, 8)
+        if isinstance(inputs, Inputs):
+            self.inputs = inputs
+        elif inputs == "fresh":
+            self.inputs = Fresh()
+        else:
+            raise SettingError(f'finetuning.inputs = {inputs!r} is unknown; allowed: "fresh"')
+
+
+class Numerics(eqx.Module):
+    """How the theory is evaluated (static).
+
+    `nodes`: quadrature nodes of pre-training, split over `replicas` independent scrambles (a power of two each);
+    `finetuning_nodes`: the same for fine-tuning; `seed` of the scrambles; `tolerance` on the true residual;
+    `max_steps` of the fixed-point solver.
+    """
+
+    nodes: int = eqx.field(static=True, default=8192)
+    finetuning_nodes: int = eqx.field(static=True, default=16384)
+    replicas: int = eqx.field(static=True, default=8)
+    seed: int = eqx.field(static=True, default=0)
+    tolerance: float = eqx.field(static=True, default=1e-10)
+    max_steps: int = eqx.field(static=True, default=200)
+
+    def __init__(self, nodes=8192, finetuning_nodes=None, replicas=8, seed=0, tolerance=1e-10, max_steps=200):
+        self.nodes = _whole("numerics.nodes", nodes, 256, 2**22)
+        finetuning_nodes = 2 * nodes if finetuning_nodes is None else finetuning_nodes
+        self.finetuning_nodes = _whole("numerics.finetuning_nodes", finetuning_nodes, 256, 2**22)
+        self.replicas = _whole("numerics.replicas", replicas, 2, 64)
+        self.seed = _whole("numerics.seed", seed, 0, 2**31 - 1)
+        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+            raise SettingError(f"numerics.tolerance = {tolerance!r} is not a number; allowed: 1e-13 to 1e-3")
+        if not 1e-13 <= tolerance <= 1e-3:
+            raise SettingError(f"numerics.tolerance = {tolerance!r} is out of range; allowed: 1e-13 to 1e-3")
+        self.tolerance = float(tolerance)
+        self.max_steps = _whole("numerics.max_steps", max_steps, 1, 10**6)
+        for name in ("nodes", "finetuning_nodes"):
+            per = getattr(self, name) / self.replicas
+            if per < 32 or math.log2(per) % 1:
+                raise SettingError(
+                    f"numerics.{name} = {getattr(self, name)} is out of range; allowed: numerics.replicas "
+                    f"(= {self.replicas}) times a power of two >= 32"
+                )
+
+
+class Setting(eqx.Module):
+    """Everything that one prediction needs: both stages and the numerics."""
+
+    pretraining: Pretraining
+    finetuning: Finetuning
+    numerics: Numerics = Numerics()
+
+    @property
+    def finetuning_resolved(self) -> Finetuning:
+        """The fine-tuning stage with `delta`, `activation` and `tokens` filled in from pre-training."""
+        pre, fine = self.pretraining, self.finetuning
+        return Finetuning(
+            fine.alpha,
+            fine.lam,
+            delta=pre.delta if fine.delta is None else fine.delta,
+            activation=pre.activation if fine.activation is None else fine.activation,
+            tokens=pre.tokens if fine.tokens is None else fine.tokens,
+            inputs=fine.inputs,
+        )

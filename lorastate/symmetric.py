@@ -1,0 +1,91 @@
+"""Coordinates on Sym_T, the symmetric T x T matrices with the Frobenius inner product.
+
+Arrays over quadrature nodes carry the node axis *last*: a field is (T, T, N), its coordinates (n_T, N).
+Small matrix algebra is then a few wide elementwise operations, on a CPU and on a GPU alike.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def dimension(tokens: int) -> int:
+    """n_T = T(T+1)/2."""
+    return tokens * (tokens + 1) // 2
+
+
+@functools.lru_cache
+def basis(tokens: int) -> np.ndarray:
+    """Orthonormal basis B_k of Sym_T, (n_T, T, T): unit diagonals first, then (E_ab + E_ba)/sqrt(2)."""
+    out = []
+    for a in range(tokens):
+        e = np.zeros((tokens, tokens))
+        e[a, a] = 1.0
+        out.append(e)
+    for a in range(tokens):
+        for b in range(a + 1, tokens):
+            e = np.zeros((tokens, tokens))
+            e[a, b] = e[b, a] = np.sqrt(0.5)
+            out.append(e)
+    return np.stack(out)
+
+
+@functools.lru_cache
+def complement(tokens: int, drop_shift: bool) -> np.ndarray:
+    """Orthonormal rows (n_eff, n_T) spanning Sym_T, or Sym_T without the common shift 11^T."""
+    n = dimension(tokens)
+    if not drop_shift:
+        return np.eye(n)
+    shift = np.einsum("kab->k", basis(tokens)) / tokens
+    q, _ = np.linalg.qr(np.column_stack([shift, np.eye(n)]))
+    return q[:, 1:n].T.copy()
+
+
+def to_matrix(c):
+    """Coordinates (n_T, ...) -> symmetric matrices (T, T, ...)."""
+    tokens = int((np.sqrt(8 * c.shape[0] + 1) - 1) / 2 + 0.5)
+    rows = [[c[a] if a == b else None for b in range(tokens)] for a in range(tokens)]
+    k = tokens
+    for a in range(tokens):
+        for b in range(a + 1, tokens):
+            rows[a][b] = rows[b][a] = c[k] * np.sqrt(0.5)
+            k += 1
+    return jnp.stack([jnp.stack(r) for r in rows])
+
+
+def to_coordinates(z):
+    """Matrices (T, T, ...) -> coordinates (n_T, ...) of their symmetric part (the adjoint of `to_matrix`)."""
+    tokens = z.shape[0]
+    out = [z[a, a] for a in range(tokens)]
+    for a in range(tokens):
+        out += [(z[a, b] + z[b, a]) * np.sqrt(0.5) for b in range(a + 1, tokens)]
+    return jnp.stack(out)
+
+
+def hessian_to_coordinates(h):
+    """Row Hessians H[a, b, c] = d2 f / dZ_ab dZ_ac (T, T, T, ...) -> (n_T, n_T, ...) in coordinates.
+
+    A general Hessian H[a, b, c, d] = d2 f / dZ_ab dZ_cd (T, T, T, T, N) is accepted as well (rank 5).
+    """
+    tokens = h.shape[0]
+    b = basis(tokens)
+    if h.ndim == 5:
+        return jnp.einsum("kab,abcdn,lcd->kln", b, h, b)
+    n = b.shape[0]
+    out: list[list] = [[None] * n for _ in range(n)]
+    for k in range(n):
+        for l in range(k + 1):
+            # Only rows that both basis matrices touch contribute: the sum has at most a few terms.
+            terms = [
+                (b[k, a, i] * b[l, a, j]) * h[a, i, j]
+                for a in range(tokens)
+                for i in range(tokens)
+                for j in range(tokens)
+                if b[k, a, i] * b[l, a, j] != 0
+            ]
+            total = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(h[0, 0, 0])
+            out[k][l] = out[l][k] = total
+    return jnp.stack([jnp.stack(r) for r in out])
