@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from . import spectrum
 from .activation import Identity
+from .channel import field_dimension, standard_fields
 from .fixed_point import FixedPoint
 from .order import Order, decode, from_norm, slopes
-from .prox import MapProblem, ldl_solve, minimise
-from .quadrature import Nodes
+from .prox import MapProblem, minimise
+from .quadrature import Nodes, mean, over_replicas
 from .setting import Pretraining
-from .symmetric import complement, dimension, hessian_to_coordinates, to_coordinates, to_matrix
+from .symmetric import to_coordinates
 
 
 class Conjugates(NamedTuple):
@@ -38,17 +39,7 @@ def node_dimension(pre: Pretraining) -> int:
     """Gaussian dimensions that pre-training integrates over: two fields on Sym_T less what sigma forgets."""
     if isinstance(pre.activation, Identity):
         return 0
-    return 2 * len(complement(pre.tokens, pre.activation.forgets_shift))
-
-
-def standard_fields(nodes, tokens: int, drop_shift: bool):
-    """Two independent GOE(T) fields of entry variance (1 + delta_ab), (T, T, N), from normal nodes."""
-    e = complement(tokens, drop_shift)
-    n = len(e)
-    # sqrt(2) times orthonormal standard-normal coordinates is GOE(T) of variance 1.
-    one = to_matrix(jnp.sqrt(2.0) * (e.T @ nodes[:n]))
-    two = to_matrix(jnp.sqrt(2.0) * (e.T @ nodes[n : 2 * n]))
-    return one, two
+    return field_dimension(pre.tokens, pre.activation.forgets_shift)
 
 
 def fields(pre: Pretraining, order: Order, nodes):
@@ -84,11 +75,11 @@ def channel_potential(pre: Pretraining, order: Order, nodes: Nodes | None, u=Non
         return t * (t + 1) * gap / (t * t + 4 * order.response)
     y, omega = fields(pre, order, nodes.normal)
     f, _, _ = MapProblem(pre.activation, omega, pre.activation(y), order.response).terms(u)
-    return jnp.sum(nodes.weight * f) / jnp.sum(nodes.weight)
+    return jnp.sum(nodes.weight * f)
 
 
 def conjugates(pre: Pretraining, order: Order, nodes: Nodes | None) -> Conjugates:
-    """First half-step: (V, M, Q) -> (q^, m^, s^)."""
+    """First half-step, (V, M, Q) -> (q^, m^, s^), from one replica of nodes."""
     u = None if nodes is None else inner_minimum(pre, order, nodes)[0]
     d = slopes(lambda o: channel_potential(pre, o, nodes, u), order, pre.label_size)
     return Conjugates(-4 * pre.alpha * d.response, -2 * pre.alpha * d.overlap, 4 * pre.alpha * d.norm)
@@ -114,7 +105,10 @@ def order_parameters(pre: Pretraining, c: Conjugates) -> Order:
 
 def step(x, pre: Pretraining, nodes: Nodes | None):
     """One sweep of state evolution in the solver's coordinates."""
-    return order_parameters(pre, conjugates(pre, decode(x), nodes)).encode()
+    order = decode(x)
+    if nodes is None:
+        return order_parameters(pre, conjugates(pre, order, None)).encode()
+    return order_parameters(pre, mean(over_replicas(lambda n: conjugates(pre, order, n), nodes))).encode()
 
 
 def start(pre: Pretraining):

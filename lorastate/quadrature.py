@@ -10,52 +10,73 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from scipy.special import ndtri
 from scipy.stats import qmc
 
 
 class Nodes(NamedTuple):
-    """Standard normal nodes (dimension, N) and weights (N,); replica r owns the r-th block of N/replicas nodes."""
+    """Standard normal nodes (R, dimension, n) in R replicas, with weights (R, n) that sum to one in each.
+
+    The second half of each replica mirrors the first in some coordinates; `side` (R, n) is +1 and -1 on the halves.
+    Without the leading axis the same names describe one replica.
+    """
 
     normal: Any
     weight: Any
+    side: Any
 
 
 @functools.lru_cache(maxsize=16)
-def gaussian_nodes(dimension: int, nodes: int, replicas: int, seed: int, stream: int = 0) -> Nodes:
+def gaussian_nodes(
+    dimension: int, nodes: int, replicas: int, seed: int, mirror: tuple[int, int] | None = None
+) -> Nodes:
     """Scrambled Sobol nodes for E f(G), G ~ N(0, I); each replica of `nodes / replicas` nodes is scrambled apart.
 
-    Half of a replica is the mirror image of the other half, so odd functions are integrated exactly; the weights
-    make all second moments exact as well (least change of the uniform weights: a quadratic control
-    variate, with its coefficients fitted once and for all functions). Weights of a replica sum to one.
+    Half of a replica is the other half with the coordinates `mirror[0]` to `mirror[1] - 1` (default: all) negated,
+    so functions odd in them are integrated exactly; the weights make all first and second moments
+    exact as well (the least change of uniform weights: a quadratic control variate whose coefficients serve
+    all functions). Weights sum to one in each replica.
     """
     per = nodes // replicas
+    flip = np.ones((dimension, 1))
+    flip[slice(*mirror) if mirror else slice(None)] = -1.0
     blocks, weights = [], []
-    for child in np.random.SeedSequence([seed, stream]).spawn(replicas):
+    for child in np.random.SeedSequence([seed, dimension]).spawn(replicas):
         sobol = qmc.Sobol(dimension, scramble=True, bits=52, rng=np.random.default_rng(child))
-        half = ndtri(np.clip(sobol.random(per // 2), 2.0**-53, 1 - 2.0**-53))
-        blocks.append(np.concatenate([half, -half]).T)
-        half_weight = _matched_weights(half)
-        weights.append(np.concatenate([half_weight, half_weight]) / 2)
-    return Nodes(np.concatenate(blocks, 1), np.concatenate(weights))
+        half = ndtri(np.clip(sobol.random(per // 2), 2.0**-53, 1 - 2.0**-53)).T
+        blocks.append(np.concatenate([half, flip * half], 1))
+        weights.append(_matched_weights(half, flip[:, 0] > 0))
+    side = np.tile(np.repeat([1.0, -1.0], per // 2), (replicas, 1))
+    return Nodes(np.stack(blocks), np.stack(weights), side)
 
 
-def _matched_weights(x: np.ndarray) -> np.ndarray:
-    """Weights nearest to 1/n for which 1 and all products x_i x_j have their Gaussian expectations."""
-    n, d = x.shape
+def over_replicas(f, nodes: Nodes, *mapped):
+    """`f(one replica, *its slices)` for every replica, stacked: one after the other on a CPU, where a replica fits
+    the cache; together on an accelerator."""
+    xs = (nodes, *mapped)
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda x: f(*x), xs)
+    return jax.vmap(lambda x: f(*x))(xs)
+
+
+def mean(tree):
+    """Average over the leading replica axis of every leaf."""
+    return jax.tree_util.tree_map(lambda a: a.mean(0), tree)
+
+
+def _matched_weights(half: np.ndarray, even: np.ndarray) -> np.ndarray:
+    """Weights, equal on mirror images, nearest to uniform under which first and second moments are exact."""
+    d, n = half.shape
     i, j = np.triu_indices(d)
-    features = np.concatenate([np.ones((n, 1)), x[:, i] * x[:, j] - (i == j)], 1)
-    target = np.zeros(features.shape[1])
+    keep = even[i] == even[j]  # mixed products cancel between mirror images
+    i, j = i[keep], j[keep]
+    features = np.concatenate([np.ones((1, n)), half[even], half[i] * half[j] - (i == j)[:, None]])
+    if len(features) > n / 3:  # too few nodes to afford the constraints
+        return np.full(2 * n, 0.5 / n)
+    target = np.zeros(len(features))
     target[0] = 1.0
-    if features.shape[1] > n / 4:  # too few nodes to afford the constraints: only normalise
-        return np.full(n, 1.0 / n)
-    gap = target - features.mean(0)
-    coefficients = np.linalg.lstsq(features.T @ features / n, gap, rcond=None)[0]
-    return (1.0 + features @ coefficients) / n
-
-
-def replicas_of(nodes: Nodes, replicas: int) -> Nodes:
-    """The same nodes with a leading replica axis: (replicas, dimension, n) and (replicas, n)."""
-    d = nodes.normal.shape[0]
-    return Nodes(nodes.normal.reshape(d, replicas, -1).swapaxes(0, 1), nodes.weight.reshape(replicas, -1))
+    coefficients = np.linalg.solve(features @ features.T / n, target - features.mean(1))
+    weight = (1.0 + coefficients @ features) / n
+    return np.concatenate([weight, weight]) / 2

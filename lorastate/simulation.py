@@ -1,0 +1,383 @@
+"""Finite-size training of the model that the theory describes (arXiv:2606.05899).
+
+Inputs are arrays (N, T, D); pre-activations and outputs are node-last, (T, T, N), as activations take them.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ._lbfgs import Minimum, minimise
+from .channel import Fresh
+from .errors import Code, SettingError, SolveError, is_concrete, require_float64
+from .setting import Finetuning, Pretraining, Setting
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "pretraining": ("M", "Q", "overlap", "train_loss", "train_error", "test_error", "test_error_noiseless",
+                    "rank_fraction"),
+    "finetuning": ("m", "q", "overlap", "train_loss", "train_error", "test_error", "test_error_frozen"),
+}  # fmt: skip
+#: Independent random streams of one run. Append only: the positions fix what a seed means.
+_STREAMS = ("teacher", "inputs", "noise", "start", "lora_teacher", "lora_inputs", "lora_noise", "lora_start",
+            "test", "lora_test")  # fmt: skip
+_MEMORY = 8 * 2**30
+
+
+class Sizes(NamedTuple):
+    """The whole numbers of a simulation: D, P0 = kappa0 D, P = kappa D, N = alpha D^2, N' = alpha' D."""
+
+    dimension: int
+    base_rank: int
+    width: int
+    samples: int
+    lora_samples: int
+    test_samples: int
+
+
+def _key(run_key, stream: str):
+    return jax.random.fold_in(run_key, _STREAMS.index(stream))
+
+
+def _centred(product, trace, dimension: int):
+    return (product - trace * jnp.eye(product.shape[0])[:, :, None]) / np.sqrt(dimension)
+
+
+def preactivation(inputs, matrix):
+    """Z_ab = (x_a^T S x_b - delta_ab Tr S) / sqrt(D), from inputs (N, T, D) and symmetric S (D, D)."""
+    product = jnp.einsum("nad,nbd->abn", inputs @ matrix, inputs)
+    return _centred(product, jnp.trace(matrix), inputs.shape[2])
+
+
+def factor_preactivation(inputs, W):
+    """`preactivation` of S = W W^T / sqrt(P D), W of shape (D, P), by whichever of W and S is smaller."""
+    dimension, width = W.shape
+    scale = 1 / np.sqrt(width * dimension)
+    if width >= dimension:
+        return preactivation(inputs, scale * (W @ W.T))
+    u = inputs @ W
+    return _centred(scale * jnp.einsum("nap,nbp->abn", u, u), scale * _square(W), dimension)
+
+
+def lora_update(inputs, w):
+    """chi chi^T with chi_a = x_a . w / sqrt(D), (T, T, N)."""
+    chi = (inputs @ w).T / np.sqrt(inputs.shape[2])
+    return chi[:, None] * chi[None]
+
+
+def label_noise(key, variance, tokens: int, samples: int):
+    """Symmetric Gaussian noise with entry variance `variance` (1 + delta_ab), (T, T, N)."""
+    g = jax.random.normal(key, (tokens, tokens, samples))
+    return jnp.sqrt(variance / 2) * (g + jnp.swapaxes(g, 0, 1))
+
+
+def _square(x):
+    return jnp.sum(x * x)
+
+
+def pretraining_loss(W, data):
+    """L(W)/D^2 = (sum ||sigma(Z_W) - sigma(Y)||^2 + lam ||W||^2) / D^2; data = (x, sigma(Y), lam, sigma)."""
+    inputs, target, lam, activation = data
+    fit = _square(activation(factor_preactivation(inputs, W)) - target)
+    return (fit + lam * _square(W)) / W.shape[0] ** 2
+
+
+def finetuning_loss(w, data):
+    """L'(w)/D, L' = sum ||sigma(Z_W + chi chi^T) - sigma(Y')||^2 + lam |w|^2; data as unpacked below."""
+    inputs, frozen, target, lam, activation = data
+    fit = _square(activation(frozen + lora_update(inputs, w)) - target)
+    return (fit + lam * _square(w)) / w.shape[0]
+
+
+class _Batch(NamedTuple):
+    inputs: Any  # (N, T, D)
+    labels: Any  # (T, T, N), noisy pre-activation: Y in pre-training, Y0 = Z* + Xi' in fine-tuning
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
+def _draw_batch(inputs_key, noise_key, base, delta, tokens, samples) -> _Batch:
+    inputs = jax.random.normal(inputs_key, (samples, tokens, base.shape[0]))
+    return _Batch(inputs, preactivation(inputs, base) + label_noise(noise_key, delta / 2, tokens, samples))
+
+
+class _World(NamedTuple):
+    """What a run knows when fine-tuning starts: its key, S*, the frozen S, w* and the pre-training data."""
+
+    key: Any
+    base: Any
+    learned: Any
+    teacher: Any
+    pretraining: _Batch
+
+
+def _fresh(world: _World, fine: Finetuning, samples: int) -> _Batch:
+    keys = _key(world.key, "lora_inputs"), _key(world.key, "lora_noise")
+    return _draw_batch(*keys, world.base, fine.delta, fine.tokens, samples)
+
+
+#: For each kind of fine-tuning inputs, what draws them and their labels Y0.
+_BATCHES: dict[type, Callable[[_World, Finetuning, int], _Batch]] = {Fresh: _fresh}
+
+
+def _pretrain(key, batch: _Batch, pre: Any, sizes: Sizes) -> tuple[Minimum, dict[str, Any]]:
+    data = (batch.inputs, pre.activation(batch.labels), pre.lam, pre.activation)
+    start = jax.random.normal(_key(key, "start"), (sizes.dimension, sizes.width))
+    found = minimise(pretraining_loss, start, data)
+    penalty = pre.lam * _square(found.x) / sizes.dimension**2
+    return found, {"train_loss": found.value, "train_error": found.value - penalty}
+
+
+def _finetune(world: _World, fine: Any, sizes: Sizes, starts: int) -> tuple[Minimum, dict[str, Any]]:
+    """The lowest of several descents: from w*, then from random w of |w|^2/D = 0.01, 1, 0.01, ..."""
+    batch = _BATCHES[type(fine.inputs)](world, fine, sizes.lora_samples)
+    target = fine.activation(batch.labels + lora_update(batch.inputs, world.teacher))
+    frozen = preactivation(batch.inputs, world.learned)
+    data = (batch.inputs, frozen, target, fine.lam, fine.activation)
+    points = jax.random.normal(_key(world.key, "lora_start"), (starts, sizes.dimension))
+    points = points.at[1::2].multiply(0.1).at[0].set(world.teacher)
+    tried = [minimise(finetuning_loss, x, data) for x in points]
+    lowest = min((found.value for found in tried if np.isfinite(found.value)), default=np.nan)
+    # Starts that met in one minimum differ by rounding: the one that converged stands for it.
+    best = min(tried, key=lambda found: (not found.value <= lowest * (1 + 1e-6), found.code))
+    penalty = fine.lam * _square(best.x) / sizes.dimension
+    return best, {"train_loss": best.value, "train_error": best.value - penalty}
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
+def _test(key, stage, base, learned, lora, tokens: int, samples: int):
+    """Two errors on fresh inputs, chunk by chunk so that memory is bounded.
+
+    Without `lora`: of sigma(Z_W) against sigma(Y) and against sigma(Z*). With `lora` = (w*, w), both against
+    sigma(Y'): of sigma(Z_W + chi chi^T) and of sigma(Z_W).
+    """
+    dimension, sigma = base.shape[0], stage.activation
+    chunk = min(max(2_000_000 // (dimension * tokens), 50), samples)
+    chunks = -(-samples // chunk)
+
+    def one(total, keys):
+        inputs, labels = _draw_batch(keys[0], keys[1], base, stage.delta, tokens, chunk)
+        frozen = preactivation(inputs, learned)
+        if lora is None:
+            pairs = (frozen, labels), (frozen, preactivation(inputs, base))
+        else:
+            labels = labels + lora_update(inputs, lora[0])
+            pairs = (frozen + lora_update(inputs, lora[1]), labels), (frozen, labels)
+        return total + jnp.stack([_square(sigma(out) - sigma(label)) for out, label in pairs]), None
+
+    total, _ = jax.lax.scan(one, jnp.zeros(2), jax.random.split(key, (chunks, 2)))
+    return total / (chunk * chunks)
+
+
+def _overlaps(student, teacher, dimension: int) -> tuple[float, float, float]:
+    """<s, t>/D, <s, s>/D and the cosine, set to 0 for a student shrunk to zero (<s, s>/D < 1e-6)."""
+    pairs = (student, teacher), (student, student), (teacher, teacher)
+    inner, size, known = (float(jnp.vdot(a, b)) / dimension for a, b in pairs)
+    return inner, size, inner / np.sqrt(size * known) if not size < 1e-6 else 0.0
+
+
+def _rank_fraction(eigenvalues) -> float:
+    """Share of eigenvalues above 1e-3 of the largest, and above 1e-6 (a map shrunk to zero has rank 0)."""
+    share = float(np.mean(eigenvalues > max(1e-3 * eigenvalues[-1], 1e-6)))
+    return share if np.isfinite(eigenvalues[-1]) else np.nan
+
+
+def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar) -> tuple[dict, dict]:
+    """The rows of both stages: what `_NAMES` lists, and how the training went."""
+    pre, fine, D = setting.pretraining, setting.finetuning_resolved, sizes.dimension
+    began = time.perf_counter()
+    bar.set_postfix_str("pre-training")
+    factor = jax.random.normal(_key(key, "teacher"), (D, sizes.base_rank))
+    base = factor @ factor.T / np.sqrt(sizes.base_rank * D)
+    keys = _key(key, "inputs"), _key(key, "noise")
+    batch = _draw_batch(*keys, base, pre.delta, pre.tokens, sizes.samples)
+    found, row = _pretrain(key, batch, pre, sizes)
+    bar.update()
+
+    bar.set_postfix_str("fine-tuning")
+    # Where the loss left the finite numbers, the last W means nothing: everything downstream becomes NaN.
+    W = found.x * (np.nan if found.code == Code.nonfinite else 1.0)
+    learned = W @ W.T / np.sqrt(sizes.width * D)
+    teacher = jax.random.normal(_key(key, "lora_teacher"), (D,))
+    best, lora_row = _finetune(_World(key, base, learned, teacher, batch), fine, sizes, starts)
+    w = best.x * (np.nan if best.code == Code.nonfinite else 1.0)
+    bar.update()
+
+    bar.set_postfix_str("measuring")
+    row["M"], row["Q"], row["overlap"] = _overlaps(learned, base, D)
+    row["eigenvalues"] = np.asarray(jnp.linalg.eigvalsh(learned))
+    row["rank_fraction"] = _rank_fraction(row["eigenvalues"])
+    row["test_error"], row["test_error_noiseless"] = _test(
+        _key(key, "test"), pre, base, learned, None, pre.tokens, sizes.test_samples
+    )
+    m, lora_row["q"], cosine = _overlaps(w, teacher, D)
+    lora_row["m"], lora_row["overlap"] = abs(m), abs(cosine)
+    lora_row["test_error"], lora_row["test_error_frozen"] = _test(
+        _key(key, "lora_test"), fine, base, learned, (teacher, w), fine.tokens, sizes.test_samples
+    )
+    bar.update()
+    row |= {"code": found.code, "steps": found.steps, "seconds": time.perf_counter() - began}
+    lora_row |= {"code": best.code if found.code == Code.ok else Code.upstream, "steps": best.steps}
+    return row, lora_row
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """Finite-size training runs, measured under the names that the theory's predictions have.
+
+    `pretraining` and `finetuning` map a name to an array of one value per run. With S = W W^T/sqrt(P D):
+    `M` = Tr(S S*)/D, `Q` = Tr(S^2)/D, `overlap` = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` =
+    the same without the penalty, `test_error` = E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy
+    labels, `test_error_noiseless` = against sigma(Z*) instead, `rank_fraction` = share of
+    eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` = |w.w*|/D (the sign of w is free; without
+    recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` = |w.w*|/(|w||w*|), `train_loss` = L'/D,
+    `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T) - sigma(Y')||_F^2 on fresh
+    inputs, `test_error_frozen` = the same at w = 0. Source of the model: arXiv:2606.05899.
+
+    `codes[stage]` says for each run whether its training reached a stationary point. A run that did not stays
+    in the arrays (NaN where the loss was not finite) and makes `mean`, `stderr` and `summary` raise
+    `SolveError`, unless told to leave it out. `seeds` are (seed, run): the run's key is
+    `fold_in(key(seed), run)`. `eigenvalues` of S are (runs, D), ascending; `steps` count those of L-BFGS.
+    """
+
+    setting: Setting
+    sizes: Sizes
+    seeds: tuple[tuple[int, int], ...]
+    pretraining: dict[str, np.ndarray]
+    finetuning: dict[str, np.ndarray]
+    eigenvalues: np.ndarray
+    codes: dict[str, tuple[Code, ...]]
+    steps: dict[str, np.ndarray]
+    seconds: np.ndarray
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.sizes.dimension
+
+    def converged(self, stage: str) -> np.ndarray:
+        """Which runs reached a stationary point in "pretraining" or "finetuning", (runs,) of bool."""
+        if stage not in _NAMES:
+            raise SettingError(f"stage = {stage!r} is unknown; allowed: {', '.join(_NAMES)}")
+        return np.array([code == Code.ok for code in self.codes[stage]])
+
+    def _sample(self, stage: str, name: str, only_converged: bool) -> np.ndarray:
+        good = self.converged(stage)
+        if name not in _NAMES[stage]:
+            raise SettingError(f"name = {name!r} is unknown; allowed: {', '.join(_NAMES[stage])}")
+        if not good.all() and not only_converged:
+            bad = np.flatnonzero(~good)
+            where = f"in runs {bad.tolist()} of {len(good)}; only_converged=True leaves them out"
+            raise SolveError(stage, self.codes[stage][bad[0]], where)
+        return getattr(self, stage)[name][good]
+
+    def mean(self, stage: str, name: str, only_converged: bool = False) -> float:
+        """Mean over runs; `SolveError` if one did not converge, unless `only_converged` leaves it out."""
+        sample = self._sample(stage, name, only_converged)
+        return float(np.mean(sample)) if len(sample) else np.nan
+
+    def stderr(self, stage: str, name: str, only_converged: bool = False) -> float:
+        """Standard error of `mean` (ddof = 1); NaN for fewer than two runs."""
+        sample = self._sample(stage, name, only_converged)
+        return float(np.std(sample, ddof=1) / np.sqrt(len(sample))) if len(sample) > 1 else np.nan
+
+    def summary(self, only_converged: bool = False) -> dict[str, dict[str, dict[str, float | None]]]:
+        """{stage: {name: {"mean", "stderr"}}} of plain floats, None where undefined."""
+
+        def entry(stage: str, name: str) -> dict[str, float | None]:
+            pair = {"mean": self.mean, "stderr": self.stderr}
+            values = {key: method(stage, name, only_converged) for key, method in pair.items()}
+            return {key: x if np.isfinite(x) else None for key, x in values.items()}
+
+        return {stage: {name: entry(stage, name) for name in names} for stage, names in _NAMES.items()}
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise SettingError(f"{name} = {value!r} is out of range; allowed: whole numbers, {low} to {high}")
+    return int(value)
+
+
+def _sizes(pre: Pretraining, fine: Any, D: int, test_samples: int) -> Sizes:
+    for stage, part in (("pretraining", pre), ("finetuning", fine)):
+        for name in ("alpha", "lam", "delta", "kappa0", "kappa"):
+            value = getattr(part, name, 0.0)
+            if not is_concrete(value) or np.ndim(value):
+                raise SettingError(f"{stage}.{name} = {value} is not one known number; allowed: just one")
+
+    def count(name: str, value, scale: int) -> int:
+        if (rounded := round(float(value) * scale)) < 1:
+            low = f"{name} >= {0.5 / scale:.2g} at dimension {D}"
+            raise SettingError(f"{name} = {float(value):g} rounds to none at all; allowed: {low}")
+        return rounded
+
+    def memory(d: int) -> float:
+        inputs = max(pre.tokens * float(pre.alpha) * d**3, fine.tokens * float(fine.alpha) * d**2)
+        return 24 * inputs + 400 * float(pre.kappa) * d**2  # inputs, two temporaries; L-BFGS history of W
+
+    if memory(D) > _MEMORY:
+        fits = max((d for d in range(1, D) if memory(d) <= _MEMORY), default=0)
+        raise SettingError(
+            f"dimension = {D} needs {memory(D) / 2**30:.0f} GiB of memory here; allowed: up to "
+            f"{_MEMORY >> 30} GiB, dimension <= {fits} (or a smaller alpha)"
+        )
+    ranks = count("pretraining.kappa0", pre.kappa0, D), count("pretraining.kappa", pre.kappa, D)
+    samples = count("pretraining.alpha", pre.alpha, D**2), count("finetuning.alpha", fine.alpha, D)
+    return Sizes(D, *ranks, *samples, test_samples)
+
+
+def simulate(
+    setting: Setting,
+    *,
+    dimension: int = 150,
+    runs: int = 4,
+    seed: int = 0,
+    starts: int = 3,
+    test_samples: int = 20_000,
+    progress: bool = False,
+) -> Simulation:
+    """Trains the model of `setting` at finite size and measures it; `Simulation` says what.
+
+    P0 = round(kappa0 D), P = round(kappa D), N = round(alpha D^2), N' = round(alpha' D). Both losses are
+    minimised by L-BFGS: W from one random start; w from `starts` starts, the first of them the teacher (so
+    the informative branch is always tried), the lowest loss kept. Standard errors cover the fluctuations from
+    run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per
+    stage are rounded up to whole chunks. Run r depends on (seed, r) and on the sizes, not on `runs`.
+
+    Raises `SettingError` on bad input. A training that fails does not raise here: the result marks it.
+    """
+    require_float64()
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    if type(fine.inputs) not in _BATCHES:
+        known = ", ".join(kind.__name__ for kind in _BATCHES)
+        raise SettingError(f"finetuning.inputs = {fine.inputs!r} cannot be simulated; allowed: {known}")
+    dimension, runs = _whole("dimension", dimension, 10, 10_000), _whole("runs", runs, 1, 10_000)
+    seed, starts = _whole("seed", seed, 0, 2**32 - 1), _whole("starts", starts, 1, 100)
+    sizes = _sizes(pre, fine, dimension, _whole("test_samples", test_samples, 1, 10**8))
+
+    keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(runs)]
+    with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
+        outcomes = [_one_run(setting, sizes, key, starts, bar) for key in keys]
+    rows = {stage: [outcome[i] for outcome in outcomes] for i, stage in enumerate(_NAMES)}
+
+    def table(stage: str) -> dict[str, np.ndarray]:
+        return {name: np.array([float(row[name]) for row in rows[stage]]) for name in _NAMES[stage]}
+
+    return Simulation(
+        setting,
+        sizes,
+        seeds=tuple((seed, run) for run in range(runs)),
+        pretraining=table("pretraining"),
+        finetuning=table("finetuning"),
+        eigenvalues=np.stack([row["eigenvalues"] for row in rows["pretraining"]]),
+        codes={stage: tuple(row["code"] for row in rows[stage]) for stage in _NAMES},
+        steps={stage: np.array([row["steps"] for row in rows[stage]]) for stage in _NAMES},
+        seconds=np.array([row["seconds"] for row in rows["pretraining"]]),
+    )
