@@ -22,6 +22,13 @@ class Activation(eqx.Module):
     #: How settings files call it.
     name: ClassVar[str]
 
+    #: Whether row a of sigma(Z) depends on row a of Z alone; `row` is then that map.
+    rowwise: ClassVar[bool] = False
+
+    def row(self, z):
+        """One row of sigma, (T, N) -> (T, N), for row-wise activations."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def __call__(self, z):
         """sigma(Z), (T, T, ...) -> (T, T, ...)."""
@@ -41,6 +48,10 @@ class Softmax(Activation):
     beta: Any = eqx.field(default=1.0, converter=lambda x: jnp.asarray(x, dtype=float))
     forgets_shift = True
     name = "softmax"
+    rowwise = True
+
+    def row(self, z):
+        return jax.nn.softmax(self.beta * z, axis=0)
 
     def __call__(self, z):
         return jax.nn.softmax(self.beta * z, axis=1)
@@ -67,6 +78,10 @@ class Identity(Activation):
 
     forgets_shift = False
     name = "identity"
+    rowwise = True
+
+    def row(self, z):
+        return z / z.shape[0]
 
     def __call__(self, z):
         return z / z.shape[0]

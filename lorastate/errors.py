@@ -13,7 +13,7 @@ class SettingError(ValueError):
 
 
 class Code(enum.IntEnum):
-    """Result of a fixed-point solve. Traced as an integer; `ok` is the only good one."""
+    """Result of a fixed-point solve. Traced as an integer; `ok` and `floor` are successes (`succeeded`)."""
 
     ok = 0
     max_steps = 1
@@ -24,6 +24,7 @@ class Code(enum.IntEnum):
     unstable = 6
     too_narrow = 7
     upstream = 8
+    floor = 9
 
     @property
     def message(self) -> str:
@@ -39,8 +40,14 @@ _MESSAGES = {
     Code.stalled: "no step reduces the residual any further, and it is above the tolerance",
     Code.unstable: "a fixed point was found, but it repels the iteration (growth rate above one)",
     Code.too_narrow: "the student is too narrow: kappa is below the rank fraction of its own solution",
+    Code.floor: "the discretised map jumps across its fixed point; the residual is below the floor asked for",
     Code.upstream: "the pre-training solution that this stage needs had failed",
 }
+
+
+def succeeded(code):
+    """Whether a (traced) code is a success."""
+    return (code == Code.ok) | (code == Code.floor)
 
 
 class SolveError(RuntimeError):

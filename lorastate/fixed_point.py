@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .errors import Code
+from .errors import Code, succeeded
 
 
 class Method(eqx.Module):
@@ -30,6 +29,9 @@ class Method(eqx.Module):
     damping: float = eqx.field(static=True, default=0.3)
     #: max |x| beyond which the iteration counts as diverged.
     bound: float = eqx.field(static=True, default=1e4)
+    #: Residual below which a solve that Newton steps cannot improve counts as `floor`, a success. A map averaged over
+    #: nodes whose inner minimiser jumps has small jumps itself, and need not have an exact fixed point.
+    floor: float = eqx.field(static=True, default=0.0)
     #: Whether a fixed point that repels the damped iteration is reported as `unstable`.
     require_stable: bool = eqx.field(static=True, default=True)
 
@@ -154,7 +156,9 @@ def _iterate(step, method: Method, x0, args, const):
         moved = size(x - s.x)
         cycle = accept & (moved > 1e-6) & (size(x - s.previous) < 1e-3 * moved) & (since > 8)
         code = jnp.where(cycle, Code.cycle, s.code)
-        code = jnp.where((since > 40) & (method.burn_in >= 0), Code.stalled, code)
+        code = jnp.where((since > 15 + method.burn_in) & (method.burn_in >= 0), Code.stalled, code)
+        stuck = ~accept & (length < 0.02) & (size(g) < method.floor)
+        code = jnp.where(stuck, Code.floor, code)
         code = jnp.where(accept & (size(x) > method.bound), Code.diverged, code)
         code = jnp.where(accept & ~finite, Code.nonfinite, code)
         return _State(
@@ -174,42 +178,56 @@ def _iterate(step, method: Method, x0, args, const):
     n, dtype = x0.shape[0], x0.dtype
     inf = jnp.full_like(x0, jnp.inf)
     start = _State(
-        x0, x0, jnp.zeros((n, n), dtype), jnp.ones((), dtype), jnp.array(-1), jnp.array(int(Code.ok)),
+        x0, x0, jnp.zeros((n, n), dtype), jnp.ones((), dtype), jnp.array(-1), jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite)),
         jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0), inf, inf,
     )  # fmt: skip
     s = jax.lax.while_loop(cond, body, start)
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
     growth = spectral_abscissa(s.jac)
+    near = (size(s.image - s.x) < method.floor) & (code == Code.stalled)
+    code = jnp.where(near, int(Code.floor), code)
     if method.require_stable:
-        code = jnp.where((code == Code.ok) & ~(growth < 1.0), Code.unstable, code)
+        code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
     residual = size(s.image - s.x)
     inverse = small_solve(jnp.eye(x0.shape[0], dtype=x0.dtype) - s.jac, jnp.eye(x0.shape[0], dtype=x0.dtype))
     error = residual * jnp.max(jnp.sum(jnp.abs(inverse), 1))
     return FixedPoint(s.x, code, residual, spectral_radius(s.jac), growth, error, s.step)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def search(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
+    """`fixed_point` without a derivative."""
+    stop = jax.lax.stop_gradient
+    return _iterate(step, method, stop(x0), stop(args), stop(const))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def attach(step: Callable, x, good, args, const=None):
+    """Returns the fixed point `x` and gives it its derivative with respect to `args`.
+
+    dx = (I - dF/dx)^{-1} (dF/dargs) dargs, by the implicit function theorem; NaN where `good` is false.
+    """
+    return x
+
+
+@attach.defjvp
+def _attach_jvp(step, primals, tangents):
+    x, good, args, const = primals
+    x = attach(step, x, good, args, const)
+    jac = jax.jacfwd(lambda y: step(y, args, const))(x)
+    _, db = jax.jvp(lambda a: step(x, a, const), (args,), (tangents[2],))
+    dx = small_solve(jnp.eye(x.shape[0], dtype=x.dtype) - jac, db)
+    return x, dx * jnp.where(good, 1.0, jnp.nan)
+
+
 def fixed_point(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
     """Solves x = step(x, args, const).
 
     `step` is a pure function of x (n,), of `args` (any pytree; every leaf is differentiable) and of `const` (a
-    pytree without derivative, e.g. quadrature nodes). The derivative of `x` with respect to `args` follows from the
-    implicit function theorem, dx = (I - dF/dx)^{-1} (dF/dargs) dargs, in forward and reverse mode, to any
-    order and under vmap; the start carries none. Where the solve failed the derivative is NaN.
+    pytree without derivative, e.g. quadrature nodes). `x` is differentiable with respect to `args` in forward and
+    reverse mode, to any order and under vmap (see `attach`); the start carries no derivative, and where the solve
+    failed the derivative is NaN.
 
     Never raises: read `code` (see `lorastate.errors.Code`).
     """
-    return _iterate(step, method, x0, args, const)
-
-
-@fixed_point.defjvp
-def _fixed_point_jvp(step, method, primals, tangents):
-    x0, args, const = primals
-    sol = fixed_point(step, method, x0, args, const)
-    jac = jax.jacfwd(lambda x: step(x, args, const))(sol.x)
-    _, db = jax.jvp(lambda a: step(sol.x, a, const), (args,), (tangents[1],))
-    dx = small_solve(jnp.eye(x0.shape[0], dtype=x0.dtype) - jac, db)
-    dx = jnp.where(sol.code == Code.ok, dx, jnp.nan)
-    zero = jnp.zeros_like(sol.residual)
-    ints = tuple(np.zeros(jnp.shape(v), jax.dtypes.float0) for v in (sol.code, sol.steps))
-    return sol, FixedPoint(dx, ints[0], zero, zero, zero, zero, ints[1])
+    sol = search(step, method, x0, args, const)
+    return sol._replace(x=attach(step, sol.x, succeeded(sol.code), args, const))

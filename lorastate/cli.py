@@ -1,0 +1,620 @@
+"""The command line: `lorastate predict | optimize | gradient | simulate | figure`.
+
+Results go to stdout; messages and progress bars to stderr. Exit codes: 0 when the answer is right, 2 for bad
+input, 3 for a solve that failed. Whatever imports JAX is imported inside the commands: `--help` is fast.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .setting import Setting
+    from .simulation import Simulation
+
+BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
+
+_MEANING = {
+    "pretraining": {
+        "V": "response of the learned matrix",
+        "M": "Tr(S S*)/D, overlap with the teacher",
+        "Q": "Tr(S^2)/D, size of the learned matrix",
+        "qhat": "conjugate of Q",
+        "mhat": "conjugate of M",
+        "shat": "conjugate of V",
+        "overlap": "O_W = M/sqrt(Q Q0), cosine of student and teacher",
+        "train_loss": "loss per D^2, penalty included",
+        "train_error": "the same without the penalty",
+        "test_error": "E, noisy labels",
+        "test_error_noiseless": "the same against clean labels",
+        "rank_fraction": "share of nonzero eigenvalues",
+        "replicon": "replica symmetry is stable above zero",
+    },
+    "finetuning": {
+        "v": "response of the update",
+        "m": "w.w*/D, overlap with the teacher",
+        "q": "|w|^2/D, size of the update",
+        "overlap": "o_w = m/sqrt(q), cosine of student and teacher",
+        "train_loss": "loss per D, penalty included",
+        "train_error": "the same without the penalty",
+        "test_error": "E', noisy labels",
+        "test_error_frozen": "the same without the update",
+        "effective_noise": "Delta_eff, label noise that the frozen map leaves",
+        "free_energy": "decides between branches",
+        "replicon": "replica symmetry is stable above zero",
+        "double_well_share": "share of nodes with two wells",
+    },
+}
+_TITLE = {"pretraining": "Pre-training", "finetuning": "Fine-tuning"}
+
+_SettingPath = Annotated[Positional[Path], arg(metavar="SETTING", help="Settings file (TOML).")]
+_Set = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(name="set", metavar="KEY=VALUE", help="Override a field, as pretraining.lam=0.02."),
+]
+_Json = Annotated[bool, arg(help="Print JSON only.")]
+_Dimension = Annotated[int, arg(help="D of the simulated model.")]
+_Runs = Annotated[int, arg(help="Independent training runs.")]
+_Seed = Annotated[int, arg(help="Seed of the simulation.")]
+
+
+@dataclass
+class Predict:
+    """Order parameters, losses and errors of both stages."""
+
+    setting: _SettingPath
+    set: _Set = ()
+    json: _Json = False
+
+    def __call__(self) -> int:
+        from . import solution
+        from .setting_file import load_setting, setting_to_dict
+
+        setting = load_setting(self.setting, self.set)
+        found = solution.predict(setting, throw=False)
+        summary = found.summary()
+        if self.json:
+            _print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
+        if not found.ok:
+            raise _failure(summary["status"])
+        if not self.json:
+            _say(_describe(setting))
+            for stage in _TITLE:
+                _say(_prediction_table(stage, summary))
+            _say(_status_line(summary["status"]))
+        return 0
+
+
+@dataclass
+class Optimize:
+    """The best values of some fields of a setting, by gradient descent through the theory."""
+
+    setting: _SettingPath
+    set: _Set = ()
+    over: Annotated[str, arg(help="Fields to optimise, separated by commas.")] = (
+        "pretraining.lam,finetuning.lam"
+    )
+    minimize: Annotated[str, arg(help="test_error, effective_noise, or overlap (which is maximised).")] = (
+        "test_error"
+    )
+    verify: Annotated[bool, arg(help="Also train the finite-size model at the optimum.")] = False
+    dimension: _Dimension = 150
+    runs: _Runs = 4
+    seed: _Seed = 0
+    out: Annotated[Path, arg(help="Directory for result.json and the figure.")] = Path("results")
+
+    def __call__(self) -> int:
+        from . import design, figures
+        from .errors import SettingError
+        from .setting_file import continuous_fields, load_setting, setting_to_dict
+
+        setting = load_setting(self.setting, self.set)
+        over = tuple(field.strip() for field in self.over.split(",") if field.strip())
+        _check_fields("--over", over, continuous_fields(setting))
+        _check_objective("--minimize", self.minimize)
+        if self.verify:
+            _check_simulation(setting, self.dimension, self.runs, self.seed)
+        out = _directory(self.out)
+
+        optimum = design.optimize(setting, over=over, minimize=self.minimize, progress=True)
+        result = {
+            **optimum.summary(),
+            "initial_setting": setting_to_dict(optimum.initial),
+            "setting": setting_to_dict(optimum.setting),
+            "version": __version__,
+        }
+        _say("At the optimum\n" + _describe(optimum.setting))
+        _say(_optimum_table(optimum))
+        # What is found is on disk before the simulation, which takes minutes and may be interrupted.
+        _write_json(out / "result.json", result)
+
+        simulation, status = None, 0
+        if not optimum.converged:
+            status = FAILED
+            _warn(
+                f"the descent did not converge ({optimum.message}); gradient norm {optimum.gradient_norm:.2e}"
+            )
+        if not optimum.after.ok:
+            raise _failure(optimum.after.summary()["status"])
+        if self.verify:
+            simulation, compared, verified = _simulate(
+                optimum.setting, optimum.after.summary(), self.dimension, self.runs, self.seed
+            )
+            status = status or verified
+            result["verification"] = compared
+            _write_json(out / "result.json", result)
+            _say(_simulation_tables(compared))
+        try:
+            written = figures.optimization(optimum, out, simulation=simulation)
+        except OSError as error:
+            raise SettingError(_cannot_write(out, error)) from None
+        _say("written: " + ", ".join(str(path) for path in (out / "result.json", *written)))
+        return status
+
+
+@dataclass
+class Gradient:
+    """A prediction and its derivatives in every continuous field."""
+
+    setting: _SettingPath
+    set: _Set = ()
+    of: Annotated[str, arg(help="test_error, effective_noise or overlap.")] = "test_error"
+    json: _Json = False
+
+    def __call__(self) -> int:
+        from . import design
+        from .setting_file import get, load_setting, setting_to_dict
+
+        setting = load_setting(self.setting, self.set)
+        _check_objective("--of", self.of)
+        value, gradient = design.gradient(setting, of=self.of)
+        value, gradient = float(value), {path: float(slope) for path, slope in gradient.items()}
+        if self.json:
+            _print_json(
+                {
+                    "value": value,
+                    "gradient": gradient,
+                    "of": self.of,
+                    "setting": setting_to_dict(setting),
+                    "version": __version__,
+                }
+            )
+        else:
+            _say(_describe(setting))
+            rows = [
+                (path, _number(float(get(setting, path))), _number(slope)) for path, slope in gradient.items()
+            ]
+            _say(f"{self.of} = {_number(value)}\n")
+            _say(_table(("field", "value", f"d {self.of} / d field"), rows))
+        bad = [path for path, slope in gradient.items() if not math.isfinite(slope)]
+        if bad or not math.isfinite(value):
+            _warn(f"{self.of} has no finite derivative in {', '.join(bad) or 'any field'}")
+            return FAILED
+        return 0
+
+
+@dataclass
+class Simulate:
+    """Train the finite-size model and compare it with the theory."""
+
+    setting: _SettingPath
+    set: _Set = ()
+    dimension: _Dimension = 150
+    runs: _Runs = 4
+    seed: _Seed = 0
+    json: _Json = False
+
+    def __call__(self) -> int:
+        from . import solution
+        from .setting_file import load_setting, setting_to_dict
+
+        setting = load_setting(self.setting, self.set)
+        _check_simulation(setting, self.dimension, self.runs, self.seed)
+        theory = solution.predict(setting).summary()
+        _, compared, status = _simulate(setting, theory, self.dimension, self.runs, self.seed)
+        if self.json:
+            _print_json({**compared, "setting": setting_to_dict(setting), "version": __version__})
+        else:
+            _say(_describe(setting))
+            _say(_simulation_tables(compared))
+        return status
+
+
+@dataclass
+class Figure:
+    """Reproduce a figure of arXiv:2606.05899."""
+
+    number: Annotated[Positional[int], arg(metavar="NUMBER", help="Which figure: 1.")]
+    simulate: Annotated[bool, arg(help="Add finite-size simulations to the theory lines.")] = False
+    dimension: _Dimension = 150
+    runs: _Runs = 4
+    out: Annotated[Path, arg(help="Directory for the figure.")] = Path("results")
+
+    def __call__(self) -> int:
+        from . import figures
+        from .errors import SettingError
+
+        if self.number != 1:
+            raise SettingError(f"figure {self.number} is not available; allowed: 1")
+        if self.simulate:
+            _check_sizes(self.dimension, self.runs)
+        out = _directory(self.out)
+        try:
+            written = figures.figure1(
+                out, simulate=self.simulate, dimension=self.dimension, runs=self.runs, progress=True
+            )
+        except OSError as error:
+            raise SettingError(_cannot_write(out, error)) from None
+        _say("written: " + ", ".join(str(path) for path in written))
+        return 0
+
+
+_Command = (
+    Annotated[Predict, subcommand("predict")]
+    | Annotated[Optimize, subcommand("optimize")]
+    | Annotated[Gradient, subcommand("gradient")]
+    | Annotated[Simulate, subcommand("simulate")]
+    | Annotated[Figure, subcommand("figure")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; usage errors and `--help` leave through `SystemExit`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words == ["--version"]:
+            _say(__version__)
+            return 0
+        command = tyro.cli(
+            _Command,
+            prog="lorastate",
+            description="High-dimensional theory of LoRA fine-tuning in attention.",
+            args=_spread(words),
+            config=(FlagCreatePairsOff,),
+        )
+        status = _run(command)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        _warn("interrupted")
+        return INTERRUPTED
+    except OSError as error:
+        # Whatever is still buffered must not be written, and fail again, when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return BROKEN_PIPE
+        _warn(f"input or output failed ({error})")
+        return 1
+
+
+def _run(command: Any) -> int:
+    wanted = os.environ.get("JAX_ENABLE_X64")
+    if wanted is not None and wanted.lower() not in ("1", "true", "t", "yes", "y", "on"):
+        _warn(
+            f"float64 is switched off by JAX_ENABLE_X64={wanted!r} in the environment; "
+            "allowed: JAX_ENABLE_X64=1 or leaving it out"
+        )
+        return BAD_INPUT
+
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from .errors import SettingError, SolveError
+
+    try:
+        return command()
+    except SettingError as error:
+        _warn(str(error))
+        return BAD_INPUT
+    except SolveError as error:
+        _warn(str(error))
+        return FAILED
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _warn("memory ran out; take fewer numerics.nodes or a smaller --dimension")
+        return FAILED
+
+
+def _spread(words: Sequence[str]) -> list[str]:
+    """`--set a.b=1 c.d=2` as `--set a.b=1 --set c.d=2`: one flag may carry several overrides."""
+    out: list[str] = []
+    inside = False
+    for i, word in enumerate(words):
+        if word == "--set":
+            inside = True
+        elif inside and i and words[i - 1] != "--set":
+            inside = re.match(r"\w+\.\w+=", word) is not None
+            if inside:
+                out.append("--set")
+        out.append(word)
+    return out
+
+
+# Checks that come before any computation.
+
+
+def _check_fields(option: str, fields: Sequence[str], known: Sequence[str]) -> None:
+    import difflib
+
+    from .errors import SettingError
+
+    if not fields:
+        raise SettingError(f"{option} names no field; allowed: {', '.join(known)}")
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise SettingError(
+                f"{option} {field!r} is not a continuous field{hint}; allowed: {', '.join(known)}"
+            )
+        if fields.count(field) > 1:
+            raise SettingError(f"{option} names {field} more than once; allowed: each field once")
+
+
+def _check_objective(option: str, name: str) -> None:
+    from .errors import SettingError
+
+    if name not in ("test_error", "effective_noise", "overlap"):
+        raise SettingError(f"{option} {name!r} is unknown; allowed: test_error, effective_noise, overlap")
+
+
+def _check_sizes(dimension: int, runs: int, seed: int = 0) -> None:
+    from .errors import SettingError
+
+    for option, value, low, high in (
+        ("--dimension", dimension, 10, 10_000),
+        ("--runs", runs, 1, 10_000),
+        ("--seed", seed, 0, 2**32 - 1),
+    ):
+        if not low <= value <= high:
+            raise SettingError(f"{option} {value} is out of range; allowed: {low} to {high}")
+
+
+def _check_simulation(setting: Setting, dimension: int, runs: int, seed: int) -> None:
+    from . import simulation
+
+    _check_sizes(dimension, runs, seed)
+    simulation._sizes(setting.pretraining, setting.finetuning_resolved, dimension, 1)
+
+
+def _directory(out: Path) -> Path:
+    """The directory, made if need be, once it is known that files can be written there."""
+    from .errors import SettingError
+
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out {str(out)!r} is a file; allowed: a directory, existing or new")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise SettingError(_cannot_write(out, error)) from None
+    return out
+
+
+def _cannot_write(out: Path, error: OSError) -> str:
+    return (
+        f"--out {str(out)!r} cannot be written to ({error.strerror or error}); allowed: a writable directory"
+    )
+
+
+def _failure(status: Mapping[str, Mapping[str, Any]]) -> Exception:
+    """The error of the first stage that failed."""
+    from .errors import Code, SolveError, succeeded
+
+    for stage in _TITLE:
+        raw = status[stage]["code"]
+        code = Code[raw] if isinstance(raw, str) else Code(int(raw))
+        if not succeeded(code):
+            residual = status[stage].get("residual")
+            return SolveError(stage, code, "" if residual is None else f"residual {residual:.1e}")
+    return SolveError("finetuning", Code.nonfinite)
+
+
+# Comparing theory and simulation.
+
+
+def _simulate(
+    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int
+) -> tuple[Simulation, dict[str, Any], int]:
+    """The runs, every quantity beside its prediction, and the exit code: runs that failed are left out."""
+    from .simulation import simulate
+
+    found = simulate(setting, dimension=dimension, runs=runs, seed=seed, progress=True)
+    compared: dict[str, Any] = {}
+    for stage, measured in found.summary(only_converged=True).items():
+        errors = theory["quadrature_error"].get(stage, {})
+        compared[stage] = {
+            name: _compare(pair, theory[stage].get(name), errors.get(name)) for name, pair in measured.items()
+        }
+    good = {stage: int(found.converged(stage).sum()) for stage in _TITLE}
+    compared |= {"dimension": dimension, "runs": runs, "seed": seed, "converged": good}
+    status = 0
+    for stage, count in good.items():
+        if count < runs:
+            code = next(code for code in found.codes[stage] if code != 0)
+            left_out = f"{runs - count} of {runs} runs failed and are left out"
+            _warn(f"simulation, {stage}: {left_out} ({code.name}: {code.message})")
+            status = FAILED
+    return found, compared, status
+
+
+def _compare(measured: Mapping[str, Any], theory: float | None, quadrature: float | None) -> dict[str, Any]:
+    mean, stderr = measured["mean"], measured["stderr"]
+    gap = None
+    if mean is not None and stderr is not None and theory is not None:
+        bar = math.hypot(stderr, quadrature or 0.0)
+        gap = (mean - theory) / bar if bar > 0 else None
+    return {"mean": mean, "stderr": stderr, "theory": theory, "quadrature_error": quadrature, "gap": gap}
+
+
+# Text and JSON.
+
+
+def _say(text: str) -> None:
+    print(text)
+
+
+def _warn(text: str) -> None:
+    print(f"lorastate: {text}", file=sys.stderr)
+
+
+def _clean(value: Any) -> Any:
+    """The same in plain JSON types, undefined numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if hasattr(value, "tolist"):
+        return _clean(value.tolist())
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(_clean(value), indent=2, allow_nan=False)
+
+
+def _print_json(value: Any) -> None:
+    print(_dumps(value))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    from .errors import SettingError
+
+    try:
+        path.write_text(_dumps(value) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingError(_cannot_write(path, error)) from None
+
+
+def _number(value: float | None, digits: int = 6) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def _bar(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.1e}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, numbers to the right, one without a title to the left."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    lines.insert(1, ["-" * width if title else "" for width, title in zip(widths, head, strict=True)])
+
+    def cell(i: int, text: str) -> str:
+        return text.ljust(widths[i]) if i == 0 or not head[i] else text.rjust(widths[i])
+
+    return (
+        "\n".join("  ".join(cell(i, text) for i, text in enumerate(line)).rstrip() for line in lines) + "\n"
+    )
+
+
+def _describe(setting: Setting) -> str:
+    """The setting in two lines."""
+    from .setting_file import setting_to_dict
+
+    lines = []
+    for stage, title in _TITLE.items():
+        values = dict(setting_to_dict(setting)[stage])
+        activation = f"{values.pop('activation')}"
+        beta = values.pop("beta", None)
+        shown = [activation if beta is None else f"{activation}(beta={beta:g})"]
+        shown += [f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+        lines.append(f"{title + ':':<14}{', '.join(shown)}")
+    return "\n".join(lines) + "\n"
+
+
+def _prediction_table(stage: str, summary: Mapping[str, Any]) -> str:
+    errors, meaning = summary["quadrature_error"].get(stage, {}), _MEANING[stage]
+    rows = [
+        (name, _number(value), _bar(errors.get(name)), meaning.get(name, ""))
+        for name, value in summary[stage].items()
+    ]
+    return _table((_TITLE[stage], "value", "+- quadrature", ""), rows)
+
+
+def _status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
+    from .errors import Code
+
+    def one(stage: str) -> str:
+        code, residual, steps = (status[stage].get(key) for key in ("code", "residual", "steps"))
+        name = code if isinstance(code, str) else Code(int(code or 0)).name
+        return f"{_TITLE[stage]} {name}, residual {_number(residual, 2)}, {steps} steps"
+
+    return "; ".join(one(stage) for stage in _TITLE) + "."
+
+
+def _optimum_table(optimum: Any) -> str:
+    from .setting_file import get
+
+    before, after = optimum.before.summary(), optimum.after.summary()
+    names = {"pretraining.lam": "lambda", "finetuning.lam": "lambda'"}
+    rows: list[tuple[str, ...]] = []
+    for path in (*names, *(path for path in optimum.over if path not in names)):
+        old, new = (_number(float(get(setting, path))) for setting in (optimum.initial, optimum.setting))
+        rows.append((names.get(path, path), old, "", new, ""))
+    quantities = (
+        ("Delta_eff", "finetuning", "effective_noise"),
+        ("E", "pretraining", "test_error"),
+        ("E'", "finetuning", "test_error"),
+        ("o_w", "finetuning", "overlap"),
+        ("O_W", "pretraining", "overlap"),
+    )
+    for title, stage, name in quantities:
+        pairs = [
+            (s[stage].get(name), s["quadrature_error"].get(stage, {}).get(name)) for s in (before, after)
+        ]
+        rows.append((title, *(text for value, error in pairs for text in (_number(value), _bar(error)))))
+    first = optimum.path[0].get("gradient_norm") if optimum.path else None
+    rows.append(("gradient norm", _bar(first) or "-", "", _bar(optimum.gradient_norm) or "-", ""))
+    rows.append(("solves used", "", "", str(optimum.solves), ""))
+    return _table(
+        (f"Optimum ({optimum.minimize})", "before", "+- quadrature", "after", "+- quadrature"), rows
+    )
+
+
+def _simulation_tables(compared: Mapping[str, Any]) -> str:
+    head = ("theory", "+- quadrature", "simulation", "+- stderr", "gap")
+    tables = []
+    for stage, title in _TITLE.items():
+        rows = [
+            (
+                name,
+                _number(entry["theory"]),
+                _bar(entry["quadrature_error"]),
+                _number(entry["mean"]),
+                _bar(entry["stderr"]),
+                "" if entry["gap"] is None else f"{entry['gap']:+.1f}",
+            )
+            for name, entry in compared[stage].items()
+        ]
+        tables.append(_table((title, *head), rows))
+    runs, D = compared["runs"], compared["dimension"]
+    tables.append(
+        f"Simulation at D = {D}, {runs} run{'s' if runs > 1 else ''}, seed {compared['seed']}; the gap is "
+        "simulation minus theory in units of the combined error bar.\n"
+    )
+    return "\n".join(tables)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Settings as TOML files and plain dictionaries, and single fields of a `Setting` by their dotted path."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .activation import Softmax
+from .errors import SettingError
+from .setting import Finetuning, Numerics, Pretraining, Setting
+
+#: Sections and keys of a settings file.
+KEYS: dict[str, tuple[str, ...]] = {
+    "pretraining": ("activation", "beta", "tokens", "alpha", "kappa0", "kappa", "delta", "lam"),
+    "finetuning": ("alpha", "lam", "delta", "activation", "beta", "tokens", "inputs"),
+    "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps"),
+}
+_CONTINUOUS = {
+    "pretraining": ("alpha", "kappa0", "kappa", "delta", "lam", "beta"),
+    "finetuning": ("alpha", "lam", "delta", "beta"),
+}
+_REQUIRED = {"pretraining": ("alpha", "lam"), "finetuning": ("alpha", "lam")}
+_BARE_WORD = re.compile(r"[A-Za-z_][\w-]*")
+
+
+def load_setting(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Setting:
+    """The setting in a TOML file, with `overrides` such as "pretraining.lam=0.02" taking precedence.
+
+    Fine-tuning `delta`, `activation`, `beta` and `tokens` that neither gives follow the pre-training ones.
+    Raises `SettingError`, one sentence, for anything that is not a valid setting.
+    """
+    return setting_from_dict(_read(Path(path)), overrides)
+
+
+def setting_from_dict(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> Setting:
+    """The setting in a dictionary {section: {key: value}}, as `load_setting` reads it from a file."""
+    sections = _checked(data)
+    _override(sections, overrides)
+    for name, keys in _REQUIRED.items():
+        for key in keys:
+            if key not in sections[name]:
+                raise SettingError(f"{name}.{key} is missing; allowed: {key} > 0")
+    pre = Pretraining(**sections["pretraining"])
+    fine = sections["finetuning"]
+    if "beta" in fine:
+        fine.setdefault("activation", pre.activation.name)
+    elif fine.get("activation") == pre.activation.name:
+        del fine["activation"]  # the same activation without a beta of its own keeps following
+    return Setting(pre, Finetuning(**fine), Numerics(**sections["numerics"]))
+
+
+def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
+    """The setting as plain values, with what fine-tuning takes over from pre-training written out."""
+    fine = setting.finetuning_resolved
+    stages = {"pretraining": setting.pretraining, "finetuning": fine}
+    out: dict[str, dict[str, Any]] = {}
+    for name, stage in stages.items():
+        out[name] = {"activation": stage.activation.name}
+        if isinstance(stage.activation, Softmax):
+            out[name]["beta"] = _plain(stage.activation.beta)
+        out[name] |= {key: _plain(getattr(stage, key)) for key in KEYS[name] if key not in _OBJECTS}
+    out["finetuning"]["inputs"] = fine.inputs.name
+    out["numerics"] = {key: getattr(setting.numerics, key) for key in KEYS["numerics"]}
+    return out
+
+
+_OBJECTS = ("activation", "beta", "inputs")
+
+
+def continuous_fields(setting: Setting) -> tuple[str, ...]:
+    """Paths of all numbers that predictions are differentiable in; `beta` only where there is a softmax."""
+    stages = {"pretraining": setting.pretraining, "finetuning": setting.finetuning_resolved}
+    return tuple(
+        f"{name}.{key}"
+        for name, stage in stages.items()
+        for key in _CONTINUOUS[name]
+        if key != "beta" or isinstance(stage.activation, Softmax)
+    )
+
+
+def get(setting: Setting, path: str) -> Any:
+    """The value of one field; a fine-tuning field that follows pre-training gives the value it follows."""
+    name, key = _split(path)
+    stage = setting.finetuning_resolved if name == "finetuning" else getattr(setting, name)
+    if key != "beta":
+        return getattr(stage, key)
+    _needs_softmax(path, stage)
+    return stage.activation.beta
+
+
+def replace(setting: Setting, path: str, value: Any) -> Setting:
+    """The setting with one field changed, validated as in the constructors (also under JAX transformations).
+
+    Changing a pre-training field also changes what follows it in fine-tuning. Changing a fine-tuning field
+    that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it.
+    """
+    name, key = _split(path)
+    stage = getattr(setting, name)
+    if name == "numerics":
+        kwargs = {k: getattr(stage, k) for k in KEYS[name]} | {key: value}
+        return Setting(setting.pretraining, setting.finetuning, Numerics(**kwargs))
+    kwargs = {k: getattr(stage, k) for k in KEYS[name] if k != "beta"}
+    if key == "beta":
+        if value is None:
+            raise SettingError(f"{path} = None is not a number; allowed: beta > 0")
+        _needs_softmax(path, setting.finetuning_resolved if name == "finetuning" else stage)
+        kwargs |= {"activation": "softmax", "beta": value}
+    else:
+        kwargs[key] = value
+    if name == "pretraining":
+        return Setting(Pretraining(**kwargs), setting.finetuning, setting.numerics)
+    return Setting(setting.pretraining, Finetuning(**kwargs), setting.numerics)
+
+
+def _needs_softmax(path: str, stage: Any) -> None:
+    if not isinstance(stage.activation, Softmax):
+        raise SettingError(
+            f"{path} has no meaning for the {stage.activation.name} activation; allowed: softmax only"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else np.asarray(value).tolist()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    where = str(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise SettingError(f"there is no settings file {where!r}; allowed: the path of a TOML file") from None
+    except IsADirectoryError:
+        raise SettingError(f"{where!r} is a directory; allowed: the path of a TOML file") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SettingError(f"{where!r} cannot be read ({reason}); allowed: the path of a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise SettingError(
+            f"{where!r} is not a text file (byte {error.start} is not UTF-8); allowed: a TOML file"
+        ) from None
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise SettingError(f"{where!r} is nested too deeply; allowed: a TOML file") from None
+    except ValueError as error:  # tomllib's own error, and that of int() for numbers of thousands of digits
+        raise SettingError(f"{where!r} is not a TOML file: {error}; allowed: key = value lines") from None
+
+
+def _checked(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A copy with every section present, once every name is known and every value is a single one."""
+    out: dict[str, dict[str, Any]] = {name: {} for name in KEYS}
+    for name, section in data.items():
+        if name not in KEYS:
+            raise SettingError(_unknown_section(name))
+        if not isinstance(section, Mapping):
+            raise SettingError(
+                f"{name} = {_shown(section)} is not a section; allowed: [{name}] and keys below it"
+            )
+        for key, value in section.items():
+            _set(out, name, key, value)
+    return out
+
+
+def _set(sections: dict[str, dict[str, Any]], name: str, key: str, value: Any) -> None:
+    if key not in KEYS[name]:
+        raise SettingError(_unknown_key(name, key))
+    path = f"{name}.{key}"
+    if isinstance(value, list | Mapping):
+        raise SettingError(f"{path} = {_shown(value)} is not a single value; allowed: one number or one word")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**63:
+        raise SettingError(f"{path} = {_shown(value)} is out of range; allowed: below 2^63 in size")
+    sections[name][key] = value
+
+
+def _shown(value: Any, longest: int = 40) -> str:
+    if isinstance(value, int) and abs(value) > 10**longest:
+        return "a very large number"
+    text = repr(value)
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def _override(sections: dict[str, dict[str, Any]], overrides: Iterable[str]) -> None:
+    given = set()
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise SettingError(
+                f"override {text!r} has no '='; allowed: section.key=value, as pretraining.lam=0.02"
+            )
+        name, key = _split(path.strip())
+        _set(sections, name, key, _parse(path.strip(), value.strip()))
+        given.add((name, key))
+    # Switching to the identity on top of a softmax file leaves no way to delete its beta: it goes by itself.
+    own = "activation" in sections["finetuning"]
+    for name in ("pretraining", "finetuning"):
+        source = "finetuning" if name == "finetuning" and own else "pretraining"
+        switched = (source, "activation") in given and sections[source]["activation"] == "identity"
+        if switched and (name, "beta") not in given:
+            sections[name].pop("beta", None)
+
+
+def _parse(path: str, text: str) -> Any:
+    """A TOML value, or a bare word, which stands for itself."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        if parsed.keys() == {"value"} and "\n" not in text:
+            return parsed["value"]
+    except (ValueError, RecursionError):
+        if _BARE_WORD.fullmatch(text):
+            return text
+    raise SettingError(
+        f"override {path}={text[:40]} has no readable value; allowed: a number such as 0.02, or a word"
+    )
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Section and key of a dotted path, both known."""
+    name, dot, key = path.partition(".")
+    if not dot or not name or not key:
+        homes = [f"{section}.{path}" for section, keys in KEYS.items() if path in keys]
+        hint = f"did you mean {' or '.join(homes)}? " if homes else ""
+        raise SettingError(f"{path!r} is not a section.key path; {hint}allowed: for example pretraining.lam")
+    if name not in KEYS:
+        raise SettingError(_unknown_section(name))
+    if key not in KEYS[name]:
+        raise SettingError(_unknown_key(name, key))
+    return name, key
+
+
+def _nearest(word: str, known: Iterable[str], cutoff: float = 0.55) -> str | None:
+    return next(iter(difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=cutoff)), None)
+
+
+def _unknown_section(name: str) -> str:
+    homes = [f"{section}.{name}" for section, keys in KEYS.items() if name in keys]
+    near = _nearest(name, KEYS)
+    hint = " or ".join(homes) if homes else near
+    return (
+        f"unknown section {_shown(name)}{f' (did you mean {hint}?)' if hint else ''}; "
+        f"allowed: {', '.join(KEYS)}"
+    )
+
+
+def _unknown_key(name: str, key: str) -> str:
+    near = _nearest(key, KEYS[name])
+    return (
+        f"unknown key {name}.{_shown(key)[1:-1]}{f' (did you mean {near}?)' if near else ''}; "
+        f"allowed in [{name}]: {', '.join(KEYS[name])}"
+    )

@@ -1,0 +1,493 @@
+"""The command line: exit codes, messages on stderr, and what is printed on stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from lorastate import cli, design, figures, simulation, solution
+from lorastate._version import __version__
+from lorastate.errors import Code, SolveError
+from lorastate.setting_file import (
+    continuous_fields,
+    get,
+    load_setting,
+    replace,
+    setting_from_dict,
+    setting_to_dict,
+)
+
+jax.config.update("jax_enable_x64", True)
+
+TEXT = """
+[pretraining]
+activation = "identity"
+alpha = 0.1
+lam = 0.1
+[finetuning]
+alpha = 3.0
+lam = 0.05
+[numerics]
+nodes = 1024
+finetuning_nodes = 2048
+replicas = 4
+"""
+PRETRAINING = {"V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error", "rank_fraction",
+               "replicon"}  # fmt: skip
+FINETUNING = {"v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
+              "free_energy", "replicon", "double_well_share"}  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "setting.toml"
+    file.write_text(TEXT)
+    return str(file)
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        def refuse(text):
+            raise AssertionError(f"{text} is not JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+    @property
+    def message(self):
+        """The only line of stderr, which must be one sentence of ours."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("lorastate: ") and "Traceback" not in self.err, (
+            self.err
+        )
+        return lines[0]
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    monkeypatch.delenv("JAX_ENABLE_X64", raising=False)
+
+    def run(*words):
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as leaving:
+            code = leaving.code
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("command", ["predict", "optimize", "gradient", "simulate"])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("pretraining.lamda=1", ["unknown key pretraining.lamda", "did you mean lam?"]),
+        ("pretraining.alpha=one", ["pretraining.alpha = 'one'", "not a number"]),
+        ("pretraining.alpha=true", ["pretraining.alpha = True", "not a number"]),
+        ("pretraining.alpha=nan", ["pretraining.alpha = nan", "alpha > 0"]),
+        ("finetuning.alpha=inf", ["finetuning.alpha = inf", "finite"]),
+        ("finetuning.alpha=0", ["finetuning.alpha = 0.0", "alpha > 0"]),
+        ("pretraining.delta=-1", ["pretraining.delta = -1.0", "delta >= 0"]),
+        ("pretraining.lam=0", ["pretraining.lam = 0.0", "zero is not allowed because"]),
+        ("finetuning.lam=-1", ["finetuning.lam = -1.0", "zero is not allowed because"]),
+        ("pretraining.kappa0=0", ["pretraining.kappa0 = 0.0", "kappa0 > 0"]),
+        ("pretraining.tokens=1", ["pretraining.tokens = 1", "2 to"]),
+        ("numerics.nodes=-8", ["numerics.nodes = -8"]),
+        ("pretraining.lam", ["no '='", "section.key=value"]),
+        ("pretraining.lam=", ["no readable value"]),
+    ],
+)
+def test_bad_settings(call, path, command, override, words):
+    outcome = call(command, path, "--set", override)
+    assert outcome.code == 2 and outcome.out == ""
+    assert all(word in outcome.message for word in words), outcome.message
+
+
+def test_bad_files(call, tmp_path):
+    missing = call("predict", tmp_path / "nowhere.toml")
+    assert missing.code == 2 and "no settings file" in missing.message
+    directory = call("gradient", tmp_path)
+    assert directory.code == 2 and "is a directory" in directory.message
+    file = tmp_path / "words.toml"
+    file.write_text("[pretraining]\nsome words\n")
+    not_toml = call("simulate", file)
+    assert not_toml.code == 2 and "line 2" in not_toml.message
+
+
+@pytest.mark.parametrize("value", ["0", "False", "off", "perhaps", ""])
+def test_float64_off(call, path, monkeypatch, value):
+    monkeypatch.setenv("JAX_ENABLE_X64", value)
+    outcome = call("predict", path)
+    assert outcome.code == 2 and "float64 is switched off" in outcome.message and outcome.out == ""
+
+
+def test_float64_off_in_a_fresh_process(path):
+    environment = os.environ | {"JAX_ENABLE_X64": "0"}
+    words = [sys.executable, "-m", "lorastate.cli", "predict", path]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("lorastate: float64 is switched off") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--over", "pretraining.lan"], "did you mean pretraining.lam?"),
+        (["--over", "pretraining.beta"], "is not a continuous field"),
+        (["--over", "numerics.nodes"], "is not a continuous field"),
+        (["--over", ","], "names no field"),
+        (["--over", "finetuning.lam,finetuning.lam"], "more than once"),
+        (["--minimize", "loss"], "allowed: test_error, effective_noise, overlap"),
+        (["--verify", "--dimension", "5"], "--dimension 5 is out of range"),
+        (["--verify", "--runs", "0"], "--runs 0 is out of range"),
+        (["--verify", "--seed", "-1"], "--seed -1 is out of range"),
+        (["--verify", "--dimension", "10000"], "GiB of memory"),
+    ],
+)
+def test_bad_options_of_optimize(call, path, tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr(design, "optimize", None)  # any computation would be a TypeError
+    outcome = call("optimize", path, "--out", tmp_path / "out", *words)
+    assert outcome.code == 2 and message in outcome.message
+
+
+def test_bad_out(call, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(design, "optimize", None)
+    monkeypatch.setattr(figures, "figure1", None)
+    for out in (path, f"{path}/below"):
+        for command in (["optimize", path], ["figure", "1"]):
+            outcome = call(*command, "--out", out)
+            assert (
+                outcome.code == 2 and f"--out '{out}'" in outcome.message and "directory" in outcome.message
+            )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are different there")
+def test_unwritable_out(call, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(design, "optimize", None)
+    (tmp_path / "out").mkdir()
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(
+        cli.tempfile, "TemporaryFile", refuse
+    )  # root may write anywhere: chmod proves nothing
+    outcome = call("optimize", path, "--out", tmp_path / "out")
+    assert outcome.code == 2 and "cannot be written to (Permission denied)" in outcome.message
+
+
+def test_bad_objective_of_gradient(call, path):
+    outcome = call("gradient", path, "--of", "loss")
+    assert outcome.code == 2 and "--of 'loss' is unknown" in outcome.message
+
+
+def test_bad_simulation(call, path):
+    assert "--dimension 5 is out of range" in call("simulate", path, "--dimension", "5").message
+    outcome = call("simulate", path, "--dimension", "10", "--set", "pretraining.kappa=0.01")
+    assert outcome.code == 2 and "pretraining.kappa" in outcome.message
+
+
+def test_other_figures(call):
+    outcome = call("figure", "2")
+    assert outcome.code == 2 and "figure 2 is not available" in outcome.message
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["predict"], ["predict", "a", "b"], ["forecast", "a"], ["figure", "one"]]
+)
+def test_usage_errors(call, words):
+    outcome = call(*words)
+    assert outcome.code == 2 and outcome.out == "" and "Traceback" not in outcome.err
+
+
+def test_help_and_version_do_not_need_jax():
+    code = (
+        "import sys\nsys.modules['jax'] = None\nfrom lorastate import cli\n"
+        "assert cli.main(['--version']) == 0\n"
+        "try:\n    cli.main(['--help'])\nexcept SystemExit as leaving:\n    sys.exit(leaving.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(__version__)
+    assert all(name in done.stdout for name in ("predict", "optimize", "gradient", "simulate", "figure"))
+
+
+# A solve that fails.
+
+
+@pytest.mark.parametrize("command", ["predict", "optimize", "gradient", "simulate"])
+def test_too_narrow(call, path, tmp_path, command):
+    extra = ["--out", tmp_path / "out"] if command == "optimize" else []
+    outcome = call(command, path, "--set", "pretraining.kappa=0.05", *extra)
+    assert outcome.code == 3 and outcome.out == ""
+    assert "pretraining" in outcome.err and "too_narrow" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_json_of_a_failed_prediction(call, path):
+    outcome = call("predict", path, "--json", "--set", "pretraining.kappa=0.05")
+    assert outcome.code == 3 and "too_narrow" in outcome.message
+    assert outcome.json["setting"]["pretraining"]["kappa"] == 0.05
+
+
+# Predictions.
+
+
+def test_predict_json(call, path):
+    outcome = call("predict", path, "--json")
+    assert outcome.code == 0 and outcome.err == ""
+    data = outcome.json
+    assert set(data) == {"pretraining", "finetuning", "quadrature_error", "status", "setting", "version"}
+    assert set(data["pretraining"]) == PRETRAINING and set(data["finetuning"]) == FINETUNING
+    errors = data["quadrature_error"]
+    assert set(errors["pretraining"]) <= PRETRAINING and set(errors["finetuning"]) <= FINETUNING
+    for stage in ("pretraining", "finetuning"):
+        assert set(data["status"][stage]) == {"code", "residual", "steps"}
+        assert all(x is None or isinstance(x, float) for part in (data, errors) for x in part[stage].values())
+    assert errors["finetuning"]["test_error"] > 0
+    # Identity pre-training is in closed form; fine-tuning to what these few nodes give.
+    assert data["pretraining"]["M"] == pytest.approx(1.41106875, abs=1e-7)
+    assert data["finetuning"]["test_error"] == pytest.approx(0.988, rel=0.05)
+    assert data["version"] == __version__
+    assert (
+        data["setting"]
+        == setting_to_dict(load_setting(path))
+        == setting_to_dict(setting_from_dict(data["setting"]))
+    )
+
+
+def test_predict_table(call, path):
+    outcome = call(
+        "predict", path, "--set", "pretraining.lam=0.5", "finetuning.lam=1", "--set", "finetuning.alpha=2"
+    )
+    assert outcome.code == 0 and outcome.err == ""
+    lines = outcome.out.splitlines()
+    assert "lam 0.5" in lines[0] and "alpha 2" in lines[1] and "lam 1" in lines[1]
+    rows = {line.split()[0]: line.split() for line in lines if line[:1].isalpha()}
+    assert float(rows["M"][1]) == pytest.approx(0.520586, abs=1e-6)
+    for name in FINETUNING - {"double_well_share"}:
+        assert np.isfinite(float(rows[name][1]))
+    assert float(rows["test_error_frozen"][2]) > 0
+    assert "Pre-training ok" in outcome.out and "Fine-tuning ok" in outcome.out
+
+
+def test_undefined_numbers_are_null(call, path, monkeypatch):
+    summary = solution.predict(load_setting(path)).summary()
+    summary["finetuning"]["overlap"] = float("nan")
+    summary["quadrature_error"]["finetuning"]["overlap"] = float("inf")
+    fake = SimpleNamespace(ok=True, summary=lambda: summary)
+    monkeypatch.setattr(solution, "predict", lambda *_, **__: fake)
+    data = call("predict", path, "--json").json
+    assert data["finetuning"]["overlap"] is None and data["quadrature_error"]["finetuning"]["overlap"] is None
+    assert not {"nan", "inf", "None"} & set(call("predict", path).out.split())
+
+
+# Gradients.
+
+
+def test_gradient(call, path):
+    data = call("gradient", path, "--json").json
+    setting = load_setting(path)
+    assert list(data["gradient"]) == list(continuous_fields(setting))
+    assert all(isinstance(slope, float) for slope in data["gradient"].values())
+    value, slope = design.gradient(setting)
+    assert data["value"] == pytest.approx(float(value), rel=1e-9)
+    assert data["gradient"]["finetuning.lam"] == pytest.approx(float(slope["finetuning.lam"]), rel=1e-6)
+    h = 1e-3 * float(get(setting, "finetuning.lam"))
+    sides = [
+        replace(setting, "finetuning.lam", get(setting, "finetuning.lam") + sign * h) for sign in (1, -1)
+    ]
+    up, down = (solution.predict(side).summary()["finetuning"]["test_error"] for side in sides)
+    assert data["gradient"]["finetuning.lam"] == pytest.approx((up - down) / (2 * h), rel=1e-3)
+
+
+def test_gradient_table(call, path):
+    outcome = call("gradient", path, "--of", "effective_noise")
+    assert outcome.code == 0 and outcome.out.count("pretraining.") == 5 and "effective_noise =" in outcome.out
+
+
+def test_gradient_without_a_value(call, path, monkeypatch):
+    monkeypatch.setattr(design, "gradient", lambda *_, **__: (0.5, {"pretraining.lam": float("nan")}))
+    outcome = call("gradient", path, "--json")
+    assert outcome.code == 3 and outcome.json["gradient"] == {"pretraining.lam": None}
+    assert "no finite derivative in pretraining.lam" in outcome.message
+
+
+# Optimisation: the descent itself has tests of its own.
+
+
+@pytest.fixture
+def descent(path, monkeypatch):
+    """Stands in for a descent that ends at lam = 0.2; returns it, to be changed by the test."""
+    initial = load_setting(path)
+    final = replace(initial, "pretraining.lam", 0.2)
+    fake = SimpleNamespace(
+        over=("pretraining.lam",), minimize="test_error", initial=initial, setting=final,
+        before=solution.predict(initial), after=solution.predict(final),
+        path=[{"pretraining.lam": 0.1, "value": 1.0, "gradient_norm": 0.3}],
+        gradient_norm=1e-7, solves=12, converged=True, message="the gradient vanishes",
+        summary=lambda: {"over": ["pretraining.lam"], "solves": 12, "gradient_norm": 1e-7},
+    )  # fmt: skip
+    fake.called = []
+
+    def optimize(setting, **options):
+        fake.called.append(options)
+        return fake
+
+    monkeypatch.setattr(design, "optimize", optimize)
+    monkeypatch.setattr(figures, "optimization", lambda optimum, out, simulation=None: [out / "figure.png"])
+    return fake
+
+
+def test_optimize(call, path, tmp_path, descent):
+    out = tmp_path / "deep" / "out"
+    words = ["--over", "pretraining.lam, finetuning.delta", "--minimize", "effective_noise", "--out", out]
+    outcome = call("optimize", path, *words)
+    assert outcome.code == 0 and outcome.err == ""
+    over = ("pretraining.lam", "finetuning.delta")
+    assert descent.called == [{"over": over, "minimize": "effective_noise", "progress": True}]
+    rows = {line.split()[0]: line.split() for line in outcome.out.splitlines() if line.strip()}
+    assert rows["lambda"][1:] == ["0.1", "0.2"] and rows["lambda'"][1:] == ["0.05", "0.05"]
+    for name in ("Delta_eff", "E", "E'", "o_w", "O_W"):
+        before, error, after, _ = map(float, rows[name][1:])
+        assert before != after and error > 0
+    assert "gradient norm" in outcome.out and "solves used" in outcome.out
+    result = json.loads((out / "result.json").read_text())
+    assert (
+        result["setting"]["pretraining"]["lam"] == 0.2
+        and result["initial_setting"]["pretraining"]["lam"] == 0.1
+    )
+    assert result["version"] == __version__ and "verification" not in result
+    assert str(out / "result.json") in outcome.out and str(out / "figure.png") in outcome.out
+
+
+def test_optimize_without_convergence(call, path, tmp_path, descent):
+    descent.converged, descent.message = False, "the steps ran out"
+    outcome = call("optimize", path, "--out", tmp_path)
+    assert outcome.code == 3 and "did not converge (the steps ran out)" in outcome.message
+    assert (tmp_path / "result.json").exists()
+
+
+def test_optimize_verified(call, path, tmp_path, descent, monkeypatch):
+    small = ["--dimension", "20", "--runs", "2", "--seed", "1"]
+    outcome = call("optimize", path, "--out", tmp_path, "--verify", *small)
+    assert outcome.code == 0 and "Simulation at D = 20, 2 runs, seed 1" in outcome.out
+    entry = json.loads((tmp_path / "result.json").read_text())["verification"]["finetuning"]["test_error"]
+    bar = np.hypot(entry["stderr"], entry["quadrature_error"])
+    assert entry["gap"] == pytest.approx((entry["mean"] - entry["theory"]) / bar)
+    assert entry["theory"] == descent.after.summary()["finetuning"]["test_error"]
+
+
+def test_interrupted(call, path, tmp_path, descent, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulation, "simulate", interrupt)
+    outcome = call("optimize", path, "--out", tmp_path, "--verify", "--dimension", "20")
+    assert outcome.code == 130 and outcome.message == "lorastate: interrupted"
+    assert (tmp_path / "result.json").exists()
+
+
+def test_solve_error_inside(call, path, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SolveError("finetuning", Code.cycle)
+
+    monkeypatch.setattr(design, "optimize", fail)
+    outcome = call("optimize", path, "--out", tmp_path)
+    assert outcome.code == 3 and "finetuning: cycle" in outcome.message
+
+
+def test_broken_pipe(path):
+    words = [sys.executable, "-m", "lorastate.cli", "--version"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_disk():
+    words = [sys.executable, "-m", "lorastate.cli", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("lorastate: input or output failed")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")],
+)
+def test_out_of_memory(call, path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(solution, "predict", fail)
+    outcome = call("predict", path)
+    assert outcome.code == 3 and "memory ran out" in outcome.message
+
+
+# Simulation and figures.
+
+
+def test_simulate_json(call, path):
+    outcome = call("simulate", path, "--dimension", "20", "--runs", "2", "--seed", "3", "--json")
+    assert outcome.code == 0
+    data = outcome.json
+    assert (data["dimension"], data["runs"], data["seed"], data["version"]) == (20, 2, 3, __version__)
+    assert data["setting"] == setting_to_dict(load_setting(path))
+    theory = solution.predict(load_setting(path)).summary()
+    for stage, names in (("pretraining", {"M", "Q"}), ("finetuning", {"m", "q"})):
+        assert names | {"overlap", "train_loss", "test_error"} <= set(data[stage])
+        for name, entry in data[stage].items():
+            assert np.isfinite([entry["mean"], entry["stderr"]]).all()
+            assert entry["theory"] == theory[stage].get(name)
+
+
+def test_simulate_one_run(call, path):
+    outcome = call("simulate", path, "--dimension", "20", "--runs", "1")
+    assert outcome.code == 0 and "Simulation at D = 20, 1 run, seed 0" in outcome.out
+    assert "nan" not in outcome.out
+
+
+def test_simulate_with_a_failed_run(call, path, monkeypatch):
+    real = simulation.simulate
+
+    def simulate(setting, **options):
+        found = real(setting, **options)
+        found.codes["finetuning"] = (Code.ok, Code.max_steps)
+        return found
+
+    monkeypatch.setattr(simulation, "simulate", simulate)
+    outcome = call("simulate", path, "--dimension", "20", "--runs", "2", "--json")
+    assert outcome.code == 3 and "1 of 2 runs failed and are left out (max_steps" in outcome.err
+    assert outcome.json["converged"] == {"pretraining": 2, "finetuning": 1}
+    assert outcome.json["finetuning"]["m"]["stderr"] is None
+
+
+def test_figure(call, tmp_path, monkeypatch):
+    called = []
+
+    def figure1(out, **options):
+        called.append((out, options))
+        return [out / "figure1.png"]
+
+    monkeypatch.setattr(figures, "figure1", figure1)
+    outcome = call("figure", "1", "--out", tmp_path, "--simulate", "--runs", "2")
+    assert outcome.code == 0 and "figure1.png" in outcome.out
+    assert called == [(tmp_path, {"simulate": True, "dimension": 150, "runs": 2, "progress": True})]

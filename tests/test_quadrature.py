@@ -1,0 +1,218 @@
+"""Gaussian nodes and the frozen-map channel: exact moments, honest error bars, the law of (Y0, Z_W)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import kstest
+
+jax.config.update("jax_enable_x64", True)
+
+from lorastate.channel import Fresh, FrozenMap, field_dimension  # noqa: E402
+from lorastate.quadrature import gaussian_nodes, mean, over_replicas  # noqa: E402
+
+# dimension, nodes, replicas, mirrored coordinates
+SETS = [
+    (1, 2048, 8, None),
+    (3, 4096, 8, None),
+    (3, 4096, 8, (1, 3)),
+    (2, 4096, 16, (1, 2)),
+    (6, 8192, 8, (3, 6)),
+]
+
+
+def direction(dimension):
+    return np.linspace(0.3, 1.1, dimension)
+
+
+# Integrand and its Gaussian expectation in closed form.
+SMOOTH = {
+    "cosine": (lambda x: np.cos(direction(len(x)) @ x), lambda d: np.exp(-np.sum(direction(d) ** 2) / 2)),
+    "bell": (lambda x: np.exp(-0.35 * np.sum(x * x, 0)), lambda d: 1.7 ** (-d / 2)),
+    "exponential": (
+        lambda x: np.exp(0.5 * direction(len(x)) @ x),
+        lambda d: np.exp(np.sum(direction(d) ** 2) / 8),
+    ),
+}
+
+
+def estimates(f, nodes):
+    """The weighted mean of f in each replica."""
+    return np.array([w @ f(x) for x, w in zip(nodes.normal, nodes.weight, strict=True)])
+
+
+def bar(e):
+    """The quadrature error bar: standard error of the mean over replicas."""
+    return e.std(ddof=1) / np.sqrt(len(e))
+
+
+@pytest.mark.parametrize("key", SETS)
+def test_moments_up_to_second_are_exact(key):
+    dimension, nodes, replicas, mirror = key
+    n = gaussian_nodes(dimension, nodes, replicas, 0, mirror)
+    per = nodes // replicas
+    assert n.normal.shape == (replicas, dimension, per)
+    assert n.weight.shape == n.side.shape == (replicas, per)
+    # Uniform weights miss these moments by far more: the matching is what makes the test below pass.
+    assert np.abs(np.einsum("rdn,ren->rde", n.normal, n.normal) / per - np.eye(dimension)).max() > 1e-5
+    np.testing.assert_allclose(n.weight.sum(1), 1.0, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.einsum("rn,rdn->rd", n.weight, n.normal), 0.0, atol=1e-12)
+    second = np.einsum("rn,rdn,ren->rde", n.weight, n.normal, n.normal)
+    np.testing.assert_allclose(second, np.broadcast_to(np.eye(dimension), second.shape), atol=1e-12)
+    assert n.weight.min() > 0
+
+
+@pytest.mark.parametrize("key", SETS)
+def test_halves_are_mirror_images(key):
+    dimension, nodes, replicas, mirror = key
+    n = gaussian_nodes(dimension, nodes, replicas, 0, mirror)
+    first, second = np.split(n.normal, 2, axis=2)
+    low, high = mirror or (0, dimension)
+    flipped = np.arange(dimension)[low:high]
+    kept = np.setdiff1d(np.arange(dimension), flipped)
+    np.testing.assert_array_equal(second[:, flipped], -first[:, flipped])
+    np.testing.assert_array_equal(second[:, kept], first[:, kept])
+    left, right = np.split(n.weight, 2, axis=1)
+    np.testing.assert_array_equal(left, right)
+    half = nodes // replicas // 2
+    assert np.all(n.side[:, :half] == 1.0) and np.all(n.side[:, half:] == -1.0)
+    # Odd in the mirrored coordinates, of high order and modulated by the others: zero to rounding.
+    odd = estimates(lambda x: np.sum(x[low:high], 0) ** 3 * np.exp(0.3 * np.sum(x[kept], 0)), n)
+    np.testing.assert_allclose(odd, 0.0, atol=1e-12)
+
+
+def test_replicas_and_seeds():
+    n = gaussian_nodes(3, 1024, 4, 7)
+    for a in range(4):
+        for b in range(a):
+            assert np.abs(np.sort(n.normal[a, 0]) - np.sort(n.normal[b, 0])).max() > 1e-3
+            assert not np.intersect1d(n.normal[a], n.normal[b]).size
+    gaussian_nodes.cache_clear()
+    again = gaussian_nodes(3, 1024, 4, 7)
+    assert again is not n
+    for x, y in zip(n, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not np.intersect1d(n.normal, gaussian_nodes(3, 1024, 4, 8).normal).size
+    # More replicas of the same seed extend the list: the earlier ones stay.
+    np.testing.assert_array_equal(gaussian_nodes(3, 2048, 8, 7).normal[:4], n.normal)
+
+
+def test_few_nodes_fall_back_to_uniform_weights():
+    n = gaussian_nodes(6, 64, 2, 0)  # 22 constraints on 16 pairs
+    np.testing.assert_array_equal(n.weight, np.full((2, 32), 1 / 32))
+
+
+def test_marginals_are_normal():
+    """Each marginal against the normal law: a wrong quantile map fails this, but not the moments."""
+    n = gaussian_nodes(3, 8192, 4, 0)
+    for x in n.normal.reshape(-1, n.normal.shape[-1]):
+        assert kstest(x, "norm").statistic < 4 / len(x)  # a random sample of this size has 0.02
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("key", SETS)
+def test_expectations_within_the_error_bar(key, name):
+    f, exact = SMOOTH[name]
+    e = estimates(f, gaussian_nodes(*key[:3], 0, key[3]))
+    assert 0 < bar(e) < 0.03 * exact(key[0]), (
+        "the bar itself must be small for the next line to mean something"
+    )
+    assert abs(e.mean() - exact(key[0])) < 4 * bar(e)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("key", SETS)
+def test_error_bar_covers(key, name):
+    """Over 20 seeds the means scatter as the replica error bar says, and around the exact value."""
+    f, exact = SMOOTH[name]
+    runs = [estimates(f, gaussian_nodes(*key[:3], seed, key[3])) for seed in range(20)]
+    means, bars = np.array([e.mean() for e in runs]), np.array([bar(e) for e in runs])
+    assert 0.6 < means.std(ddof=1) / bars.mean() < 1.6
+    assert abs(means.mean() - exact(key[0])) < 1.2 * bars.mean()
+
+
+def test_over_replicas_and_mean():
+    nodes = gaussian_nodes(2, 256, 4, 0)
+    scale = jnp.arange(1.0, 5.0)
+    out = over_replicas(lambda n, s: {"m": s * jnp.sum(n.weight * n.normal[0] ** 4)}, nodes, scale)["m"]
+    plain = np.asarray(scale) * estimates(lambda x: x[0] ** 4, nodes)
+    np.testing.assert_allclose(out, plain, rtol=1e-13)
+    np.testing.assert_allclose(mean({"m": out})["m"], plain.mean(), rtol=1e-13)
+
+
+# ---- the channel
+
+MAPS = [(0.3, 0.4, 0.8, 0.2), (0.9, 1.1, 1.0, 0.0), (-0.2, 0.5, 0.6, 1.5)]  # M, Q, Q0, delta
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+@pytest.mark.parametrize("case", MAPS)
+def test_fresh_channel_covariance(case, tokens):
+    """Weighted second moments of all pairs of entries; exact, since the nodes' second moments are."""
+    overlap, norm, q0, delta = case
+    frozen, inputs = FrozenMap(overlap, norm, q0), Fresh()
+    d = inputs.dimension(tokens, False)
+    assert d == tokens * (tokens + 1) == field_dimension(tokens, False)
+    n = gaussian_nodes(d, 1024, 1, 3)
+    y0, zw = inputs.fields(frozen, delta, tokens, False, n.normal[0])
+    assert y0.shape == zw.shape == (tokens, tokens, n.normal.shape[2])
+    np.testing.assert_array_equal(y0, np.swapaxes(y0, 0, 1))
+    np.testing.assert_array_equal(zw, np.swapaxes(zw, 0, 1))
+    both = np.stack([y0, zw])
+    got = np.einsum("n,iabn,jcdn->ijabcd", n.weight[0], both, both)
+    eye = np.eye(tokens)
+    pairs = np.einsum("ac,bd->abcd", eye, eye) + np.einsum("ad,bc->abcd", eye, eye)  # 1 + delta_ab on itself
+    want = np.array([[q0 + delta / 2, overlap], [overlap, norm]])[:, :, None, None, None, None] * pairs
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(np.einsum("n,iabn->iab", n.weight[0], both), 0.0, atol=1e-12)
+    gap = np.einsum("n,abn->ab", n.weight[0], np.asarray(y0 - zw) ** 2) / (1 + eye)
+    np.testing.assert_allclose(gap, inputs.effective_noise(frozen, delta), rtol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_fresh_channel_without_the_common_shift(tokens):
+    """Dropping 11^T: the same fields up to a multiple of 11^T, which softmax forgets."""
+    overlap, norm, q0, delta = MAPS[0]
+    inputs = Fresh()
+    d = inputs.dimension(tokens, True)
+    assert d == tokens * (tokens + 1) - 2
+    n = gaussian_nodes(d, 1024, 1, 3)
+    y0, zw = inputs.fields(FrozenMap(overlap, norm, q0), delta, tokens, True, n.normal[0])
+    both = np.stack([y0, zw])
+    np.testing.assert_allclose(both.sum((1, 2)), 0.0, atol=1e-12)
+    got = np.einsum("n,iabn,jcdn->ijabcd", n.weight[0], both, both)
+    eye = np.eye(tokens)
+    pairs = np.einsum("ac,bd->abcd", eye, eye) + np.einsum("ad,bc->abcd", eye, eye) - 2 / tokens**2
+    want = np.array([[q0 + delta / 2, overlap], [overlap, norm]])[:, :, None, None, None, None] * pairs
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
+
+
+def test_effective_noise_formula():
+    frozen = FrozenMap(0.3, 0.4, 0.8)
+    assert float(Fresh().effective_noise(frozen, 0.2)) == pytest.approx(0.1 + 0.8 - 0.6 + 0.4, abs=1e-15)
+    slopes = jax.grad(lambda f, d: Fresh().effective_noise(f, d), (0, 1))(FrozenMap(0.3, 0.4, 0.8), 0.2)
+    assert tuple(map(float, (*slopes[0], slopes[1]))) == (-2.0, 1.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("drop_shift", [False, True])
+def test_zero_map(drop_shift):
+    """M = Q = 0: a frozen map that learned nothing. Z_W vanishes, and neither value nor gradient is NaN."""
+    n = gaussian_nodes(Fresh().dimension(2, drop_shift), 512, 1, 0)
+
+    def energy(overlap, norm, q0, delta):
+        y0, zw = Fresh().fields(FrozenMap(overlap, norm, q0), delta, 2, drop_shift, n.normal[0])
+        return jnp.einsum("n,abn->", n.weight[0], y0**2), jnp.einsum("n,abn->", n.weight[0], y0 * zw), y0, zw
+
+    y2, cross, y0, zw = energy(0.0, 0.0, 0.8, 0.2)
+    assert np.abs(zw).max() < 1e-8 and np.isfinite(y0).all()
+    total = 4.0 if drop_shift else 6.0  # sum of 1 + delta_ab over entries, less the shift's 2
+    assert float(y2) == pytest.approx(0.9 * total, rel=1e-12)
+    assert abs(float(cross)) < 1e-8
+    for output in (0, 1):
+        # The noise term has weight sqrt(Q - M^2 / size): its slope in Q is cut off at zero, not infinite.
+        slopes = jax.grad(lambda *a, k=output: energy(*a)[k], (0, 1, 2, 3))(0.0, 0.0, 0.8, 0.2)
+        assert np.isfinite(slopes).all()
+        want = (0.0, 0.0, total, total / 2) if output == 0 else (total, None, 0.0, 0.0)
+        for got, expected in zip(slopes, want, strict=True):
+            if expected is not None:
+                assert float(got) == pytest.approx(expected, abs=1e-7)
