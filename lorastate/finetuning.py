@@ -155,25 +155,36 @@ def channel_potential(fine: Finetuning, order: Order, d: Draws, chi):
     return jnp.sum(d.weight * inner_problem(fine, order, d).terms(chi)[0])
 
 
+def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
+    """(c, conjugates) at the inner minimiser `chi`."""
+
+    def potential(o):
+        return channel_potential(fine, o, d, chi)
+
+    s = slopes(potential, order, TEACHER_SIZE)
+    c = Conjugates(-2 * fine.alpha * s.response, -fine.alpha * s.overlap, 2 * fine.alpha * s.norm)
+    return potential(order), c
+
+
 def conjugates(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> Conjugates:
     """First half-step, (v, m, q) -> (q', m', l'), from one replica of nodes."""
 
-    def from_draws(d, chi):
-        s = slopes(lambda o: channel_potential(fine, o, d, chi), order, TEACHER_SIZE)
-        return Conjugates(-2 * fine.alpha * s.response, -fine.alpha * s.overlap, 2 * fine.alpha * s.norm)
+    def use(d, chi, _):
+        return conjugates_at(fine, order, d, chi)[1]
 
-    return with_draws(fine, order, draws(fine, frozen, nodes), from_draws)
+    return with_draws(fine, order, draws(fine, frozen, nodes), use)
 
 
 def with_draws(fine: Finetuning, order: Order, plain: Draws, use):
-    """`use(draws, inner minimiser)`, on split nodes where any node can have two wells and on plain ones elsewhere."""
+    """`use(draws, inner minimiser, converged)`, on split nodes where any node can have two wells and on plain ones elsewhere."""
 
     def split(d):
         d, chi0 = split_nodes(fine, order, d)
-        return use(d, inner_minimum(fine, order, d, chi0)[0])
+        return use(d, *inner_minimum(fine, order, d, chi0))
 
     def single(d):
-        return use(d, minimise(inner_problem(fine, order, d), student(order, d))[0])
+        chi, _, ok = minimise(inner_problem(fine, order, d), student(order, d))
+        return use(d, chi, ok)
 
     return jax.lax.cond(jnp.any(_saddle_at_origin(fine, order, plain)), split, single, plain)
 

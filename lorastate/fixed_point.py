@@ -57,16 +57,19 @@ def small_solve(a, b):
     """Solves a x = b, a (n, n), b (n,) or (n, k), by unrolled elimination with row exchanges; no LAPACK call."""
     n = a.shape[0]
     vector = b.ndim == 1
-    rows = [jnp.concatenate([a[i], b[i][None] if vector else b[i]]) for i in range(n)]
+    rows, rhs = [a[i] for i in range(n)], [b[i][None] if vector else b[i] for i in range(n)]
     for k in range(n):
         for i in range(k + 1, n):
             swap = jnp.abs(rows[i][k]) > jnp.abs(rows[k][k])
             rows[k], rows[i] = jnp.where(swap, rows[i], rows[k]), jnp.where(swap, rows[k], rows[i])
+            rhs[k], rhs[i] = jnp.where(swap, rhs[i], rhs[k]), jnp.where(swap, rhs[k], rhs[i])
         for i in range(k + 1, n):
-            rows[i] = rows[i] - rows[k] * (rows[i][k] / rows[k][k])
+            factor = rows[i][k] / rows[k][k]
+            rows[i] = rows[i] - rows[k] * factor
+            rhs[i] = rhs[i] - rhs[k] * factor
     x: list[Any] = [None] * n
     for i in reversed(range(n)):
-        s = rows[i][n:]
+        s = rhs[i]
         for j in range(i + 1, n):
             s = s - rows[i][j] * x[j]
         x[i] = s / rows[i][i]
@@ -83,7 +86,7 @@ def _log_norm_of_power(a, squarings: int):
         log = log + jnp.log(safe) / 2**k
         a = (a / safe) @ (a / safe)
     norm = jnp.sqrt(jnp.sum(a * a))
-    return log + jnp.log(jnp.where(norm > 0, norm, 1e-300)) / 2**squarings
+    return jnp.where(norm > 0, log + jnp.log(jnp.where(norm > 0, norm, 1.0)) / 2**squarings, -jnp.inf)
 
 
 def spectral_radius(jac):
@@ -154,7 +157,7 @@ def _iterate(step, method: Method, x0, args, const):
         best = jnp.minimum(s.best, jnp.where(finite, residual, jnp.inf))
         done = accept & (residual <= method.tolerance)
         moved = size(x - s.x)
-        cycle = accept & (moved > 1e-6) & (size(x - s.previous) < 1e-3 * moved) & (since > 8)
+        cycle = accept & (moved > 1e-6) & (size(x - s.before) < 1e-3 * moved) & (since > 8)
         code = jnp.where(cycle, Code.cycle, s.code)
         code = jnp.where((since > 15 + method.burn_in) & (method.burn_in >= 0), Code.stalled, code)
         stuck = ~accept & (length < 0.02) & (size(g) < method.floor)

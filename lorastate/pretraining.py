@@ -49,18 +49,23 @@ def fields(pre: Pretraining, order: Order, nodes):
     return y, order.overlap / pre.label_size * y + order.noise * two
 
 
+def inner_problem(pre: Pretraining, order: Order, nodes: Nodes) -> MapProblem:
+    y, omega = fields(pre, order, nodes.normal)
+    return MapProblem(pre.activation, omega, pre.activation(y), order.response)
+
+
 def inner_minimum(pre: Pretraining, order: Order, nodes: Nodes):
     """Coordinates of the inner minimiser Z (n_T, N): the lower of the minima reached from Omega and from Y.
 
     Returns `(u, two_wells, converged)`; the flags are per node.
     """
     y, omega = fields(pre, order, nodes.normal)
-    problem = MapProblem(pre.activation, omega, pre.activation(y), order.response)
+    problem = inner_problem(pre, order, nodes)
     starts = jnp.stack([to_coordinates(omega), to_coordinates(y)])
     # lax.map, not two calls: the descent is compiled once.
     (a, b), (fa, fb), ok = jax.lax.map(lambda s: minimise(problem, s), starts)
     two = jnp.max(jnp.abs(a - b), 0) > 1e-4 * (1 + jnp.max(jnp.abs(a), 0))
-    return jnp.where(fa < fb, a, b), two, ok[0] & ok[1]
+    return jnp.where(fa < fb, a, b), two, ok[0] | ok[1]
 
 
 def channel_potential(pre: Pretraining, order: Order, nodes: Nodes | None, u=None):
@@ -73,16 +78,24 @@ def channel_potential(pre: Pretraining, order: Order, nodes: Nodes | None, u=Non
         t = pre.tokens
         gap = pre.label_size - 2 * order.overlap + order.norm(pre.label_size)
         return t * (t + 1) * gap / (t * t + 4 * order.response)
-    y, omega = fields(pre, order, nodes.normal)
-    f, _, _ = MapProblem(pre.activation, omega, pre.activation(y), order.response).terms(u)
-    return jnp.sum(nodes.weight * f)
+    return jnp.sum(nodes.weight * inner_problem(pre, order, nodes).terms(u)[0])
+
+
+def conjugates_at(pre: Pretraining, order: Order, nodes: Nodes | None, u):
+    """(C, conjugates) at the inner minimiser `u`."""
+
+    def potential(o):
+        return channel_potential(pre, o, nodes, u)
+
+    d = slopes(potential, order, pre.label_size)
+    c = Conjugates(-4 * pre.alpha * d.response, -2 * pre.alpha * d.overlap, 4 * pre.alpha * d.norm)
+    return potential(order), c
 
 
 def conjugates(pre: Pretraining, order: Order, nodes: Nodes | None) -> Conjugates:
     """First half-step, (V, M, Q) -> (q^, m^, s^), from one replica of nodes."""
     u = None if nodes is None else inner_minimum(pre, order, nodes)[0]
-    d = slopes(lambda o: channel_potential(pre, o, nodes, u), order, pre.label_size)
-    return Conjugates(-4 * pre.alpha * d.response, -2 * pre.alpha * d.overlap, 4 * pre.alpha * d.norm)
+    return conjugates_at(pre, order, nodes, u)[1]
 
 
 def thresholds(pre: Pretraining, c: Conjugates):

@@ -312,40 +312,62 @@ def _double_well_share(fine, frozen, order, nodes):
     return mean(over_replicas(one, jax.lax.stop_gradient(nodes)))
 
 
-def quadrature_errors(
-    pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, map_x, x
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Standard error of every prediction from the spread over replicas.
+def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, map_x, x):
+    """Standard error of every prediction, from the spread over replicas: two dictionaries.
 
-    Replica r would solve x = F_r(x). To first order its solution is x + (I - J)^{-1} (F_r(x) - F(x)): no second solve. Its
-    predictions, and what its pre-training does to its fine-tuning, follow by linear response as well.
+    Replica r would solve x = F_r(x). To first order its solution is x + (I - J)^{-1} (F_r(x) - F(x)), so no second
+    solve is needed. What its pre-training does to its fine-tuning is carried along in the same way.
     """
     r = numerics.replicas
 
-    # pre-training: outputs of one replica as a function of its own solution
-    def map_out(y, n, test):
+    def map_outputs(y):
         order = decode(y)
-        a = map_averages(pre, order, n)
-        return a, pt.order_parameters(pre, a.conjugates).encode(), _map_errors(pre, order, test)
+        return map_averages(pre, order, nodes.pretraining), _map_errors(pre, order, nodes.pretraining_test)
 
-    shift, map_err, frozen_shift = _replica_shift(map_out, map_x, nodes.pretraining, nodes.pretraining_test, r)
-    a, errors = map_err
-    preds = jax.vmap(lambda d, a, e: map_predictions(pre, decode(map_x + d), a, e))(shift, a, errors)
-    map_spread = _standard_errors(preds, r)
-    del frozen_shift
+    def map_image(c):
+        return pt.order_parameters(pre, c).encode()
 
-    frozen = _frozen(pre, decode(map_x))
+    shift, (a, errors) = _respond(map_outputs, map_image, map_x, jnp.zeros((r, 0)))
+    map_values = jax.vmap(lambda d, a, e: map_predictions(pre, decode(map_x + d), a, e))(shift, a, errors)
 
-    def out(z, n, test):
-        order, fr = decode(z[:3]), _frozen(pre, decode(z[3:]))
-        b = lora_averages(fine, fr, order, n)
-        return b, ft.order_parameters(fine, b.conjugates).encode(), _lora_errors(fine, fr, order, test)
+    def outputs(z):
+        order, frozen = decode(z[:3]), _frozen(pre, decode(z[3:]))
+        averages = lora_averages(fine, frozen, order, nodes.finetuning)
+        return averages, _lora_errors(fine, frozen, order, nodes.finetuning_test)
 
-    z = jnp.concatenate([x, map_x])
-    shift2, lora_err, _ = _replica_shift(out, z, nodes.finetuning, nodes.finetuning_test, r, shift)
-    b, errors = lora_err
-    preds = jax.vmap(
-        lambda d, s, b, e: lora_predictions(fine, _frozen(pre, decode(map_x + s)), decode(x + d), b, e)
-    )(shift2, shift, b, errors)
-    del frozen
-    return map_spread, _standard_errors(preds, r)
+    def image(c):
+        return ft.order_parameters(fine, c).encode()
+
+    own, (b, errors) = _respond(outputs, image, jnp.concatenate([x, map_x]), shift)
+
+    def predict(d, s, b, e):
+        return lora_predictions(fine, _frozen(pre, decode(map_x + s)), decode(x + d), b, e)
+
+    return _standard_errors(map_values), _standard_errors(jax.vmap(predict)(own, shift, b, errors))
+
+
+def _respond(outputs, image, z, upstream):
+    """Shifts of the three order parameters of every replica (R, 3), and its averages there, to first order.
+
+    `outputs(z) -> (averages, errors)` at z = (own order parameters, those upstream, shifted by `upstream`).
+    """
+    r = upstream.shape[0]
+
+    def stacked(y):
+        out = jax.tree_util.tree_map(lambda v: jnp.broadcast_to(v, (r,)), outputs(y))
+        return out, out
+
+    jac, (averages, errors) = jax.jacfwd(stacked, has_aux=True)(z)
+    slope = mean(jac)
+    center = mean(averages.conjugates)
+    by_conjugate = jnp.stack(jax.jacfwd(image)(center), 1)
+    j = by_conjugate @ jnp.stack(slope[0].conjugates)
+    force = jax.vmap(image)(averages.conjugates) - image(center) + upstream @ j[:, 3:].T
+    shift = jax.vmap(lambda f: small_solve(jnp.eye(3) - j[:, :3], f))(force)
+    total = jnp.concatenate([shift, upstream], 1)
+    moved = jax.tree_util.tree_map(lambda v, d: v + total @ d, (averages, errors), slope)
+    return shift, moved
+
+
+def _standard_errors(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: jnp.std(v, ddof=1) / np.sqrt(v.shape[0]) for k, v in values.items()}

@@ -1,0 +1,36 @@
+"""lorastate: differentiable high-dimensional theory of LoRA fine-tuning in a solvable attention model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._version import __version__
+
+# Names are imported on first use, so that the command line can answer before JAX is loaded.
+_HOME = {
+    "Setting": "setting", "Pretraining": "setting", "Finetuning": "setting", "Numerics": "setting",
+    "load_setting": "setting_file", "replace": "setting_file", "setting_to_dict": "setting_file",
+    "continuous_fields": "setting_file",
+    "Activation": "activation", "Softmax": "activation", "Identity": "activation", "Custom": "activation",
+    "Inputs": "channel", "Fresh": "channel", "FrozenMap": "channel",
+    "LearnedSpectrum": "spectrum",
+    "Method": "fixed_point", "FixedPoint": "fixed_point",
+    "Solution": "solution", "predict": "solution",
+    "gradient": "design", "optimize": "design", "Optimum": "design",
+    "Simulation": "simulation", "simulate": "simulation",
+    "SettingError": "errors", "SolveError": "errors", "Code": "errors",
+}  # fmt: skip
+
+__all__ = [*sorted(_HOME), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        # Looked up each time: a cached name could hide a submodule.
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

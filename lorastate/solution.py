@@ -1,0 +1,166 @@
+"""Solutions: every prediction of one setting as a documented property, with its quadrature error and status."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from . import theory
+from .errors import Code, SolveError, is_concrete, require_float64
+from .setting import Setting
+from .spectrum import LearnedSpectrum
+
+_SUMMARY = {
+    "pretraining": ("V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
+                    "rank_fraction", "replicon"),
+    "finetuning": ("v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
+                   "free_energy", "replicon", "double_well_share"),
+}  # fmt: skip
+#: Error above which a solve that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
+_FLOOR_SHARE = 0.3
+
+
+@eqx.filter_jit
+def _evaluate(pre, fine, numerics, nodes):
+    out = theory.evaluate(pre, fine, numerics, nodes)
+    stop = jax.lax.stop_gradient
+    xs = (out.status["pretraining"]["x"], out.status["finetuning"]["x"])
+    errors = theory.quadrature_errors(*stop((pre, fine)), numerics, nodes, *stop(xs))
+    return out, errors
+
+
+class Solution(eqx.Module):
+    """Theory of one `setting`. `pretraining` and `finetuning` hold every prediction by name.
+
+    pretraining: V, M, Q, qhat, mhat, shat (order parameters and conjugates); overlap = M / sqrt(Q Q0); train_loss
+    (L / D^2, penalty included) and train_error (its data part); test_error, test_error_noiseless (E);
+    rank_fraction (rank of the learned map / D); replicon (stable below 1); double_well_share.
+
+    finetuning: v, m, q, qhat, mhat, lhat; overlap = m / sqrt(q q0); train_loss = free_energy (L' / D, penalty included)
+    and train_error; test_error (E'), test_error_frozen (E' at w = 0); effective_noise (Delta_eff); replicon (of
+    smooth nodes); double_well_share (share of nodes whose inner problem has two minima).
+
+    All are scalars and differentiable in the setting's fields. `NaN` means undefined (the overlap of a zero map).
+    """
+
+    setting: Setting
+    pretraining: dict[str, Any]
+    finetuning: dict[str, Any]
+    errors: dict[str, dict[str, Any]]
+    status: dict[str, dict[str, Any]]
+    branches: theory.Branches
+
+    @property
+    def test_error(self):
+        """E' = E || sigma(Z_W + omega omega^T) - sigma(Y0 + chi* chi*^T) ||_F^2 on fresh inputs, noisy labels."""
+        return self.finetuning["test_error"]
+
+    @property
+    def effective_noise(self):
+        """Delta_eff = delta'/2 + Q0 - 2 M + Q (fresh inputs): all that LoRA sees of pre-training for the identity."""
+        return self.finetuning["effective_noise"]
+
+    @property
+    def overlap(self):
+        """o_w = m / sqrt(q q0), the cosine of w and w*."""
+        return self.finetuning["overlap"]
+
+    @property
+    def map_overlap(self):
+        """O_W = M / sqrt(Q Q0), the cosine of the learned and the teacher map."""
+        return self.pretraining["overlap"]
+
+    @property
+    def free_energy(self):
+        """phi at the fixed point: training loss of fine-tuning per D, penalty included."""
+        return self.finetuning["free_energy"]
+
+    @property
+    def spectrum(self) -> LearnedSpectrum:
+        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps): atom at zero and density."""
+        c, pre = self.pretraining, self.setting.pretraining
+        lam = pre.lam * pre.kappa**0.5
+        return LearnedSpectrum(
+            c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.kappa0
+        )
+
+    def stderr(self, stage: str, name: str) -> float:
+        """Quadrature standard error of a prediction, e.g. `stderr("finetuning", "test_error")`."""
+        return float(self.errors[stage][name])
+
+    def code(self, stage: str) -> Code:
+        """Result code of a stage; a solve that stopped at a jump must be well inside its quadrature error."""
+        code = Code(int(self.status[stage]["code"]))
+        if code is Code.floor:
+            names = ("V", "M", "Q") if stage == "pretraining" else ("v", "m", "q")
+            allowed = max(float(self.errors[stage][n]) for n in names)
+            if not float(self.status[stage]["error"]) <= _FLOOR_SHARE * allowed:
+                return Code.stalled
+        return code
+
+    @property
+    def ok(self) -> bool:
+        """Whether both stages were solved."""
+        return all(self.code(s) in (Code.ok, Code.floor) for s in self.status)
+
+    def require_ok(self) -> None:
+        """Raises `SolveError` for the first stage that failed."""
+        for stage in ("pretraining", "finetuning"):
+            code = self.code(stage)
+            if code not in (Code.ok, Code.floor):
+                detail = f"residual {float(self.status[stage]['residual']):.2e}"
+                if code is Code.too_narrow:
+                    rank = float(self.pretraining["rank_fraction"])
+                    kappa = float(self.setting.pretraining.kappa)
+                    detail = f"kappa = {kappa:g}, allowed: at least the rank fraction {rank:.6g}"
+                raise SolveError(stage, code, detail)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined."""
+        values = {"pretraining": self.pretraining, "finetuning": self.finetuning}
+        out: dict[str, Any] = {s: {n: _plain(values[s][n]) for n in names} for s, names in _SUMMARY.items()}
+        out["quadrature_error"] = {
+            s: {n: _plain(self.errors[s].get(n, 0.0)) for n in names} for s, names in _SUMMARY.items()
+        }
+        out["status"] = {
+            s: {
+                "code": self.code(s).name,
+                "residual": _plain(self.status[s]["residual"]),
+                "steps": int(self.status[s]["steps"]),
+            }
+            for s in ("pretraining", "finetuning")
+        }
+        return out
+
+
+def _plain(value) -> float | None:
+    x = float(np.asarray(value))
+    return x if math.isfinite(x) else None
+
+
+def predict(setting: Setting, throw: bool = True) -> Solution:
+    """Solves both stages of `setting` and predicts everything.
+
+    Raises `SolveError` when a solve failed, unless `throw` is False (then read `Solution.ok` and `Solution.code`).
+    Compiled once per kind of setting (tokens, activations, numerics); under jit, vmap and grad nothing is raised
+    and the derivative of a failed solve is NaN.
+    """
+    require_float64()
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    nodes = theory.node_sets(pre, fine, setting.numerics)
+    out, (map_errors, errors) = _evaluate(pre, fine, setting.numerics, nodes)
+    solution = Solution(
+        setting,
+        out.pretraining,
+        out.finetuning,
+        {"pretraining": map_errors, "finetuning": errors},
+        out.status,
+        out.branches,
+    )
+    if throw and is_concrete(out.status["pretraining"]["code"]):
+        solution.require_ok()
+    return solution
