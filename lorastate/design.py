@@ -1,0 +1,228 @@
+"""Gradients of a prediction with respect to every continuous input, and descent over any of them.
+
+All derivatives go through both fixed points by the implicit function theorem; positive inputs are descended in log
+coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from . import theory
+from .errors import SettingError, SolveError, require_float64, succeeded
+from .setting import Setting
+from .setting_file import continuous_fields, get, replace
+from .solution import Solution, predict
+
+#: Objectives by name, each to be minimised, as functions of an `theory.Evaluation`.
+OBJECTIVES = {
+    "test_error": lambda e: e.finetuning["test_error"],
+    "effective_noise": lambda e: e.finetuning["effective_noise"],
+    "overlap": lambda e: -e.finetuning["overlap"],
+}
+
+
+def _read(path: str):
+    """Leaf of (pre, fine) that a dotted path names; both stages are explicit there."""
+    stage, name = path.split(".")
+    index = 0 if stage == "pretraining" else 1
+
+    def where(stages):
+        node = stages[index]
+        return node.activation.beta if name == "beta" else getattr(node, name)
+
+    return where
+
+
+@eqx.filter_jit
+def _value_and_slopes(objective: str, pre, fine, numerics, nodes):
+    params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)
+
+    def loss(params):
+        p, f = eqx.combine(params, rest)
+        e = theory.evaluate(p, f, numerics, nodes)
+        value = OBJECTIVES[objective](e)
+        return value, (value, e.status["pretraining"]["code"], e.status["finetuning"]["code"])
+
+    grads, aux = jax.grad(loss, has_aux=True)(params)
+    return *aux, eqx.combine(grads, jax.tree_util.tree_map(lambda _: None, rest))
+
+
+def _objective(name: str) -> str:
+    if name not in OBJECTIVES:
+        allowed = ", ".join(f'"{k}"' for k in OBJECTIVES)
+        raise SettingError(f"objective = {name!r} is unknown; allowed: {allowed}")
+    return name
+
+
+def _evaluate(setting: Setting, objective: str) -> tuple[float, dict[str, float], bool]:
+    """(value, total derivative by path, success); -overlap for the objective "overlap"."""
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    nodes = theory.node_sets(pre, fine, setting.numerics)
+    value, map_code, code, grads = _value_and_slopes(objective, pre, fine, setting.numerics, nodes)
+    slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
+    # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
+    for name, own in (("delta", setting.finetuning.delta), ("beta", setting.finetuning.activation)):
+        if own is None and f"pretraining.{name}" in slopes and f"finetuning.{name}" in slopes:
+            slopes[f"pretraining.{name}"] += slopes[f"finetuning.{name}"]
+    good = bool(succeeded(map_code) & succeeded(code)) and all(map(math.isfinite, slopes.values()))
+    return float(value), slopes, good
+
+
+def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
+    """Value of a prediction ("test_error", "effective_noise" or "overlap") and its derivative by every continuous field.
+
+    Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
+    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.
+    """
+    require_float64()
+    value, slopes, good = _evaluate(setting, _objective(of))
+    if not good:
+        predict(setting)  # names the stage and the code
+        raise SolveError("gradient", _code_of_nan(), f"objective {of}")
+    sign = -1.0 if of == "overlap" else 1.0
+    return sign * value, {k: sign * v for k, v in slopes.items()}
+
+
+def _code_of_nan():
+    from .errors import Code
+
+    return Code.nonfinite
+
+
+@dataclass
+class Optimum:
+    """Result of `optimize`: settings and solutions before and after, and the path between."""
+
+    over: tuple[str, ...]
+    minimize: str
+    initial: Setting
+    setting: Setting
+    before: Solution
+    after: Solution
+    gradient_norm: float
+    solves: int
+    converged: bool
+    message: str
+    path: list[dict[str, float]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return {
+            "over": list(self.over),
+            "minimize": self.minimize,
+            "converged": self.converged,
+            "message": self.message,
+            "gradient_norm": self.gradient_norm,
+            "solves": self.solves,
+            "before": self.before.summary(),
+            "after": self.after.summary(),
+            "path": self.path,
+        }
+
+
+def optimize(
+    setting: Setting,
+    over: Sequence[str] = ("pretraining.lam", "finetuning.lam"),
+    minimize: str = "test_error",
+    *,
+    tolerance: float = 1e-6,
+    max_steps: int = 60,
+    progress: bool = False,
+) -> Optimum:
+    """Minimises E' ("test_error"), Delta_eff ("effective_noise") or -o_w ("overlap") over continuous fields.
+
+    L-BFGS directions (optax) in u = log(field), with backtracking; a trial whose solve fails is shortened. Stops when
+    the norm of the gradient in u is below `tolerance`; anything else is `converged = False` with a message. Raises
+    `SettingError` for an unknown field and `SolveError` when the starting point itself cannot be solved.
+    """
+    require_float64()
+    objective = _objective(minimize)
+    known, over = continuous_fields(setting), tuple(dict.fromkeys(over))
+    for p in over:
+        if p not in known:
+            raise SettingError(f"over = {p!r} is not a continuous field; allowed: {', '.join(known)}")
+        if not float(get(setting, p)) > 0:
+            raise SettingError(f"{p} = {float(get(setting, p))!r} is out of range; allowed: > 0 when it is descended")
+    if not over:
+        raise SettingError("over = () is empty; allowed: at least one continuous field")
+
+    solves = 0
+
+    def at(u):
+        nonlocal solves
+        solves += 1
+        s = setting
+        for p, x in zip(over, u, strict=True):
+            s = replace(s, p, float(np.exp(x)))
+        value, slopes, good = _evaluate(s, objective)
+        return s, value, np.array([slopes[p] * float(np.exp(x)) for p, x in zip(over, u, strict=True)]), good
+
+    before = predict(setting)
+    u = np.log([float(get(setting, p)) for p in over])
+    current, value, slope, good = at(u)
+    if not good:
+        raise SolveError("optimize", _code_of_nan(), "the gradient at the starting point is not finite")
+    path: list[dict[str, float]] = []
+
+    def record():
+        fields = {p: float(np.exp(x)) for p, x in zip(over, u, strict=True)}
+        path.append({**fields, "value": value, "gradient_norm": float(np.linalg.norm(slope))})
+
+    record()
+    memory = optax.scale_by_lbfgs(memory_size=8)
+    state = memory.init(jnp.asarray(u))
+    bar = tqdm(desc="descent", unit="solve", disable=not progress)
+    message = f"no convergence in {max_steps} steps"
+    for _ in range(max_steps):
+        norm = float(np.linalg.norm(slope))
+        bar.set_postfix_str(f"value {value:.6g}, gradient {norm:.1e}")
+        if norm < tolerance:
+            message = f"gradient norm below {tolerance:g}"
+            break
+        direction, state = memory.update(jnp.asarray(slope), state, jnp.asarray(u))
+        step = -np.asarray(direction)
+        if not np.all(np.isfinite(step)) or step @ slope >= 0:
+            step, state = -slope / norm, memory.init(jnp.asarray(u))
+        if len(path) == 1:
+            step = -slope / norm * 0.5  # no curvature known yet: half a unit of log
+        step *= min(1.0, 1.5 / float(np.max(np.abs(step))))  # never more than a factor e^1.5 at once
+        length, accepted = 1.0, False
+        while length > 1e-4:
+            trial = at(u + length * step)
+            bar.update()
+            # Near the minimum the decrease drowns in rounding; the slope along the step still tells.
+            enough = trial[1] <= value + 1e-4 * length * (step @ slope)
+            flat = abs(trial[1] - value) <= 1e-12 * max(1.0, abs(value))
+            closer = flat and float(np.linalg.norm(trial[2])) < norm
+            if trial[3] and (enough or closer):
+                accepted = True
+                break
+            length /= 3
+        if not accepted:
+            message = "no step along the descent direction lowers the objective (or every trial failed to solve)"
+            break
+        u = u + length * step
+        current, value, slope, _ = trial
+        record()
+        if np.max(np.abs(u)) > 25:
+            message = "a field runs off to zero or infinity: there is no interior optimum in this direction"
+            break
+    bar.close()
+    norm = float(np.linalg.norm(slope))
+    converged = norm < tolerance
+    if not converged and norm < 1e-5 and message.startswith("no step"):
+        converged, message = True, f"gradient norm {norm:.1e}; no further decrease is resolved"
+    return Optimum(
+        over, minimize, setting, current, before, predict(current), norm, solves, converged, message, path
+    )
