@@ -105,12 +105,8 @@ class Optimize:
 
     setting: _SettingPath
     set: _Set = ()
-    over: Annotated[str, arg(help="Fields to optimise, separated by commas.")] = (
-        "pretraining.lam,finetuning.lam"
-    )
-    minimize: Annotated[str, arg(help="test_error, effective_noise, or overlap (which is maximised).")] = (
-        "test_error"
-    )
+    over: Annotated[str, arg(help="Fields to optimise, separated by commas.")] = "pretraining.lam,finetuning.lam"
+    minimize: Annotated[str, arg(help="test_error, effective_noise, or overlap (which is maximised).")] = "test_error"
     verify: Annotated[bool, arg(help="Also train the finite-size model at the optimum.")] = False
     dimension: _Dimension = 150
     runs: _Runs = 4
@@ -145,9 +141,7 @@ class Optimize:
         simulation, status = None, 0
         if not optimum.converged:
             status = FAILED
-            _warn(
-                f"the descent did not converge ({optimum.message}); gradient norm {optimum.gradient_norm:.2e}"
-            )
+            _warn(f"the descent did not converge ({optimum.message}); gradient norm {optimum.gradient_norm:.2e}")
         if not optimum.after.ok:
             raise _failure(optimum.after.summary()["status"])
         if self.verify:
@@ -195,9 +189,7 @@ class Gradient:
             )
         else:
             _say(_describe(setting))
-            rows = [
-                (path, _number(float(get(setting, path))), _number(slope)) for path, slope in gradient.items()
-            ]
+            rows = [(path, _number(float(get(setting, path))), _number(slope)) for path, slope in gradient.items()]
             _say(f"{self.of} = {_number(value)}\n")
             _say(_table(("field", "value", f"d {self.of} / d field"), rows))
         bad = [path for path, slope in gradient.items() if not math.isfinite(slope)]
@@ -359,9 +351,7 @@ def _check_fields(option: str, fields: Sequence[str], known: Sequence[str]) -> N
         if field not in known:
             near = difflib.get_close_matches(field, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise SettingError(
-                f"{option} {field!r} is not a continuous field{hint}; allowed: {', '.join(known)}"
-            )
+            raise SettingError(f"{option} {field!r} is not a continuous field{hint}; allowed: {', '.join(known)}")
         if fields.count(field) > 1:
             raise SettingError(f"{option} names {field} more than once; allowed: each field once")
 
@@ -408,9 +398,7 @@ def _directory(out: Path) -> Path:
 
 
 def _cannot_write(out: Path, error: OSError) -> str:
-    return (
-        f"--out {str(out)!r} cannot be written to ({error.strerror or error}); allowed: a writable directory"
-    )
+    return f"--out {str(out)!r} cannot be written to ({error.strerror or error}); allowed: a writable directory"
 
 
 def _failure(status: Mapping[str, Mapping[str, Any]]) -> Exception:
@@ -523,9 +511,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def cell(i: int, text: str) -> str:
         return text.ljust(widths[i]) if i == 0 or not head[i] else text.rjust(widths[i])
 
-    return (
-        "\n".join("  ".join(cell(i, text) for i, text in enumerate(line)).rstrip() for line in lines) + "\n"
-    )
+    return "\n".join("  ".join(cell(i, text) for i, text in enumerate(line)).rstrip() for line in lines) + "\n"
 
 
 def _describe(setting: Setting) -> str:
@@ -546,8 +532,7 @@ def _describe(setting: Setting) -> str:
 def _prediction_table(stage: str, summary: Mapping[str, Any]) -> str:
     errors, meaning = summary["quadrature_error"].get(stage, {}), _MEANING[stage]
     rows = [
-        (name, _number(value), _bar(errors.get(name)), meaning.get(name, ""))
-        for name, value in summary[stage].items()
+        (name, _number(value), _bar(errors.get(name)), meaning.get(name, "")) for name, value in summary[stage].items()
     ]
     return _table((_TITLE[stage], "value", "+- quadrature", ""), rows)
 
@@ -580,16 +565,12 @@ def _optimum_table(optimum: Any) -> str:
         ("O_W", "pretraining", "overlap"),
     )
     for title, stage, name in quantities:
-        pairs = [
-            (s[stage].get(name), s["quadrature_error"].get(stage, {}).get(name)) for s in (before, after)
-        ]
+        pairs = [(s[stage].get(name), s["quadrature_error"].get(stage, {}).get(name)) for s in (before, after)]
         rows.append((title, *(text for value, error in pairs for text in (_number(value), _bar(error)))))
     first = optimum.path[0].get("gradient_norm") if optimum.path else None
     rows.append(("gradient norm", _bar(first) or "-", "", _bar(optimum.gradient_norm) or "-", ""))
     rows.append(("solves used", "", "", str(optimum.solves), ""))
-    return _table(
-        (f"Optimum ({optimum.minimize})", "before", "+- quadrature", "after", "+- quadrature"), rows
-    )
+    return _table((f"Optimum ({optimum.minimize})", "before", "+- quadrature", "after", "+- quadrature"), rows)
 
 
 def _simulation_tables(compared: Mapping[str, Any]) -> str:

@@ -223,6 +223,4 @@ def optimize(
     converged = norm < tolerance
     if not converged and norm < 1e-5 and message.startswith("no step"):
         converged, message = True, f"gradient norm {norm:.1e}; no further decrease is resolved"
-    return Optimum(
-        over, minimize, setting, current, before, predict(current), norm, solves, converged, message, path
-    )
+    return Optimum(over, minimize, setting, current, before, predict(current), norm, solves, converged, message, path)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from . import spectrum
 from .activation import Identity
 from .channel import field_dimension, standard_fields
-from .fixed_point import FixedPoint
 from .order import Order, decode, from_norm, slopes
 from .prox import MapProblem, minimise
 from .quadrature import Nodes, mean, over_replicas

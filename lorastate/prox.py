@@ -52,9 +52,7 @@ class VectorProblem(NamedTuple):
 
     def take(self, index):
         """The same problem on a subset of the nodes."""
-        return self._replace(
-            zw=self.zw[..., index], omega=self.omega[..., index], target=self.target[..., index]
-        )
+        return self._replace(zw=self.zw[..., index], omega=self.omega[..., index], target=self.target[..., index])
 
     def terms(self, u):
         f, g, h = self.activation.loss_terms(self.zw + u[:, None] * u[None, :], self.target)
@@ -74,9 +72,7 @@ class VectorProblem(NamedTuple):
             hu = jnp.sum(h * u[None, None], 2)
             uhu = jnp.sum(hu * u[None], 1)
             cross = u[:, None] * hu
-            curvature = (
-                jnp.sum(h * (u * u)[:, None, None], 0) + eye * uhu + cross + jnp.swapaxes(cross, 0, 1)
-            )
+            curvature = jnp.sum(h * (u * u)[:, None, None], 0) + eye * uhu + cross + jnp.swapaxes(cross, 0, 1)
         hess = s + curvature + eye / self.v
         return f + jnp.sum(d * d, 0) / (2 * self.v), grad, hess
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -84,9 +80,7 @@ class Pretraining(eqx.Module):
     activation: Any = "softmax"
     tokens: int = eqx.field(static=True, default=3)
 
-    def __init__(
-        self, alpha, lam, kappa0=1.0, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None
-    ):
+    def __init__(self, alpha, lam, kappa0=1.0, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None):
         require_float64()
         self.alpha = _real("pretraining.alpha", alpha, "alpha > 0", 0.0)
         self.lam = _real("pretraining.lam", lam, _WHY_LAM, 0.0)
@@ -127,14 +121,10 @@ class Finetuning(eqx.Module):
         self.alpha = _real("finetuning.alpha", alpha, "alpha > 0", 0.0)
         self.lam = _real("finetuning.lam", lam, _WHY_LAM.split(";")[0] + "; zero is not allowed because "
                          "the response v = 1/(l' + 2 lam) then has no bound", 0.0)  # fmt: skip
-        self.delta = (
-            None if delta is None else _real("finetuning.delta", delta, "delta >= 0", 0.0, closed=True)
-        )
+        self.delta = None if delta is None else _real("finetuning.delta", delta, "delta >= 0", 0.0, closed=True)
         if activation is None and beta is not None:
             raise SettingError(f"finetuning.beta = {beta!r} needs an activation; allowed: with softmax only")
-        self.activation = (
-            None if activation is None else as_activation("finetuning.activation", activation, beta)
-        )
+        self.activation = None if activation is None else as_activation("finetuning.activation", activation, beta)
         self.tokens = None if tokens is None else _whole("finetuning.tokens", tokens, 2, 8)
         if isinstance(inputs, Inputs):
             self.inputs = inputs

@@ -121,9 +121,7 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
 
 def _needs_softmax(path: str, stage: Any) -> None:
     if not isinstance(stage.activation, Softmax):
-        raise SettingError(
-            f"{path} has no meaning for the {stage.activation.name} activation; allowed: softmax only"
-        )
+        raise SettingError(f"{path} has no meaning for the {stage.activation.name} activation; allowed: softmax only")
 
 
 def _plain(value: Any) -> Any:
@@ -160,9 +158,7 @@ def _checked(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if name not in KEYS:
             raise SettingError(_unknown_section(name))
         if not isinstance(section, Mapping):
-            raise SettingError(
-                f"{name} = {_shown(section)} is not a section; allowed: [{name}] and keys below it"
-            )
+            raise SettingError(f"{name} = {_shown(section)} is not a section; allowed: [{name}] and keys below it")
         for key, value in section.items():
             _set(out, name, key, value)
     return out
@@ -191,9 +187,7 @@ def _override(sections: dict[str, dict[str, Any]], overrides: Iterable[str]) -> 
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals:
-            raise SettingError(
-                f"override {text!r} has no '='; allowed: section.key=value, as pretraining.lam=0.02"
-            )
+            raise SettingError(f"override {text!r} has no '='; allowed: section.key=value, as pretraining.lam=0.02")
         name, key = _split(path.strip())
         _set(sections, name, key, _parse(path.strip(), value.strip()))
         given.add((name, key))
@@ -215,9 +209,7 @@ def _parse(path: str, text: str) -> Any:
     except (ValueError, RecursionError):
         if _BARE_WORD.fullmatch(text):
             return text
-    raise SettingError(
-        f"override {path}={text[:40]} has no readable value; allowed: a number such as 0.02, or a word"
-    )
+    raise SettingError(f"override {path}={text[:40]} has no readable value; allowed: a number such as 0.02, or a word")
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -242,10 +234,7 @@ def _unknown_section(name: str) -> str:
     homes = [f"{section}.{name}" for section, keys in KEYS.items() if name in keys]
     near = _nearest(name, KEYS)
     hint = " or ".join(homes) if homes else near
-    return (
-        f"unknown section {_shown(name)}{f' (did you mean {hint}?)' if hint else ''}; "
-        f"allowed: {', '.join(KEYS)}"
-    )
+    return f"unknown section {_shown(name)}{f' (did you mean {hint}?)' if hint else ''}; allowed: {', '.join(KEYS)}"
 
 
 def _unknown_key(name: str, key: str) -> str:

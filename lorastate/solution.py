@@ -84,9 +84,7 @@ class Solution(eqx.Module):
         """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps): atom at zero and density."""
         c, pre = self.pretraining, self.setting.pretraining
         lam = pre.lam * pre.kappa**0.5
-        return LearnedSpectrum(
-            c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.kappa0
-        )
+        return LearnedSpectrum(c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.kappa0)
 
     def stderr(self, stage: str, name: str) -> float:
         """Quadrature standard error of a prediction, e.g. `stderr("finetuning", "test_error")`."""

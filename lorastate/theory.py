@@ -15,7 +15,6 @@ import numpy as np
 from . import finetuning as ft
 from . import pretraining as pt
 from . import spectrum
-from .activation import Identity
 from .channel import FrozenMap
 from .errors import Code, succeeded
 from .fixed_point import FixedPoint, Method, attach, search, small_solve
@@ -287,7 +286,11 @@ def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: Node
     order = decode(attach(ft.step, sol.x, good, (fine, frozen), nodes.finetuning))
     b = mean(lora_averages(fine, frozen, order, nodes.finetuning))
     values = lora_predictions(
-        fine, frozen, order, b, _mean_if(nodes.finetuning_test, _lora_errors(fine, frozen, order, nodes.finetuning_test))
+        fine,
+        frozen,
+        order,
+        b,
+        _mean_if(nodes.finetuning_test, _lora_errors(fine, frozen, order, nodes.finetuning_test)),
     )
     values["double_well_share"] = _double_well_share(fine, frozen, order, nodes.finetuning)
     lora_code = jnp.where(b.unconverged > 1e-3, int(Code.stalled), sol.code)

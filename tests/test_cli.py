@@ -68,9 +68,7 @@ class Outcome:
     def message(self):
         """The only line of stderr, which must be one sentence of ours."""
         lines = self.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("lorastate: ") and "Traceback" not in self.err, (
-            self.err
-        )
+        assert len(lines) == 1 and lines[0].startswith("lorastate: ") and "Traceback" not in self.err, self.err
         return lines[0]
 
 
@@ -171,9 +169,7 @@ def test_bad_out(call, path, tmp_path, monkeypatch):
     for out in (path, f"{path}/below"):
         for command in (["optimize", path], ["figure", "1"]):
             outcome = call(*command, "--out", out)
-            assert (
-                outcome.code == 2 and f"--out '{out}'" in outcome.message and "directory" in outcome.message
-            )
+            assert outcome.code == 2 and f"--out '{out}'" in outcome.message and "directory" in outcome.message
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are different there")
@@ -184,9 +180,7 @@ def test_unwritable_out(call, path, tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(
-        cli.tempfile, "TemporaryFile", refuse
-    )  # root may write anywhere: chmod proves nothing
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)  # root may write anywhere: chmod proves nothing
     outcome = call("optimize", path, "--out", tmp_path / "out")
     assert outcome.code == 2 and "cannot be written to (Permission denied)" in outcome.message
 
@@ -207,9 +201,7 @@ def test_other_figures(call):
     assert outcome.code == 2 and "figure 2 is not available" in outcome.message
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["predict"], ["predict", "a", "b"], ["forecast", "a"], ["figure", "one"]]
-)
+@pytest.mark.parametrize("words", [[], ["predict"], ["predict", "a", "b"], ["forecast", "a"], ["figure", "one"]])
 def test_usage_errors(call, words):
     outcome = call(*words)
     assert outcome.code == 2 and outcome.out == "" and "Traceback" not in outcome.err
@@ -263,17 +255,11 @@ def test_predict_json(call, path):
     assert data["pretraining"]["M"] == pytest.approx(1.41106875, abs=1e-7)
     assert data["finetuning"]["test_error"] == pytest.approx(0.988, rel=0.05)
     assert data["version"] == __version__
-    assert (
-        data["setting"]
-        == setting_to_dict(load_setting(path))
-        == setting_to_dict(setting_from_dict(data["setting"]))
-    )
+    assert data["setting"] == setting_to_dict(load_setting(path)) == setting_to_dict(setting_from_dict(data["setting"]))
 
 
 def test_predict_table(call, path):
-    outcome = call(
-        "predict", path, "--set", "pretraining.lam=0.5", "finetuning.lam=1", "--set", "finetuning.alpha=2"
-    )
+    outcome = call("predict", path, "--set", "pretraining.lam=0.5", "finetuning.lam=1", "--set", "finetuning.alpha=2")
     assert outcome.code == 0 and outcome.err == ""
     lines = outcome.out.splitlines()
     assert "lam 0.5" in lines[0] and "alpha 2" in lines[1] and "lam 1" in lines[1]
@@ -308,9 +294,7 @@ def test_gradient(call, path):
     assert data["value"] == pytest.approx(float(value), rel=1e-9)
     assert data["gradient"]["finetuning.lam"] == pytest.approx(float(slope["finetuning.lam"]), rel=1e-6)
     h = 1e-3 * float(get(setting, "finetuning.lam"))
-    sides = [
-        replace(setting, "finetuning.lam", get(setting, "finetuning.lam") + sign * h) for sign in (1, -1)
-    ]
+    sides = [replace(setting, "finetuning.lam", get(setting, "finetuning.lam") + sign * h) for sign in (1, -1)]
     up, down = (solution.predict(side).summary()["finetuning"]["test_error"] for side in sides)
     assert data["gradient"]["finetuning.lam"] == pytest.approx((up - down) / (2 * h), rel=1e-3)
 
@@ -367,10 +351,7 @@ def test_optimize(call, path, tmp_path, descent):
         assert before != after and error > 0
     assert "gradient norm" in outcome.out and "solves used" in outcome.out
     result = json.loads((out / "result.json").read_text())
-    assert (
-        result["setting"]["pretraining"]["lam"] == 0.2
-        and result["initial_setting"]["pretraining"]["lam"] == 0.1
-    )
+    assert result["setting"]["pretraining"]["lam"] == 0.2 and result["initial_setting"]["pretraining"]["lam"] == 0.1
     assert result["version"] == __version__ and "verification" not in result
     assert str(out / "result.json") in outcome.out and str(out / "figure.png") in outcome.out
 

@@ -293,9 +293,7 @@ def test_report_of_a_solution():
     sol = fixed_point(network, Method(tolerance=1e-6), X0, P, CONST)
     exact = np.asarray(unrolled(V0))
     eigenvalues = np.linalg.eigvals(jax.jacfwd(lambda x: network(x, P, CONST))(sol.x))
-    assert float(sol.residual) == pytest.approx(
-        np.abs(network(sol.x, P, CONST) - sol.x).max(), rel=1e-6, abs=1e-15
-    )
+    assert float(sol.residual) == pytest.approx(np.abs(network(sol.x, P, CONST) - sol.x).max(), rel=1e-6, abs=1e-15)
     assert float(sol.rate) == pytest.approx(np.abs(eigenvalues).max(), rel=1e-2)
     assert float(sol.growth) == pytest.approx(eigenvalues.real.max(), abs=1e-3)
     loose = fixed_point(network, Method(tolerance=1e-3, burn_in=-1), X0, P, CONST)
@@ -359,9 +357,7 @@ def test_small_solve_with_row_exchanges(n):
     tiny = np.eye(n) + 1.0
     tiny[0, 0] = 1e-17  # the naive elimination loses all digits here
     if n > 1:
-        np.testing.assert_allclose(
-            small_solve(tiny, np.ones(n)), np.linalg.solve(tiny, np.ones(n)), rtol=1e-12
-        )
+        np.testing.assert_allclose(small_solve(tiny, np.ones(n)), np.linalg.solve(tiny, np.ones(n)), rtol=1e-12)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -187,9 +187,7 @@ def test_ldl_solve(values):
     np.testing.assert_allclose(x[:, 0], np.linalg.solve(definite, g), rtol=1e-9, atol=1e-9)
     assert pivot[0] > 0
     shifted, _ = ldl(definite[:, :, None], g[:, None], 0.5)
-    np.testing.assert_allclose(
-        shifted[:, 0], np.linalg.solve(definite + 0.5 * np.eye(4), g), rtol=1e-9, atol=1e-9
-    )
+    np.testing.assert_allclose(shifted[:, 0], np.linalg.solve(definite + 0.5 * np.eye(4), g), rtol=1e-9, atol=1e-9)
     x, pivot = ldl(indefinite[:, :, None], g[:, None], 0.0, 1e-3)
     assert np.isfinite(x).all()
     assert g @ np.asarray(x[:, 0]) > 0  # -x descends, whatever the signature

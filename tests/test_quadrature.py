@@ -114,9 +114,7 @@ def test_marginals_are_normal():
 def test_expectations_within_the_error_bar(key, name):
     f, exact = SMOOTH[name]
     e = estimates(f, gaussian_nodes(*key[:3], 0, key[3]))
-    assert 0 < bar(e) < 0.03 * exact(key[0]), (
-        "the bar itself must be small for the next line to mean something"
-    )
+    assert 0 < bar(e) < 0.03 * exact(key[0]), "the bar itself must be small for the next line to mean something"
     assert abs(e.mean() - exact(key[0])) < 4 * bar(e)
 
 

@@ -44,8 +44,7 @@ def to_toml(data):
         return f'"{value}"' if isinstance(value, str) else repr(value)
 
     sections = (
-        f"[{name}]\n" + "".join(f"{k} = {word(v)}\n" for k, v in section.items())
-        for name, section in data.items()
+        f"[{name}]\n" + "".join(f"{k} = {word(v)}\n" for k, v in section.items()) for name, section in data.items()
     )
     return "\n".join(sections)
 
@@ -280,9 +279,7 @@ def test_continuous_fields(softmax, identity):
     assert continuous_fields(identity) == without
     assert set(continuous_fields(softmax)) == {*without, "pretraining.beta", "finetuning.beta"}
     mixed = replace(softmax, "finetuning.activation", "identity")
-    assert "pretraining.beta" in continuous_fields(mixed) and "finetuning.beta" not in continuous_fields(
-        mixed
-    )
+    assert "pretraining.beta" in continuous_fields(mixed) and "finetuning.beta" not in continuous_fields(mixed)
 
 
 @pytest.mark.parametrize("index", range(10))

@@ -74,9 +74,7 @@ def test_all_runs_converged_and_every_name_is_there(identity, softmax):
             assert set(getattr(result, stage)) == set(names.split())
             assert all(v.shape == (12,) and np.isfinite(v).all() for v in getattr(result, stage).values())
         assert result.eigenvalues.shape == (12, 60)
-        np.testing.assert_allclose(
-            np.mean(result.eigenvalues**2, axis=1), result.pretraining["Q"], rtol=1e-10
-        )
+        np.testing.assert_allclose(np.mean(result.eigenvalues**2, axis=1), result.pretraining["Q"], rtol=1e-10)
         share = np.mean(result.eigenvalues > 1e-3 * result.eigenvalues[:, -1:], axis=1)
         np.testing.assert_allclose(share, result.pretraining["rank_fraction"])
 
@@ -103,9 +101,7 @@ def test_penalties_and_benefits_have_the_right_sign(identity, softmax):
 
 def test_summary_is_plain_numbers(softmax):
     summary = softmax.summary()
-    assert {stage: set(rows) for stage, rows in summary.items()} == {
-        k: set(v.split()) for k, v in NAMES.items()
-    }
+    assert {stage: set(rows) for stage, rows in summary.items()} == {k: set(v.split()) for k, v in NAMES.items()}
     entry = summary["finetuning"]["m"]
     assert entry == {"mean": softmax.mean("finetuning", "m"), "stderr": softmax.stderr("finetuning", "m")}
     assert all(type(x) is float for x in entry.values())
@@ -131,9 +127,7 @@ def test_a_run_depends_on_seed_and_index_alone(softmax, capsys):
 def test_random_starts_reach_what_the_informative_start_reaches(softmax):
     # At alpha' = 3 there is one branch up to sign; starts = 1 is the teacher alone.
     alone = simulate(softmax.setting, dimension=D, runs=2, starts=1, test_samples=10_000)
-    np.testing.assert_allclose(
-        alone.finetuning["train_loss"], softmax.finetuning["train_loss"][:2], rtol=1e-5
-    )
+    np.testing.assert_allclose(alone.finetuning["train_loss"], softmax.finetuning["train_loss"][:2], rtol=1e-5)
 
 
 # ---------------------------------------------------------------- data and losses
