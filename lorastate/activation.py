@@ -34,7 +34,7 @@ class Activation(eqx.Module):
         """sigma(Z), (T, T, ...) -> (T, T, ...)."""
 
     @abc.abstractmethod
-    def loss_terms(self, z, target):
+    def loss_terms(self, z, target) -> tuple[Any, Any, Any]:
         """f = ||sigma(Z) - target||_F^2 with its derivatives in the entries of Z taken as independent.
 
         Returns `(f, G, H)` of shapes (N,), (T, T, N) and, for row-wise activations, (T, T, T, N):

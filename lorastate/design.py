@@ -19,7 +19,7 @@ import optax
 from tqdm import tqdm
 
 from . import theory
-from .errors import SettingError, SolveError, require_float64, succeeded
+from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .setting import Setting
 from .setting_file import continuous_fields, get, replace
 from .solution import Solution, predict
@@ -80,7 +80,7 @@ def _evaluate(setting: Setting, objective: str) -> tuple[float, dict[str, float]
 
 
 def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
-    """Value of a prediction ("test_error", "effective_noise" or "overlap") and its derivative by every continuous field.
+    """Value of a prediction ("test_error", "effective_noise", "overlap") and its derivative by every continuous field.
 
     Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
     the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.
@@ -89,15 +89,9 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
     value, slopes, good = _evaluate(setting, _objective(of))
     if not good:
         predict(setting)  # names the stage and the code
-        raise SolveError("gradient", _code_of_nan(), f"objective {of}")
+        raise SolveError("gradient", Code.nonfinite, f"objective {of}")
     sign = -1.0 if of == "overlap" else 1.0
     return sign * value, {k: sign * v for k, v in slopes.items()}
-
-
-def _code_of_nan():
-    from .errors import Code
-
-    return Code.nonfinite
 
 
 @dataclass
@@ -172,7 +166,7 @@ def optimize(
     u = np.log([float(get(setting, p)) for p in over])
     current, value, slope, good = at(u)
     if not good:
-        raise SolveError("optimize", _code_of_nan(), "the gradient at the starting point is not finite")
+        raise SolveError("optimize", Code.nonfinite, "the gradient at the starting point is not finite")
     path: list[dict[str, float]] = []
 
     def record():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-import jax
+import jax.core
 import jax.numpy as jnp
 
 

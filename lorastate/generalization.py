@@ -9,12 +9,13 @@ of a GOE(T) field is T independent normals, so only 4 T of the T(T+1) + 2T dimen
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from .activation import Activation, Identity
 from .channel import field_dimension, standard_fields
 from .order import Order
-from .quadrature import Nodes
 
 
 def node_dimension(activation: Activation, tokens: int) -> int:
@@ -24,9 +25,7 @@ def node_dimension(activation: Activation, tokens: int) -> int:
     return 2 * tokens + (2 * tokens if activation.rowwise else field_dimension(tokens, activation.forgets_shift))
 
 
-def finetuning_error(
-    activation: Activation, tokens: int, label_size, overlap, norm, lora: Order | None, nodes: Nodes | None
-):
+def finetuning_error(activation: Activation, tokens: int, label_size, overlap, norm, lora: Order | None, nodes: Any):
     """E' for label size Q0 + delta'/2, map overlap M and norm Q; `lora` is (v, m, q), or None for w = 0.
 
     `nodes` is one replica, or None for the identity:
@@ -44,7 +43,7 @@ def finetuning_error(
     return _difference(activation, t, label_size, overlap, norm, x[2 * t :], nodes.weight, chi, omega)
 
 
-def pretraining_error(activation: Activation, tokens: int, label_size, overlap, norm, nodes: Nodes | None):
+def pretraining_error(activation: Activation, tokens: int, label_size, overlap, norm, nodes: Any):
     """E of pre-training; identity: (1 + 1/T) (label_size - 2 M + Q). `label_size = Q0` gives the noiseless one."""
     if isinstance(activation, Identity):
         return (1 + 1 / tokens) * (label_size - 2 * overlap + norm)

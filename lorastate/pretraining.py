@@ -67,7 +67,7 @@ def inner_minimum(pre: Pretraining, order: Order, nodes: Nodes):
     return jnp.where(fa < fb, a, b), two, ok[0] | ok[1]
 
 
-def channel_potential(pre: Pretraining, order: Order, nodes: Nodes | None, u=None):
+def channel_potential(pre: Pretraining, order: Order, nodes: Any, u=None):
     """C(V, M, Q). Identity: n Delta_0 / (T^2 + 4 V), n = T(T+1), Delta_0 = Q0 + delta/2 - 2 M + Q.
 
     Otherwise the weighted sum over nodes at the inner minimiser `u`, which may be held fixed: the envelope

@@ -77,7 +77,7 @@ class VectorProblem(NamedTuple):
         return f + jnp.sum(d * d, 0) / (2 * self.v), grad, hess
 
 
-def ldl_solve(h, g, shift=0.0, floor=0.0):
+def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
     """Solves (H + shift) x = g at every node by an unrolled L D L^T; no LAPACK call.
 
     H (n, n, N) symmetric, g (n, N). Pivots d become max(|d|, floor), so that with `floor > 0` the matrix is

@@ -21,7 +21,7 @@ _WHY_LAM = (
 
 def _real(name: str, value: Any, allowed: str, low: float, closed: bool = False):
     """A float64 leaf, checked where its value is known; `allowed` says the range in words."""
-    if isinstance(value, bool) or isinstance(value, str | bytes) or value is None:
+    if value is None or isinstance(value, bool | str | bytes):
         raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}")
     try:
         out = jnp.asarray(value, dtype=jnp.float64)
@@ -113,7 +113,7 @@ class Finetuning(eqx.Module):
     lam: Any
     delta: Any = None
     activation: Any = None
-    tokens: int | None = eqx.field(static=True, default=None)
+    tokens: Any = eqx.field(static=True, default=None)
     inputs: Inputs = Fresh()
 
     def __init__(self, alpha, lam, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None):

@@ -7,6 +7,7 @@ Small matrix algebra is then a few wide elementwise operations, on a CPU and on 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def complement(tokens: int, drop_shift: bool) -> np.ndarray:
 def to_matrix(c):
     """Coordinates (n_T, ...) -> symmetric matrices (T, T, ...)."""
     tokens = int((np.sqrt(8 * c.shape[0] + 1) - 1) / 2 + 0.5)
-    rows = [[c[a] if a == b else None for b in range(tokens)] for a in range(tokens)]
+    rows: list[list[Any]] = [[c[a] if a == b else None for b in range(tokens)] for a in range(tokens)]
     k = tokens
     for a in range(tokens):
         for b in range(a + 1, tokens):

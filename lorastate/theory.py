@@ -184,7 +184,7 @@ def map_predictions(pre: Pretraining, order: Order, a: MapAverages, errors) -> d
     live = order.response > 2 * RESPONSE_FLOOR
     size = pre.label_size
     V, M, Q = (jnp.where(live, v, 0.0) for v in (order.response, order.overlap, order.norm(size)))
-    delta, eps, eta = pt.thresholds(pre, c)
+    delta, eps, _ = pt.thresholds(pre, c)
     phi = (c.qhat * V + 2 * c.mhat * M - c.shat * Q) / 4 + pre.alpha * a.potential - pt.prior_potential(pre, c)
     response = spectrum.pair_response(delta, eps, pre.kappa0)
     replicon = 2 * pre.alpha / order.response**2 * a.susceptibility / c.shat**2 * response

@@ -1,0 +1,172 @@
+"""The whole pipeline against published and independent numbers, central differences and its own error bars."""
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorastate as ls
+from lorastate import theory
+from lorastate.order import decode
+from lorastate.setting_file import continuous_fields, get
+
+SMALL = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}
+
+
+def setting(activation="softmax", lam=0.01, fine_lam=0.05, fine_alpha=3.0, seed=0, **pre):
+    pre = {"alpha": 0.1, "delta": 0.5, "tokens": 3, **pre}
+    return ls.Setting(
+        ls.Pretraining(lam=lam, activation=activation, **pre),
+        ls.Finetuning(alpha=fine_alpha, lam=fine_lam),
+        ls.Numerics(seed=seed, **SMALL),
+    )
+
+
+# Independent implementation, all digits shown.
+IDENTITY = [
+    (0.01, 4.35544578, 1.92532454, 2.22297459),
+    (0.1, 1.99194249, 1.41106875, 1.26768678),
+    (0.5, 0.39536792, 0.5205856, 0.2788343),
+]
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    """Jitted pre-training solve -> (V, M, Q, code)."""
+
+    @jax.jit
+    def solve(pre, nodes):
+        sol = theory.solve_pretraining(pre, ls.Numerics(**SMALL), nodes)
+        order = decode(sol.x)
+        return jnp.stack([order.response, order.overlap, order.norm(pre.label_size)]), sol.code
+
+    def run(pre, numerics):
+        nodes = theory.node_sets(
+            pre, ls.Finetuning(alpha=1, lam=1, delta=0.5, activation="identity", tokens=2), numerics
+        )
+        return solve(pre, nodes.pretraining)
+
+    return run
+
+
+@pytest.mark.parametrize(("lam", "V", "M", "Q"), IDENTITY)
+def test_identity_pretraining(pretrain, lam, V, M, Q):
+    x, code = pretrain(setting("identity", lam).pretraining, ls.Numerics(**SMALL))
+    assert int(code) == 0
+    np.testing.assert_allclose(x, [V, M, Q], rtol=1e-7)
+
+
+# Published solver of arXiv:2509.24914, softmax, T = 2, kappa0 = 0.5, kappa = 1, delta = 0.5, lam = 0.01.
+PUBLISHED = [
+    (0.0570866, 0.42086, 0.40925, 20.355),
+    (0.0854331, 0.56426, 0.57940, 19.811),
+    (0.1562992, 0.90666, 0.92101, 14.464),
+    (0.2625984, 1.32337, 1.22695, 7.3851),
+    (0.5, 1.46207, 1.38039, 2.3066),
+]
+
+
+def test_published_pretraining(pretrain):
+    for alpha, Q, M, V in PUBLISHED:
+        pre = setting(alpha=alpha, tokens=2, kappa0=0.5).pretraining
+        x, code = pretrain(pre, ls.Numerics(**SMALL))
+        assert int(code) == 0
+        np.testing.assert_allclose(x, [V, M, Q], rtol=0.01)
+
+
+def test_identity_closed_form_of_the_test_error():
+    s = ls.predict(setting("identity", 0.1))
+    f = s.finetuning
+    gap = 0.25 + 2 - 2 * s.pretraining["M"] + s.pretraining["Q"]
+    np.testing.assert_allclose(f["effective_noise"], gap, rtol=1e-12)
+    form = (1 + 1 / 3) * gap + (15 * (1 + f["q"] ** 2) - 6 * f["q"] - 24 * f["m"] ** 2) / 9
+    np.testing.assert_allclose(s.test_error, form, rtol=1e-12)
+    np.testing.assert_allclose(f["m"], 0.9932, rtol=0.005)
+    np.testing.assert_allclose(f["q"], 1.0093, rtol=0.01)
+    np.testing.assert_allclose(s.test_error, 0.988, rtol=0.005)
+
+
+def test_softmax_worked_values():
+    s = ls.predict(setting())
+    np.testing.assert_allclose([s.pretraining[k] for k in "MQ"], [1.327, 1.248], rtol=0.012)
+    np.testing.assert_allclose(s.pretraining["train_loss"], 0.00873, rtol=0.01)
+    np.testing.assert_allclose([s.finetuning[k] for k in "mq"], [0.915, 0.929], rtol=0.03)
+    np.testing.assert_allclose(s.test_error, 0.385, rtol=0.03)
+    assert s.ok and s.summary()["status"]["finetuning"]["code"] == "ok"
+
+
+@pytest.mark.parametrize("kind", ["softmax", "identity", "double wells"])
+def test_gradient_is_the_central_difference_in_every_field(kind):
+    # With the identity at alpha' = 0.5, lam' = 0.1 about a fifth of the nodes have two wells.
+    wells = kind == "double wells"
+    s = setting("identity", 0.1, 0.1, 0.5) if wells else setting(kind, 0.02, 0.2)
+    value, slopes = ls.gradient(s)
+    solution = ls.predict(s)
+    np.testing.assert_allclose(value, solution.test_error, rtol=1e-10)
+    assert (float(solution.finetuning["double_well_share"]) > 0.1) == wells
+    assert tuple(slopes) == continuous_fields(s)
+    for path, slope in slopes.items():
+        x = float(get(s, path))
+        h = 2e-5 * x
+        up, down = (ls.gradient(ls.replace(s, path, x + d))[0] for d in (h, -h))
+        assert (up - down) / (2 * h) == pytest.approx(slope, rel=2e-5, abs=2e-7), path
+
+
+def test_error_bars_are_honest():
+    rows = []
+    for seed in range(20):
+        s = ls.predict(setting(fine_lam=0.3, seed=seed))
+        rows.append([(float(s.finetuning[k]), s.stderr("finetuning", k)) for k in ("test_error", "overlap")])
+    values, bars = np.moveaxis(np.array(rows), -1, 0)
+    ratio = values.std(0, ddof=1) / bars.mean(0)
+    assert np.all((ratio > 0.5) & (ratio < 1.7)), ratio
+
+
+def test_optimum_from_three_starts_and_on_a_grid():
+    ends = []
+    for lam, fine_lam in ((0.01, 0.05), (0.04, 1.0), (0.003, 0.3)):
+        best = ls.optimize(setting(lam=lam, fine_lam=fine_lam))
+        assert best.converged and best.gradient_norm < 1e-5, best.message
+        ends.append([float(best.setting.pretraining.lam), float(best.setting.finetuning.lam)])
+    np.testing.assert_allclose(ends, [ends[0]] * 3, rtol=0.01)
+    low = best.path[-1]["value"]
+    for a in (0.8, 1.0, 1.25):
+        for b in (0.8, 1.0, 1.25):
+            if (a, b) != (1.0, 1.0):
+                s = ls.replace(
+                    ls.replace(best.setting, "pretraining.lam", a * ends[2][0]), "finetuning.lam", b * ends[2][1]
+                )
+                assert ls.gradient(s)[0] > low
+
+
+def test_one_trace_for_many_settings(monkeypatch):
+    calls = []
+    original = theory.evaluate
+    monkeypatch.setattr(theory, "evaluate", lambda *a: (calls.append(1), original(*a))[1])
+    jax.clear_caches()
+    base = setting("identity")
+    for k in range(100):
+        ls.predict(ls.replace(base, "pretraining.lam", 0.01 + 0.001 * k))
+    assert len(calls) <= 1
+
+
+def test_zero_map_and_failures():
+    s = ls.predict(setting("identity", lam=3.0))
+    assert float(s.pretraining["Q"]) == 0.0 and s.summary()["pretraining"]["overlap"] is None
+    np.testing.assert_allclose(s.effective_noise, 2.25, rtol=1e-10)
+    narrow = setting("identity", lam=0.01, kappa=0.3)
+    with pytest.raises(ls.SolveError, match="too_narrow"):
+        ls.predict(narrow)
+    failed = ls.predict(narrow, throw=False)
+    assert not failed.ok and failed.summary()["status"]["finetuning"]["code"] == "upstream"
+    with pytest.raises(ls.SolveError):
+        ls.gradient(narrow)
+
+
+def test_solution_is_a_dataclass_of_arrays():
+    assert {f.name for f in dataclasses.fields(ls.Solution)} >= {"pretraining", "finetuning", "errors"}
