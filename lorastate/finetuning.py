@@ -176,7 +176,7 @@ def conjugates(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) 
 
 
 def with_draws(fine: Finetuning, order: Order, plain: Draws, use):
-    """`use(draws, inner minimiser, converged)`, on split nodes where any node can have two wells, else on plain ones."""
+    """`use(draws, inner minimiser, converged)`, on split nodes if any node can have two wells, else plain."""
 
     def split(d):
         d, chi0 = split_nodes(fine, order, d)

@@ -181,7 +181,7 @@ def _iterate(step, method: Method, x0, args, const):
     n, dtype = x0.shape[0], x0.dtype
     inf = jnp.full_like(x0, jnp.inf)
     start = _State(
-        x0, x0, jnp.zeros((n, n), dtype), jnp.ones((), dtype), jnp.array(-1), 
+        x0, x0, jnp.zeros((n, n), dtype), jnp.ones((), dtype), jnp.array(-1),
         jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite)),
         jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0), inf, inf,
     )  # fmt: skip

@@ -1,11 +1,8 @@
 """The whole pipeline against published and independent numbers, central differences and its own error bars."""
 
-import jax
-
-jax.config.update("jax_enable_x64", True)
-
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
