@@ -267,7 +267,7 @@ def test_predict_table(call, path):
     assert float(rows["M"][1]) == pytest.approx(0.520586, abs=1e-6)
     for name in FINETUNING - {"double_well_share"}:
         assert np.isfinite(float(rows[name][1]))
-    assert float(rows["test_error_frozen"][2]) > 0
+    assert float(rows["test_error"][2]) > 0
     assert "Pre-training ok" in outcome.out and "Fine-tuning ok" in outcome.out
 
 
