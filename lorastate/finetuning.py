@@ -140,14 +140,16 @@ def split_nodes(fine: Finetuning, order: Order, d: Draws):
 
 
 def inner_minimum(fine: Finetuning, order: Order, d: Draws, chi0):
-    """The inner minimiser chi (T, N): the lower of the minima reached from the well on omega's side and from omega.
+    """The inner minimiser chi (T, N): the lowest minimum reached from the two central wells and from omega.
 
-    Returns `(chi, converged)`.
+    Returns `(chi, converged, two_wells)`; the flags are per node.
     """
     problem = inner_problem(fine, order, d)
     near = jnp.sign(jnp.sum(problem.omega * chi0, 0)) * chi0
-    u, f, ok = jax.lax.map(lambda s: minimise(problem, s), jnp.stack([near, problem.omega]))
-    return jnp.where(f[0] < f[1], u[0], u[1]), ok[0] | ok[1]
+    u, f, ok = jax.lax.map(lambda s: minimise(problem, s), jnp.stack([near, -near, problem.omega]))
+    two = jnp.max(jnp.abs(u[0] - u[1]), 0) > 1e-4
+    lower = jnp.where(f[0] < f[1], u[0], u[1])
+    return jnp.where(jnp.minimum(f[0], f[1]) < f[2], lower, u[2]), jnp.any(ok, 0), two
 
 
 def channel_potential(fine: Finetuning, order: Order, d: Draws, chi):
@@ -169,14 +171,14 @@ def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
 def conjugates(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> Conjugates:
     """First half-step, (v, m, q) -> (q', m', l'), from one replica of nodes."""
 
-    def use(d, chi, _):
+    def use(d, chi, *_):
         return conjugates_at(fine, order, d, chi)[1]
 
     return with_draws(fine, order, draws(fine, frozen, nodes), use)
 
 
 def with_draws(fine: Finetuning, order: Order, plain: Draws, use):
-    """`use(draws, inner minimiser, converged)`, on split nodes if any node can have two wells, else plain."""
+    """`use(draws, chi, converged, two wells)`, on split nodes if any node can have two wells, else plain."""
 
     def split(d):
         d, chi0 = split_nodes(fine, order, d)
@@ -184,7 +186,7 @@ def with_draws(fine: Finetuning, order: Order, plain: Draws, use):
 
     def single(d):
         chi, _, ok = minimise(inner_problem(fine, order, d), student(order, d))
-        return use(d, chi, ok)
+        return use(d, chi, ok, jnp.zeros_like(ok))
 
     return jax.lax.cond(jnp.any(_saddle_at_origin(fine, order, plain)), split, single, plain)
 

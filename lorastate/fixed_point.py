@@ -223,6 +223,18 @@ def _attach_jvp(step, primals, tangents):
     return x, dx * jnp.where(good, 1.0, jnp.nan)
 
 
+@jax.custom_jvp
+def nan_slope(x, good):
+    """`x`, whose derivative is NaN where `good` is false: a failed solve has none."""
+    return x
+
+
+@nan_slope.defjvp
+def _nan_slope_jvp(primals, tangents):
+    x, good = primals
+    return nan_slope(x, good), tangents[0] * jnp.where(good, 1.0, jnp.nan)
+
+
 def fixed_point(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
     """Solves x = step(x, args, const).
 

@@ -17,10 +17,10 @@ from . import pretraining as pt
 from . import spectrum
 from .channel import FrozenMap
 from .errors import Code, succeeded
-from .fixed_point import FixedPoint, Method, attach, search, small_solve
+from .fixed_point import FixedPoint, Method, attach, nan_slope, search, small_solve
 from .generalization import finetuning_error, node_dimension, pretraining_error
 from .order import RESPONSE_FLOOR, Order, decode
-from .prox import ldl_solve, minimise
+from .prox import ldl_solve
 from .quadrature import Nodes, gaussian_nodes, mean, over_replicas
 from .setting import Finetuning, Numerics, Pretraining
 from .symmetric import dimension
@@ -78,9 +78,9 @@ class Branches(NamedTuple):
     chosen: Any
 
 
-def solve_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes) -> Branches:
-    """Both branches; the one of lowest free energy among those that succeeded is chosen."""
-    args = jax.lax.stop_gradient((fine, frozen))
+def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes):
+    """Solutions from both starts, stacked, and whether the two are the same one (no derivatives)."""
+    args = (fine, frozen)
     rough_method = Method(tolerance=1e-3, max_steps=numerics.max_steps, floor=3e-2)
     method = _method(numerics, burn_in=0, floor=2e-3)
 
@@ -91,18 +91,8 @@ def solve_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, no
     # Where both starts have found the same solution the second is not refined again: NaN stops at once.
     same = jnp.max(jnp.abs(first.x[0] - first.x[1])) < 0.02
     x0 = jnp.stack([first.x[0], jnp.where(same, jnp.nan, first.x[1])])
-
-    def refine(x0):
-        sol = search(ft.step, method, x0, args, nodes)
-        safe = jnp.where(jnp.isfinite(sol.x), sol.x, ft.start(True))
-        return sol, free_energy(args[0], decode(safe), _averages(args[0], args[1], decode(safe), nodes))
-
-    sols, energy = jax.lax.map(refine, x0)
-    copy = jax.tree_util.tree_map(lambda a: jnp.where(same, a[0], a[1]), (sols, energy))
-    sols, energy = jax.tree_util.tree_map(lambda a, b: jnp.stack([a[0], b]), (sols, energy), copy)
-    sols = sols._replace(steps=sols.steps + first.steps)
-    chosen = jnp.argmin(jnp.where(succeeded(sols.code), energy, jnp.inf))
-    return Branches(sols, energy, chosen)
+    sols = jax.lax.map(lambda x: search(ft.step, method, x, args, nodes), x0)
+    return sols._replace(steps=sols.steps + first.steps), same
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------
@@ -151,21 +141,18 @@ class LoraAverages(NamedTuple):
     conjugates: ft.Conjugates
     potential: Any  # c
     susceptibility: Any  # E || d(chi - omega)/d omega ||_F^2
+    two_wells: Any
     unconverged: Any
 
 
 def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> LoraAverages:
-    def use(d, chi, ok):
+    def use(d, chi, ok, two):
         c, conjugates = ft.conjugates_at(fine, order, d, chi)
         hess = ft.inner_problem(fine, order, d).terms(chi)[2]
         s = jnp.sum(d.weight * _response_gap(hess, order.response))
-        return LoraAverages(conjugates, c, s, 1 - jnp.mean(1.0 * ok))
+        return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two), 1 - jnp.mean(1.0 * ok))
 
     return over_replicas(lambda n: ft.with_draws(fine, order, ft.draws(fine, frozen, n), use), nodes)
-
-
-def _averages(fine, frozen, order, nodes) -> LoraAverages:
-    return mean(lora_averages(fine, frozen, order, nodes))
 
 
 def free_energy(fine: Finetuning, order: Order, a: LoraAverages):
@@ -224,6 +211,8 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
         "effective_noise": fine.inputs.effective_noise(frozen, fine.delta),
         "free_energy": phi,
         "replicon": fine.alpha * a.susceptibility,
+        "double_well_share": a.two_wells,
+        "unconverged": a.unconverged,
     }
 
 
@@ -280,21 +269,11 @@ def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: Node
     code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
 
     frozen = _frozen(pre, map_order)
-    branches = solve_finetuning(fine, frozen, numerics, nodes.finetuning)
+    values, branches = _finetune(fine, frozen, numerics, nodes)
     sol = jax.tree_util.tree_map(lambda v: v[branches.chosen], branches.solution)
-    good = succeeded(sol.code) & succeeded(code)
-    order = decode(attach(ft.step, sol.x, good, (fine, frozen), nodes.finetuning))
-    b = mean(lora_averages(fine, frozen, order, nodes.finetuning))
-    values = lora_predictions(
-        fine,
-        frozen,
-        order,
-        b,
-        _mean_if(nodes.finetuning_test, _lora_errors(fine, frozen, order, nodes.finetuning_test)),
-    )
-    values["double_well_share"] = _double_well_share(fine, frozen, order, nodes.finetuning)
-    lora_code = jnp.where(b.unconverged > 1e-3, int(Code.stalled), sol.code)
+    lora_code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), sol.code)
     lora_code = jnp.where(succeeded(code), lora_code, int(Code.upstream))
+    values = {k: nan_slope(v, succeeded(lora_code)) for k, v in values.items()}
     status = {
         "pretraining": {**map_sol._asdict(), "code": code},
         "finetuning": {**sol._asdict(), "code": lora_code},
@@ -302,17 +281,28 @@ def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: Node
     return Evaluation(map_values, values, branches, status)
 
 
-def _double_well_share(fine, frozen, order, nodes):
-    """Share of plain nodes at which the descents from the two central wells end in different minima."""
+def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: NodeSets):
+    """Predictions on the branch of lowest free energy among those that were solved, and both branches."""
+    sols, same = search_finetuning(fine, frozen, numerics, nodes.finetuning)
+    finite = jnp.isfinite(sols.x)
+    xs = jax.lax.stop_gradient(jnp.where(finite, sols.x, ft.start(True)))
 
-    def one(n):
-        d = ft.draws(fine, frozen, n)
-        problem = ft.inner_problem(fine, order, d)
-        chi0 = ft.central_well(problem, d.teacher)
-        u = jax.lax.map(lambda s: minimise(problem, s)[0], jnp.stack([chi0, -chi0]))
-        return jnp.sum(n.weight * (jnp.max(jnp.abs(u[0] - u[1]), 0) > 1e-4))
+    def values_at(x):
+        order = decode(attach(ft.step, x, True, (fine, frozen), nodes.finetuning))
+        b = mean(lora_averages(fine, frozen, order, nodes.finetuning))
+        errors = _mean_if(nodes.finetuning_test, _lora_errors(fine, frozen, order, nodes.finetuning_test))
+        return lora_predictions(fine, frozen, order, b, errors)
 
-    return mean(over_replicas(one, jax.lax.stop_gradient(nodes)))
+    def nothing(_):
+        return jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(values_at, xs[0]))
+
+    # Where the second start found nothing new its predictions are not computed again.
+    both = jax.lax.map(lambda a: jax.lax.cond(a[1], values_at, nothing, a[0]), (xs, jnp.stack([same | True, ~same])))
+    copy = jax.tree_util.tree_map(lambda a: jnp.where(same, a[0], a[1]), sols)
+    sols = jax.tree_util.tree_map(lambda a, b: jnp.stack([a[0], b]), sols, copy)
+    energy = jnp.where(same, both["free_energy"][0], both["free_energy"])
+    chosen = jnp.where(same, 0, jnp.argmin(jnp.where(succeeded(sols.code), energy, jnp.inf)))
+    return {k: v[chosen] for k, v in both.items()}, Branches(sols, energy, chosen)
 
 
 def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, map_x, x):
