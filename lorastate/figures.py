@@ -83,9 +83,9 @@ def figure1(
     """
     from .design import optimize
 
-    grid = np.geomspace(1e-3, 0.3, points)
+    grid = np.geomspace(3e-3, 0.3, points)
     inset_grid = np.geomspace(0.01, 3, 9)
-    sim_grid = np.geomspace(2e-3, 0.1, 4)
+    sim_grid = np.geomspace(5e-3, 0.1, 4)
     ridges = (0.05, 1.0)
     colors = {0.05: "C0", 1.0: "C1", None: "C2"}
     numerics = Numerics(nodes=4096, finetuning_nodes=8192)
