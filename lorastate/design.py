@@ -69,7 +69,7 @@ def _evaluate(setting: Setting, objective: str) -> tuple[float, dict[str, float]
     """(value, total derivative by path, success); -overlap for the objective "overlap"."""
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
-    value, map_code, code, grads = _value_and_slopes(objective, pre, fine, setting.numerics, nodes)
+    value, map_code, code, grads = _value_and_slopes(objective, pre, fine, setting.numerics.without_seed, nodes)
     slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
     # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
     for name, own in (("delta", setting.finetuning.delta), ("beta", setting.finetuning.activation)):

@@ -169,6 +169,11 @@ class Numerics(eqx.Module):
                     f"(= {self.replicas}) times a power of two >= 32"
                 )
 
+    @property
+    def without_seed(self) -> Numerics:
+        """The same with seed 0: once the nodes are drawn, the seed must not cause another compilation."""
+        return Numerics(self.nodes, self.finetuning_nodes, self.replicas, 0, self.tolerance, self.max_steps)
+
 
 class Setting(eqx.Module):
     """Everything that one prediction needs: both stages and the numerics."""

@@ -150,7 +150,7 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     require_float64()
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
-    out, (map_errors, errors) = _evaluate(pre, fine, setting.numerics, nodes)
+    out, (map_errors, errors) = _evaluate(pre, fine, setting.numerics.without_seed, nodes)
     solution = Solution(
         setting,
         out.pretraining,
