@@ -57,12 +57,11 @@ def node_dimension(fine: Finetuning) -> int:
     return 2 * fine.tokens + fine.inputs.dimension(fine.tokens, fine.activation.forgets_shift)
 
 
-def draws(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, inputs=None) -> Draws:
+def draws(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Draws:
     """Plain draws from the nodes: chi* first, then g, then the channel's coordinates."""
     t = fine.tokens
-    inputs = fine.inputs if inputs is None else inputs
     x = nodes.normal
-    channel = inputs.fields(frozen, fine.delta, t, fine.activation.forgets_shift, x[2 * t :])
+    channel = fine.inputs.fields(frozen, fine.delta, t, fine.activation.forgets_shift, x[2 * t :])
     teacher = jnp.sqrt(TEACHER_SIZE) * x[:t]
     return Draws(channel, teacher, x[t : 2 * t], nodes.weight, nodes.side)
 

@@ -205,22 +205,21 @@ def search(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attach(step: Callable, x, good, args, const=None):
+def attach(step: Callable, x, args, const=None):
     """Returns the fixed point `x` and gives it its derivative with respect to `args`.
 
-    dx = (I - dF/dx)^{-1} (dF/dargs) dargs, by the implicit function theorem; NaN where `good` is false.
+    dx = (I - dF/dx)^{-1} (dF/dargs) dargs, by the implicit function theorem.
     """
     return x
 
 
 @attach.defjvp
 def _attach_jvp(step, primals, tangents):
-    x, good, args, const = primals
-    x = attach(step, x, good, args, const)
+    x, args, const = primals
+    x = attach(step, x, args, const)
     jac = jax.jacfwd(lambda y: step(y, args, const))(x)
-    _, db = jax.jvp(lambda a: step(x, a, const), (args,), (tangents[2],))
-    dx = small_solve(jnp.eye(x.shape[0], dtype=x.dtype) - jac, db)
-    return x, dx * jnp.where(good, 1.0, jnp.nan)
+    _, db = jax.jvp(lambda a: step(x, a, const), (args,), (tangents[1],))
+    return x, small_solve(jnp.eye(x.shape[0], dtype=x.dtype) - jac, db)
 
 
 @jax.custom_jvp
@@ -246,4 +245,4 @@ def fixed_point(step: Callable, method: Method, x0, args, const=None) -> FixedPo
     Never raises: read `code` (see `lorastate.errors.Code`).
     """
     sol = search(step, method, x0, args, const)
-    return sol._replace(x=attach(step, sol.x, succeeded(sol.code), args, const))
+    return sol._replace(x=nan_slope(attach(step, sol.x, args, const), succeeded(sol.code)))

@@ -259,7 +259,8 @@ class Evaluation(NamedTuple):
 def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets) -> Evaluation:
     """Solves both stages and predicts everything; differentiable in every leaf of `pre` and `fine`."""
     map_sol = solve_pretraining(pre, numerics, nodes.pretraining)
-    map_order = decode(attach(pt.step, map_sol.x, succeeded(map_sol.code), pre, nodes.pretraining))
+    map_x = nan_slope(attach(pt.step, map_sol.x, pre, nodes.pretraining), succeeded(map_sol.code))
+    map_order = decode(map_x)
     a = _mean_if(nodes.pretraining, map_averages(pre, map_order, nodes.pretraining))
     map_values = map_predictions(
         pre, map_order, a, _mean_if(nodes.pretraining_test, _map_errors(pre, map_order, nodes.pretraining_test))
@@ -288,7 +289,7 @@ def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: No
     xs = jax.lax.stop_gradient(jnp.where(finite, sols.x, ft.start(True)))
 
     def values_at(x):
-        order = decode(attach(ft.step, x, True, (fine, frozen), nodes.finetuning))
+        order = decode(attach(ft.step, x, (fine, frozen), nodes.finetuning))
         b = mean(lora_averages(fine, frozen, order, nodes.finetuning))
         errors = _mean_if(nodes.finetuning_test, _lora_errors(fine, frozen, order, nodes.finetuning_test))
         return lora_predictions(fine, frozen, order, b, errors)
@@ -297,7 +298,9 @@ def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: No
         return jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(values_at, xs[0]))
 
     # Where the second start found nothing new its predictions are not computed again.
-    both = jax.lax.map(lambda a: jax.lax.cond(a[1], values_at, nothing, a[0]), (xs, jnp.stack([same | True, ~same])))
+    both = jax.lax.map(
+        lambda a: jax.lax.cond(a[1], values_at, nothing, a[0]), (xs, jnp.stack([jnp.array(True), ~same]))
+    )
     copy = jax.tree_util.tree_map(lambda a: jnp.where(same, a[0], a[1]), sols)
     sols = jax.tree_util.tree_map(lambda a, b: jnp.stack([a[0], b]), sols, copy)
     energy = jnp.where(same, both["free_energy"][0], both["free_energy"])
