@@ -6,9 +6,7 @@
     q' = -2 alpha' dc/dv     m' = -alpha' dc/dm     l' = 2 alpha' dc/dq
     v  = 1/(l' + 2 lam')     m  = m' q0 v           q  = (m'^2 q0 + q') v^2
 
-The inner loss is even in chi, so where it has two wells the minimiser jumps as omega crosses a surface through
-the origin. Plain nodes see the jump only by chance: expectations converge slowly and their derivatives miss
-the term of the surface. The nodes are therefore split along it (`split_nodes`).
+The inner minimiser jumps where the loss has two wells; `lorastate.wells` deals with that.
 """
 
 from __future__ import annotations
@@ -17,12 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtr, ndtri
 
+from . import wells
 from .channel import Fields, FrozenMap
+from .fixed_point import Map
 from .order import Order, decode, from_norm, slopes
-from .prox import VectorProblem, ldl_solve, minimise
-from .quadrature import Nodes, mean, over_replicas
+from .prox import VectorProblem
+from .quadrature import Nodes, mean, over_replicas, sweep
 from .setting import Finetuning
 
 #: Size of the LoRA teacher: entries of w* are N(0, q0).
@@ -80,75 +79,26 @@ def inner_problem(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
     return VectorProblem(fine.activation, d.fields.zw, student(order, d), label(fine, d), order.response)
 
 
-def central_well(problem: VectorProblem, teacher):
-    """One of the two equal minimisers +-chi_0 at omega = 0 (T, N): the wells that the two sides belong to.
-
-    It is zero where the loss has a single well there.
-    """
-    still = problem._replace(omega=jnp.zeros_like(problem.omega))
-    origin = jnp.zeros_like(problem.omega)
-    downhill = _softest(still.terms(origin)[2], teacher)
-    u, f, _ = jax.lax.map(lambda s: minimise(still, s), jnp.stack([downhill, teacher]))
-    return jnp.where(f[0] < f[1], u[0], u[1])
+def _student_law(order: Order, d: Draws) -> wells.Student:
+    return wells.Student(order.overlap / TEACHER_SIZE * d.teacher, order.noise, d.noise, d.side, d.teacher)
 
 
-def _softest(h, guess):
-    """Rough eigenvector of the smallest eigenvalue of H (T, T, N), by power steps; only a start of a descent."""
-    n = h.shape[0]
-    bound = jnp.sqrt(jnp.sum(h * h, (0, 1)))
-    a = jnp.eye(n)[:, :, None] * bound - h
-    for _ in range(4):
-        a = jnp.sum(a[:, :, None] * a[None], 1)
-        a = a / jnp.sqrt(jnp.sum(a * a, (0, 1)))
-    v = jnp.sum(a * guess[None], 1)
-    return v / jnp.sqrt(jnp.sum(v * v, 0) + 1e-30)
+def no_inner(fine: Finetuning, nodes: Nodes) -> wells.Inner:
+    """Placeholder for all replicas, to be filled by `locate_inner`."""
+    r, _, n = nodes.normal.shape
+    assert fine.tokens is not None
+    return wells.nothing(r, fine.tokens, n)
 
 
-def split_nodes(fine: Finetuning, order: Order, d: Draws):
-    """Splits every node in two, one on each side of the surface on which the inner minimiser jumps.
+def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner, cold: Any = True) -> wells.Inner:
+    """Inner minimisers of one replica; where `cold` is false the descents start at the previous ones."""
+    d = draws(fine, frozen, nodes)
+    return wells.locate(_at_rest(fine, order, d), _student_law(order, d), previous, cold)
 
-    The surface passes through omega = 0 with normal chi_0 (`central_well`); for the identity it is exactly the
-    plane omega . chi_0 = 0. With e = chi_0 / |chi_0| the component t = e . g is standard normal given all else, and
-    x = Phi(t) uniform. At the switching point t* of this line, p = Phi(t*):
 
-        E f = E [ p f(Phi^-1(p x)) + (1 - p) f(Phi^-1(p + (1 - p) x)) ]
-
-    whose integrand is smooth where f jumps only at t* (pre-integration in the sense of Griewank, Kuo, Leovey and
-    Sloan, 2018, with one sampled point a side). Where there is no second well p tends smoothly to 1, which is
-    the plain node. Returns draws of 2 N nodes and the start chi_0 of their descents.
-    """
+def _at_rest(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
     problem = inner_problem(fine, order, d)
-    # Mirrored nodes look the other way, so that g -> -g stays an exact symmetry of the split set.
-    chi0 = central_well(problem, d.teacher) * d.side
-    square = jnp.sum(chi0 * chi0, 0)
-    depth = jnp.clip((square - 0.01) / 0.09, 0.0, 1.0)  # smooth switch: no split for |chi_0| below 0.1
-    split = depth * depth * (3 - 2 * depth)
-    safe = jnp.where(square > 1e-4, square, 1.0)
-    e = jnp.where(square > 1e-4, chi0, 0.0) / jnp.sqrt(safe)
-    t = jnp.sum(e * d.noise, 0)
-    across = d.noise - e * t
-    at = -order.overlap / TEACHER_SIZE * jnp.sum(e * d.teacher, 0) / order.noise
-    at = jnp.clip(at, -7.5, 7.5)
-    p = 1 - split * ndtr(-at)
-    x = jnp.clip(ndtr(t), 1e-15, 1 - 1e-15)
-    left, right = ndtri(p * x), -ndtri(jnp.clip((1 - p) * (1 - x), 1e-16, 1.0))
-    noise = jnp.concatenate([across + e * left, across + e * right], 1)
-    twice = jax.tree_util.tree_map(lambda a: jnp.concatenate([a, a], -1), (d.fields, d.teacher, d.side, chi0))
-    weight = jnp.concatenate([d.weight * p, d.weight * (1 - p)])
-    return Draws(twice[0], twice[1], noise, weight, twice[2]), twice[3]
-
-
-def inner_minimum(fine: Finetuning, order: Order, d: Draws, chi0):
-    """The inner minimiser chi (T, N): the lowest minimum reached from the two central wells and from omega.
-
-    Returns `(chi, converged, two_wells)`; the flags are per node.
-    """
-    problem = inner_problem(fine, order, d)
-    near = jnp.sign(jnp.sum(problem.omega * chi0, 0)) * chi0
-    u, f, ok = jax.lax.map(lambda s: minimise(problem, s), jnp.stack([near, -near, problem.omega]))
-    two = jnp.max(jnp.abs(u[0] - u[1]), 0) > 1e-4
-    lower = jnp.where(f[0] < f[1], u[0], u[1])
-    return jnp.where(jnp.minimum(f[0], f[1]) < f[2], lower, u[2]), jnp.any(ok, 0), two
+    return problem._replace(omega=jnp.zeros_like(problem.omega))
 
 
 def channel_potential(fine: Finetuning, order: Order, d: Draws, chi):
@@ -167,34 +117,31 @@ def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
     return potential(order), c
 
 
-def conjugates(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> Conjugates:
-    """First half-step, (v, m, q) -> (q', m', l'), from one replica of nodes."""
+def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.Inner, use):
+    """`use(draws, chi, converged, two wells)` on split nodes if any node can have two wells, else on the plain ones."""
+    law = _student_law(order, plain)
+
+    def split(_):
+        factor, g, chi = wells.samples(_at_rest(fine, order, plain), law, inner)
+        twice = jax.tree_util.tree_map(lambda a: jnp.concatenate([a, a], -1), (plain.fields, plain.teacher, plain.side))
+        weight = jnp.concatenate(list(factor * plain.weight))
+        d = Draws(twice[0], twice[1], jnp.concatenate(list(g), 1), weight, twice[2])
+        return use(d, jnp.concatenate(list(chi), 1), inner.ok.reshape(-1), inner.two_wells.reshape(-1))
+
+    def single(_):
+        chi = wells.plain(_at_rest(fine, order, plain), law, inner)
+        return use(plain, chi, inner.ok[0], jnp.zeros_like(inner.ok[0]))
+
+    return jax.lax.cond(inner.split, split, single, 0.0)
+
+
+def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> Conjugates:
+    """First half-step, (v, m, q) -> (q', m', l'), from one replica of nodes and its inner minimisers."""
 
     def use(d, chi, *_):
         return conjugates_at(fine, order, d, chi)[1]
 
-    return with_draws(fine, order, draws(fine, frozen, nodes), use)
-
-
-def with_draws(fine: Finetuning, order: Order, plain: Draws, use):
-    """`use(draws, chi, converged, two wells)`, on split nodes if any node can have two wells, else plain."""
-
-    def split(d):
-        d, chi0 = split_nodes(fine, order, d)
-        return use(d, *inner_minimum(fine, order, d, chi0))
-
-    def single(d):
-        chi, _, ok = minimise(inner_problem(fine, order, d), student(order, d))
-        return use(d, chi, ok, jnp.zeros_like(ok))
-
-    return jax.lax.cond(jnp.any(_saddle_at_origin(fine, order, plain)), split, single, plain)
-
-
-def _saddle_at_origin(fine: Finetuning, order: Order, d: Draws):
-    """Per node: does the inner loss curve down at chi = 0, so that at omega = 0 there are two wells?"""
-    problem = inner_problem(fine, order, d)
-    origin = jnp.zeros_like(problem.omega)
-    return ldl_solve(problem.terms(origin)[2], origin)[1] <= 0
+    return with_minimisers(fine, order, draws(fine, frozen, nodes), inner, use)
 
 
 def order_parameters(fine: Finetuning, c: Conjugates) -> Order:
@@ -204,12 +151,34 @@ def order_parameters(fine: Finetuning, c: Conjugates) -> Order:
     return from_norm(v, c.mhat * TEACHER_SIZE * v, (c.mhat**2 * TEACHER_SIZE + c.qhat) * v**2, TEACHER_SIZE)
 
 
-def step(x, args: tuple[Finetuning, FrozenMap], nodes: Nodes):
-    """One sweep of state evolution in the solver's coordinates."""
+def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, wells.Inner]):
+    """One sweep of state evolution in the solver's coordinates; `const` holds the inner minimisers at x."""
     fine, frozen = args
-    order = decode(x)
-    c = over_replicas(lambda n: conjugates(fine, frozen, order, n), nodes)
-    return order_parameters(fine, mean(c)).encode()
+    c = mean(over_replicas(lambda n, i: conjugates(fine, frozen, decode(x), n, i), *const))
+    return order_parameters(fine, c).encode()
+
+
+def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
+    """The same sweep for the solver: finds the inner minimisers and remembers them from step to step."""
+
+    def image(x, memory, cold, count):
+        order = decode(x)
+
+        def one(n, previous):
+            inner = locate_inner(fine, frozen, order, n, previous, cold)
+            return (conjugates(fine, frozen, order, n, inner), 1.0 * inner.split), inner
+
+        (c, split), memory = sweep(one, nodes, memory, count)
+        return order_parameters(fine, c).encode(), memory, split == 0
+
+    def jacobian(x, memory, count):
+        def plain(x):
+            c, _ = sweep(lambda n, i: (conjugates(fine, frozen, decode(x), n, i), i), nodes, memory, count)
+            return order_parameters(fine, c).encode()
+
+        return jax.jacfwd(plain)(x)
+
+    return Map(image, jacobian)
 
 
 def start(informative: bool = True):

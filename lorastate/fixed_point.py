@@ -106,72 +106,125 @@ def spectral_abscissa(jac):
     return 16 * scale * _log_norm_of_power(total, 18)
 
 
+class Map(NamedTuple):
+    """A fixed-point map for `search_stages`, in two functions without derivatives.
+
+    `image(x, memory, cold, stage) -> (F(x), memory, sure)`: `memory` (any pytree) carries what makes the next evaluation
+    cheaper, such as inner minimisers. A `cold` evaluation does not rely on it; `sure` says that a cold one would
+    give the same. `jacobian(x, memory, stage)` is dF/dx where `image` left `memory`.
+    """
+
+    image: Callable
+    jacobian: Callable
+
+
 class _State(NamedTuple):
     x: Any
     image: Any
+    memory: Any
     jac: Any
+    exact: Any  # whether jac is the Jacobian at x, and not one carried over
     length: Any  # trial length of the next Newton step; 0 asks for a Picard step
     step: Any
     code: Any
     done: Any
+    cold: Any  # whether the next evaluation is a cold one at x itself: the last check of a solution
     best: Any  # smallest residual so far, and how many steps ago
     since: Any
     previous: Any  # the point two accepted steps back, for cycles
     before: Any
 
 
-def _iterate(step, method: Method, x0, args, const):
-    def evaluate(x):
-        def both(x):
-            y = step(x, args, const)
-            return y, y
+class Stage(NamedTuple):
+    """One stage of a search: the rules of its `Method` as arrays, so that all stages share one compiled loop.
 
-        jac, image = jax.jacfwd(both, has_aux=True)(x)
-        return image, jac
+    `index` is handed to the map (e.g. how many replicas it averages). With `exact` every Newton step has a new
+    Jacobian; without, the stage starts from the last one and updates it by Broyden's rule.
+    """
 
-    def size(v):
-        return jnp.max(jnp.abs(v))
+    tolerance: Any
+    max_steps: Any
+    burn_in: Any
+    damping: Any
+    bound: Any
+    floor: Any
+    index: Any
+    exact: Any
+
+    @staticmethod
+    def of(method: Method, index: int = 0, exact: bool = True) -> Stage:
+        m = method
+        return Stage(
+            float(m.tolerance), m.max_steps, m.burn_in, float(m.damping), float(m.bound), float(m.floor), index, exact
+        )
+
+
+def _size(v):
+    return jnp.max(jnp.abs(v))
+
+
+def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
+    """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
 
     def cond(s):
-        return ~s.done & (s.code == Code.ok) & (s.step < method.max_steps)
+        return ~s.done & (s.code == Code.ok) & (s.step < stage.max_steps)
 
     def body(s):
         g = s.image - s.x
         newton = small_solve(jnp.eye(s.x.shape[0], dtype=s.x.dtype) - s.jac, g)
-        picard = (1.0 - method.damping) * g
-        early = (s.step < method.burn_in) | (method.burn_in < 0)
+        picard = (1.0 - stage.damping) * g
+        early = (s.step < stage.burn_in) | (stage.burn_in < 0)
         use_picard = early | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
         # A Newton step in log or atanh coordinates longer than a few units means nothing: cut it.
-        cut = jnp.minimum(1.0, 2.0 / jnp.maximum(size(newton), 1e-300))
+        cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
         # The first pass evaluates at the start itself: one compiled copy of the map serves the whole loop.
-        first = s.step < 0
-        trial = s.x + jnp.where(first, 0.0, jnp.where(use_picard, picard, s.length * cut * newton))
-        image, jac = evaluate(trial)
-        finite = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(jac))
-        residual = size(image - trial)
-        accept = first | use_picard | (finite & (residual < (1.0 - 1e-3 * s.length) * size(g)))
+        first, check = s.step < 0, s.cold
+        stay = first | check
+        trial = s.x + jnp.where(stay, 0.0, jnp.where(use_picard, picard, s.length * cut * newton))
+        image, memory, sure = fmap.image(trial, s.memory, stay, stage.index)
+        sure = sure | stay
+        finite = jnp.all(jnp.isfinite(image))
+        residual = _size(image - trial)
+        accept = stay | use_picard | (finite & (residual < (1.0 - 1e-3 * s.length) * _size(g)))
+        reached = accept & finite & (residual <= stage.tolerance)
+        done, cold = reached & sure, reached & ~sure
+        # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
+        renew = ~accept & ~s.exact
         length = jnp.where(accept, jnp.where(use_picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
+        length = jnp.where(stay | renew, s.length, length)
         x = jnp.where(accept, trial, s.x)
+        memory = jax.tree_util.tree_map(lambda new, old: jnp.where(accept, new, old), memory, s.memory)
+        move, change = trial - s.x, image - s.image
+        square = move @ move
+        secant = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
+        usable = accept & ~stay & finite & (square > 0) & jnp.all(jnp.isfinite(secant))
+        jac = jnp.where(usable, secant, s.jac)
+        newton_next = (stage.burn_in >= 0) & (s.step + 1 >= stage.burn_in) & stage.exact & ~(check & s.exact)
+        wanted = ((accept & newton_next) | renew | (done & ~(check & s.exact))) & jnp.all(jnp.isfinite(x))
+        jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
+        finite = finite & jnp.all(jnp.isfinite(jac))
         improved = residual < 0.9 * s.best
         since = jnp.where(improved, 0, s.since + 1)
         best = jnp.minimum(s.best, jnp.where(finite, residual, jnp.inf))
-        done = accept & (residual <= method.tolerance)
-        moved = size(x - s.x)
-        cycle = accept & (moved > 1e-6) & (size(x - s.before) < 1e-3 * moved) & (since > 8)
+        moved = _size(x - s.x)
+        cycle = accept & (moved > 1e-6) & (_size(x - s.before) < 1e-3 * moved) & (since > 8)
         code = jnp.where(cycle, Code.cycle, s.code)
-        code = jnp.where((since > 15 + method.burn_in) & (method.burn_in >= 0), Code.stalled, code)
-        stuck = ~accept & (length < 0.02) & (size(g) < method.floor)
+        code = jnp.where((since > 15 + stage.burn_in) & (stage.burn_in >= 0), Code.stalled, code)
+        stuck = ~accept & (length < 0.02) & (_size(g) < stage.floor)
         code = jnp.where(stuck, Code.floor, code)
-        code = jnp.where(accept & (size(x) > method.bound), Code.diverged, code)
+        code = jnp.where(accept & (_size(x) > stage.bound), Code.diverged, code)
         code = jnp.where(accept & ~finite, Code.nonfinite, code)
         return _State(
             x,
             jnp.where(accept, image, s.image),
-            jnp.where(accept, jac, s.jac),
+            memory,
+            jac,
+            wanted | (~accept & s.exact) | (check & s.exact),
             length,
             s.step + 1,
-            jnp.where(done, Code.ok, code),
-            done,
+            jnp.where(done & finite, Code.ok, code),
+            done & finite,
+            cold,
             best,
             since,
             jnp.where(accept, s.before, s.previous),
@@ -179,29 +232,41 @@ def _iterate(step, method: Method, x0, args, const):
         )
 
     n, dtype = x0.shape[0], x0.dtype
-    inf = jnp.full_like(x0, jnp.inf)
+    inf, no = jnp.full_like(x0, jnp.inf), jnp.array(False)
     start = _State(
-        x0, x0, jnp.zeros((n, n), dtype), jnp.ones((), dtype), jnp.array(-1),
+        x0, x0, memory, jac0, no, jnp.ones((), dtype), jnp.array(-1),
         jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite)),
-        jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0), inf, inf,
+        no, no, jnp.array(jnp.inf, dtype), jnp.array(0), inf, inf,
     )  # fmt: skip
     s = jax.lax.while_loop(cond, body, start)
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
     growth = spectral_abscissa(s.jac)
-    near = (size(s.image - s.x) < method.floor) & (code == Code.stalled)
-    code = jnp.where(near, int(Code.floor), code)
-    if method.require_stable:
+    residual = _size(s.image - s.x)
+    code = jnp.where((residual < stage.floor) & (code == Code.stalled), int(Code.floor), code)
+    if require_stable:
         code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
-    residual = size(s.image - s.x)
-    inverse = small_solve(jnp.eye(x0.shape[0], dtype=x0.dtype) - s.jac, jnp.eye(x0.shape[0], dtype=x0.dtype))
-    error = residual * jnp.max(jnp.sum(jnp.abs(inverse), 1))
-    return FixedPoint(s.x, code, residual, spectral_radius(s.jac), growth, error, s.step)
+    eye = jnp.eye(n, dtype=dtype)
+    error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - s.jac, eye)), 1))
+    return FixedPoint(s.x, code, residual, spectral_radius(s.jac), growth, error, s.step), s.jac, s.memory
+
+
+def plain_map(step: Callable, args, const=None) -> Map:
+    """A map x -> step(x, args, const) that remembers nothing."""
+
+    def image(x, memory, *_):
+        return step(x, args, const), memory, True
+
+    def jacobian(x, *_):
+        return jax.jacfwd(lambda y: step(y, args, const))(x)
+
+    return Map(image, jacobian)
 
 
 def search(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
     """`fixed_point` without a derivative."""
-    stop = jax.lax.stop_gradient
-    return _iterate(step, method, stop(x0), stop(args), stop(const))
+    x0, args, const = jax.lax.stop_gradient((x0, args, const))
+    jac0 = jnp.zeros((x0.shape[0], x0.shape[0]), x0.dtype)
+    return iterate(plain_map(step, args, const), Stage.of(method), method.require_stable, x0, jac0, None)[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from . import spectrum
 from .activation import Identity
 from .channel import field_dimension, standard_fields
+from .fixed_point import Map
 from .order import Order, decode, from_norm, slopes
-from .prox import MapProblem, minimise
-from .quadrature import Nodes, mean, over_replicas
+from .prox import MapProblem, attach_minimum, locate
+from .quadrature import Nodes, mean, over_replicas, sweep
 from .setting import Pretraining
-from .symmetric import to_coordinates
+from .symmetric import dimension, to_coordinates
 
 
 class Conjugates(NamedTuple):
@@ -53,18 +54,46 @@ def inner_problem(pre: Pretraining, order: Order, nodes: Nodes) -> MapProblem:
     return MapProblem(pre.activation, omega, pre.activation(y), order.response)
 
 
-def inner_minimum(pre: Pretraining, order: Order, nodes: Nodes):
-    """Coordinates of the inner minimiser Z (n_T, N): the lower of the minima reached from Omega and from Y.
+class Inner(NamedTuple):
+    """Minimisers Z of one replica reached from Omega and from Y, as coordinates (2, n_T, N); no derivative.
 
-    Returns `(u, two_wells, converged)`; the flags are per node.
+    `f` (2, N) are the minima, `ok` (N,) whether a descent converged.
     """
+
+    u: Any
+    f: Any
+    ok: Any
+
+    @property
+    def lower(self):
+        return jnp.where(self.f[0] < self.f[1], self.u[0], self.u[1])
+
+    @property
+    def two_wells(self):
+        a, b = self.u
+        return jnp.max(jnp.abs(a - b), 0) > 1e-4 * (1 + jnp.max(jnp.abs(a), 0))
+
+
+def no_inner(pre: Pretraining, nodes: Nodes) -> Inner:
+    """Placeholder for all replicas, to be filled by `locate_inner`."""
+    r, _, n = nodes.normal.shape
+    size = dimension(pre.tokens)
+    return Inner(jnp.zeros((r, 2, size, n)), jnp.zeros((r, 2, n)), jnp.zeros((r, n), bool))
+
+
+def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, cold: Any = True) -> Inner:
+    """Inner minimisers of one replica; where `cold` is false the descents start at the previous ones."""
     y, omega = fields(pre, order, nodes.normal)
     problem = inner_problem(pre, order, nodes)
-    starts = jnp.stack([to_coordinates(omega), to_coordinates(y)])
+    starts = jnp.where(cold, jnp.stack([to_coordinates(omega), to_coordinates(y)]), previous.u)
     # lax.map, not two calls: the descent is compiled once.
-    (a, b), (fa, fb), ok = jax.lax.map(lambda s: minimise(problem, s), starts)
-    two = jnp.max(jnp.abs(a - b), 0) > 1e-4 * (1 + jnp.max(jnp.abs(a), 0))
-    return jnp.where(fa < fb, a, b), two, ok[0] | ok[1]
+    u, f, ok = jax.lax.map(lambda s: locate(problem, s), starts)
+    return Inner(u, f, ok[0] | ok[1])
+
+
+def minimiser(pre: Pretraining, order: Order, nodes: Nodes, inner: Inner):
+    """Coordinates of the lower minimiser Z (n_T, N), with its derivative."""
+    return attach_minimum(inner_problem(pre, order, nodes), inner.lower)
 
 
 def channel_potential(pre: Pretraining, order: Order, nodes: Any, u=None):
@@ -91,9 +120,9 @@ def conjugates_at(pre: Pretraining, order: Order, nodes: Nodes | None, u):
     return potential(order), c
 
 
-def conjugates(pre: Pretraining, order: Order, nodes: Nodes | None) -> Conjugates:
-    """First half-step, (V, M, Q) -> (q^, m^, s^), from one replica of nodes."""
-    u = None if nodes is None else inner_minimum(pre, order, nodes)[0]
+def conjugates(pre: Pretraining, order: Order, nodes: Nodes | None, inner: Inner | None) -> Conjugates:
+    """First half-step, (V, M, Q) -> (q^, m^, s^), from one replica of nodes and its inner minimisers."""
+    u = None if nodes is None or inner is None else minimiser(pre, order, nodes, inner)
     return conjugates_at(pre, order, nodes, u)[1]
 
 
@@ -115,12 +144,35 @@ def order_parameters(pre: Pretraining, c: Conjugates) -> Order:
     return from_norm(4 * d.qhat, 2 * d.mhat, -4 * d.shat, pre.label_size)
 
 
-def step(x, pre: Pretraining, nodes: Nodes | None):
-    """One sweep of state evolution in the solver's coordinates."""
+def step(x, pre: Pretraining, const: tuple[Nodes, Inner] | None):
+    """One sweep of state evolution in the solver's coordinates; `const` holds the inner minimisers at x."""
     order = decode(x)
-    if nodes is None:
-        return order_parameters(pre, conjugates(pre, order, None)).encode()
-    return order_parameters(pre, mean(over_replicas(lambda n: conjugates(pre, order, n), nodes))).encode()
+    if const is None:
+        return order_parameters(pre, conjugates(pre, order, None, None)).encode()
+    return order_parameters(pre, mean(over_replicas(lambda n, i: conjugates(pre, order, n, i), *const))).encode()
+
+
+def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
+    """The same sweep for the solver: finds the inner minimisers and remembers them from step to step."""
+
+    def image(x, memory, cold, count):
+        order = decode(x)
+
+        def one(n, previous):
+            inner = locate_inner(pre, order, n, previous, cold)
+            return (conjugates(pre, order, n, inner), 1.0 * jnp.any(inner.two_wells)), inner
+
+        (c, two), memory = sweep(one, nodes, memory, count)
+        return order_parameters(pre, c).encode(), memory, two == 0
+
+    def jacobian(x, memory, count):
+        def plain(x):
+            c, _ = sweep(lambda n, i: (conjugates(pre, decode(x), n, i), i), nodes, memory, count)
+            return order_parameters(pre, c).encode()
+
+        return jax.jacfwd(plain)(x)
+
+    return Map(image, jacobian)
 
 
 def start(pre: Pretraining):

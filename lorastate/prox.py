@@ -5,17 +5,16 @@ Both stages minimise, node by node, a smooth function of a few unknowns u in R^n
     pre-training   u = coordinates of Z in Sym_T :  ||sigma(Z) - t||^2 + ||Z - Omega||_F^2 / (4 V)
     fine-tuning    u = chi in R^T                :  ||sigma(Z_W + chi chi^T) - t||^2 + ||chi - omega||^2 / (2 v)
 
-A `terms(u, params) -> (f, g, H)` function describes the problem; arrays are node-last.
+A problem is a pytree with a method `terms(u) -> (f, g, H)`; arrays are node-last. The search (`locate`) and the
+derivative of what it finds (`attach_minimum`) are kept apart: searches need loops, derivatives do not.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .activation import Activation
 from .symmetric import hessian_to_coordinates, to_coordinates, to_matrix
@@ -157,58 +156,88 @@ def _newton(problem, start, limit):
     return out.u, out.f, out.done
 
 
-#: Newton steps that all nodes take together; after them only the unfinished ones go on, in groups.
-_TOGETHER, _GROUP = 7, 8
+#: Newton steps of a group of nodes on its first visit; nodes that need more are visited a second time.
+_FIRST = 7
 
 
-def _descend(problem, start, max_steps):
-    """Minimises at all nodes. A few per cent of the nodes need many more steps than the rest: after a few common
-    steps those are gathered into small groups, so that they do not hold the others."""
+def _group(nodes: int) -> int:
+    """Nodes that descend together: on a CPU few, so that their matrices stay in the first-level cache."""
+    return min(nodes, 128) if jax.default_backend() == "cpu" else nodes
+
+
+class _Work(NamedTuple):
+    u: Any
+    f: Any
+    done: Any
+    closed: Any  # had all the steps that it may have
+    round: Any
+
+
+def locate(problem, start, max_steps: int = 100):
+    """Local minimiser reached from `start` (n, N) by a monotone damped Newton descent; carries no derivative.
+
+    Returns `(u, f, converged)`: u (n, N), the minimum f (N,) and a flag per node.
+    """
+    problem, start = jax.lax.stop_gradient((problem, start))
     nodes = start.shape[1]
-    u, f, done = _newton(problem, start, min(_TOGETHER, max_steps))
-    group = max(nodes // _GROUP, min(nodes, 64))
-    rounds = -(-nodes // group)
+    group = _group(nodes)
+    visits = -(-nodes // group)
 
+    # A few per cent of the nodes need many more steps than the rest: they are left over from the first visits and
+    # gathered into groups of their own, so that they do not hold the others. One compiled loop serves both visits.
     def cond(s):
-        return (s[4] < rounds) & ~jnp.all(s[2] | s[3])
+        return (s.round < 2 * visits) & ((s.round < visits) | ~jnp.all(s.done | s.closed))
 
     def body(s):
-        u, f, done, seen, k = s
-        # Nodes still to do come first; one that has had its turn is not asked again.
-        index = jnp.argsort(done | seen, stable=True)[:group]
-        sub_u, sub_f, sub_done = _newton(problem.take(index), u[:, index], max_steps)
-        return (
-            u.at[:, index].set(sub_u),
-            f.at[index].set(sub_f),
-            done.at[index].set(sub_done),
-            seen.at[index].set(True),
-            k + 1,
+        first = s.round < visits
+        index = jax.lax.cond(
+            first,
+            lambda: jnp.minimum(s.round * group + jnp.arange(group), nodes - 1),
+            lambda: jnp.nonzero(~(s.done | s.closed), size=group, fill_value=nodes - 1)[0],
+        )
+        u, f, done = _newton(problem.take(index), s.u[:, index], jnp.where(first, min(_FIRST, max_steps), max_steps))
+        return _Work(
+            s.u.at[:, index].set(u),
+            s.f.at[index].set(f),
+            s.done.at[index].set(done),
+            s.closed.at[index].set(~first),
+            s.round + 1,
         )
 
-    u, f, done, _, _ = jax.lax.while_loop(cond, body, (u, f, done, jnp.zeros_like(done), 0))
-    return u, f, done
+    false = jnp.zeros((nodes,), bool)
+    out = jax.lax.while_loop(cond, body, _Work(start, jnp.full((nodes,), jnp.inf, start.dtype), false, false, 0))
+    return out.u, out.f, out.done
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def minimise(problem, start, max_steps: int = 100):
-    """Local minimiser reached from `start` (n, N) by a monotone damped Newton descent.
+@jax.custom_jvp
+def attach_minimum(problem, u):
+    """Returns the minimiser `u` (n, N) of `problem` and gives it its derivative, du = -H^{-1} d(grad).
 
-    Returns `(u, f, converged)`: u (n, N), the minimum f (N,) and a flag per node. Differentiable to any order
-    in every leaf of `problem` by the implicit function theorem, du = -H^{-1} d(grad); the start carries no
-    derivative.
+    The implicit function theorem; differentiable to any order in every leaf of `problem`.
     """
-    return _descend(problem, jax.lax.stop_gradient(start), max_steps)
+    return u
 
 
-@minimise.defjvp
-def _minimise_jvp(max_steps, primals, tangents):
-    problem, start = primals
-    u, f, done = minimise(problem, start, max_steps)
-    (dg, df) = jax.jvp(lambda p: _gradient_and_value(p, u), (problem,), (tangents[0],))[1]
-    du = -ldl_solve(problem.terms(u)[2], dg)[0]
-    return (u, f, done), (du, df, np.zeros(done.shape, jax.dtypes.float0))
+@attach_minimum.defjvp
+def _attach_minimum_jvp(primals, tangents):
+    problem, u = primals
+    u = attach_minimum(problem, u)
+    dg = jax.jvp(lambda p: p.terms(u)[1], (problem,), (tangents[0],))[1]
+    return u, -ldl_solve(problem.terms(u)[2], dg)[0]
 
 
-def _gradient_and_value(problem, u):
-    f, g, _ = problem.terms(u)
-    return g, f
+def minimise(problem, start, max_steps: int = 100):
+    """`locate` and `attach_minimum`: `(u, f, converged)`, differentiable in every leaf of `problem`, not in `start`."""
+    u, _, done = locate(problem, start, max_steps)
+    u = attach_minimum(problem, u)
+    return u, problem.terms(u)[0], done
+
+
+def polish(problem, u, steps: int = 2):
+    """A few plain Newton steps towards a minimiser that is already near `u`; no derivative, no safeguards."""
+
+    def body(_, u):
+        _, g, h = problem.terms(u)
+        return u - ldl_solve(h, g)[0]
+
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, body, u))

@@ -11,6 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
 from scipy.stats import qmc
@@ -59,6 +60,28 @@ def over_replicas(f, nodes: Nodes, *mapped):
     if jax.default_backend() == "cpu":
         return jax.lax.map(lambda x: f(*x), xs)
     return jax.vmap(lambda x: f(*x))(xs)
+
+
+def sweep(f, nodes: Nodes, memory, count):
+    """Mean of `value` over the first `count` replicas, and the new memory, for `f(replica, memory) -> (value, memory)`.
+
+    `count` may be traced: a coarse and a fine solve share one compiled loop. An accelerator takes all replicas at
+    once whatever `count` is. Forward-mode derivatives only.
+    """
+    if jax.default_backend() != "cpu":
+        values, memory = jax.vmap(f)(nodes, memory)
+        return mean(values), memory
+
+    def one(r, carry):
+        total, memory = carry
+        take = functools.partial(jax.tree_util.tree_map, lambda a: a[r])
+        value, new = f(take(nodes), take(memory))
+        memory = jax.tree_util.tree_map(lambda m, n: m.at[r].set(n), memory, new)
+        return jax.tree_util.tree_map(lambda t, v: t + v / count, total, value), memory
+
+    shape = jax.eval_shape(lambda n, m: f(*jax.tree_util.tree_map(lambda a: a[0], (n, m)))[0], nodes, memory)
+    zero = jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), shape)
+    return jax.lax.fori_loop(0, count, one, (zero, memory))
 
 
 def mean(tree):

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import equinox as eqx
-import jax
 import numpy as np
 
 from . import theory
@@ -27,10 +26,8 @@ _FLOOR_SHARE = 0.3
 @eqx.filter_jit
 def _evaluate(pre, fine, numerics, nodes):
     out = theory.evaluate(pre, fine, numerics, nodes)
-    stop = jax.lax.stop_gradient
-    xs = (out.status["pretraining"]["x"], out.status["finetuning"]["x"])
-    errors = theory.quadrature_errors(*stop((pre, fine)), numerics, nodes, *stop(xs))
-    return out, errors
+    errors = theory.quadrature_errors(pre, fine, numerics, nodes, out.solved)
+    return out._replace(solved=None), errors
 
 
 class Solution(eqx.Module):

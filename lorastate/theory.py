@@ -17,7 +17,7 @@ from . import pretraining as pt
 from . import spectrum
 from .channel import FrozenMap
 from .errors import Code, succeeded
-from .fixed_point import FixedPoint, Method, attach, nan_slope, search, small_solve
+from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, plain_map, small_solve
 from .generalization import finetuning_error, node_dimension, pretraining_error
 from .order import RESPONSE_FLOOR, Order, decode
 from .prox import ldl_solve
@@ -53,21 +53,47 @@ def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSet
     )
 
 
-def _method(numerics: Numerics, **changes) -> Method:
-    return Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps, **changes)
+def _stages(numerics: Numerics, rough: float, **fine) -> list[Stage]:
+    """One replica finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones."""
+    floor = {"floor": 10 * fine["floor"]} if fine else {}
+    return [
+        Stage.of(Method(tolerance=rough, max_steps=numerics.max_steps, **floor), 1),
+        Stage.of(
+            Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps, burn_in=0, **fine),
+            numerics.replicas,
+            exact=False,
+        ),
+    ]
 
 
-def _coarse(nodes: Nodes) -> Nodes:
-    return jax.tree_util.tree_map(lambda a: a[:1], nodes)
+class Solved(NamedTuple):
+    """A fixed point with what its derivatives and averages need: the Jacobian there and the inner minimisers."""
+
+    point: FixedPoint
+    jacobian: Any
+    inner: Any
 
 
-def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None) -> FixedPoint:
-    """Fixed point of pre-training; with nodes, one replica finds the neighbourhood and Newton on all finishes."""
+def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None) -> Solved:
+    """Fixed point of pre-training (no derivative)."""
+    pre = jax.lax.stop_gradient(pre)
+    x0, jac0 = pt.start(pre), jnp.zeros((3, 3))
     if nodes is None:
-        return search(pt.step, _method(numerics), pt.start(pre), pre)
-    rough = search(pt.step, Method(tolerance=1e-4, max_steps=numerics.max_steps), pt.start(pre), pre, _coarse(nodes))
-    sol = search(pt.step, _method(numerics, burn_in=0), rough.x, pre, nodes)
-    return sol._replace(steps=sol.steps + rough.steps)
+        method = Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps)
+        return Solved(*iterate(plain_map(pt.step, pre), Stage.of(method), True, x0, jac0, None))
+    fmap = pt.state_evolution(pre, nodes)
+
+    def stage(carry, rules):
+        point, jac, inner = iterate(fmap, rules, True, *carry)
+        return (point.x, jac, inner), point
+
+    carry, points = jax.lax.scan(stage, (x0, jac0, pt.no_inner(pre, nodes)), _stacked(_stages(numerics, 1e-4)))
+    last = jax.tree_util.tree_map(lambda a: a[-1], points)
+    return Solved(last._replace(steps=points.steps.sum()), carry[1], carry[2])
+
+
+def _stacked(trees):
+    return jax.tree_util.tree_map(lambda *a: jnp.stack([jnp.asarray(v) for v in a]), *trees)
 
 
 class Branches(NamedTuple):
@@ -80,19 +106,28 @@ class Branches(NamedTuple):
 
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes):
     """Solutions from both starts, stacked, and whether the two are the same one (no derivatives)."""
-    args = (fine, frozen)
-    rough_method = Method(tolerance=1e-3, max_steps=numerics.max_steps, floor=3e-2)
-    method = _method(numerics, burn_in=0, floor=2e-3)
+    fine, frozen = jax.lax.stop_gradient((fine, frozen))
+    fmap = ft.state_evolution(fine, frozen, nodes)
 
-    def rough(x0):
-        return search(ft.step, rough_method, x0, args, _coarse(nodes))
+    def job(carry, rules_and_branch):
+        xs, jacs, inners, same = carry
+        rules, k = rules_and_branch
+        last = rules.burn_in == 0
+        same = jnp.where(last & (k == 0), jnp.max(jnp.abs(xs[0] - xs[1])) < 0.02, same)
+        # Where both starts have found the same solution the second is not refined again: NaN stops at once.
+        x0 = jnp.where(last & same & (k == 1), jnp.nan, xs[k])
+        start = jax.tree_util.tree_map(lambda a: a[k], (jacs, inners))
+        point, jac, inner = iterate(fmap, rules, True, x0, *start)
+        put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(v), (xs, jacs, inners), (point.x, jac, inner))
+        return (*put, same), point
 
-    first = jax.lax.map(rough, jnp.stack([ft.start(True), ft.start(False)]))
-    # Where both starts have found the same solution the second is not refined again: NaN stops at once.
-    same = jnp.max(jnp.abs(first.x[0] - first.x[1])) < 0.02
-    x0 = jnp.stack([first.x[0], jnp.where(same, jnp.nan, first.x[1])])
-    sols = jax.lax.map(lambda x: search(ft.step, method, x, args, nodes), x0)
-    return sols._replace(steps=sols.steps + first.steps), same
+    x0 = jnp.stack([ft.start(True), ft.start(False)])
+    two = jax.tree_util.tree_map(lambda a: jnp.stack([a, a]), ft.no_inner(fine, nodes))
+    rough, refined = _stages(numerics, 1e-3, floor=2e-3)
+    jobs = (_stacked([rough, rough, refined, refined]), jnp.array([0, 1, 0, 1]))
+    (_, jacs, inners, same), points = jax.lax.scan(job, (x0, jnp.zeros((2, 3, 3)), two, jnp.array(False)), jobs)
+    final = jax.tree_util.tree_map(lambda a: a[2:], points)
+    return Solved(final._replace(steps=points.steps[:2] + points.steps[2:]), jacs, inners), same
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------
@@ -108,21 +143,23 @@ class MapAverages(NamedTuple):
     unconverged: Any
 
 
-def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None) -> MapAverages:
+def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None, inner: pt.Inner | None) -> MapAverages:
+    """The averages of every replica, stacked (the values themselves where no nodes are needed)."""
     if nodes is None:
         t, zero = pre.tokens, jnp.zeros(())
         s = dimension(t) * (4 * order.response / (t * t + 4 * order.response)) ** 2
         c = pt.channel_potential(pre, order, None)
-        return MapAverages(pt.conjugates(pre, order, None), c, s, zero, zero)
+        return MapAverages(pt.conjugates_at(pre, order, None, None)[1], c, s, zero, zero)
 
-    def one(n):
-        u, two, ok = pt.inner_minimum(pre, order, n)
-        c, conjugates = pt.conjugates_at(pre, order, n, u)
-        hess = pt.inner_problem(pre, order, n).terms(u)[2]
-        s = jnp.sum(n.weight * _response_gap(hess, 2 * order.response))
-        return MapAverages(conjugates, c, s, jnp.sum(n.weight * two), 1 - jnp.mean(1.0 * ok))
+    return over_replicas(lambda n, i: _map_replica(pre, order, n, i), nodes, inner)
 
-    return over_replicas(one, nodes)
+
+def _map_replica(pre, order, nodes, inner) -> MapAverages:
+    u = pt.minimiser(pre, order, nodes, inner)
+    c, conjugates = pt.conjugates_at(pre, order, nodes, u)
+    hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
+    s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response))
+    return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells), 1 - jnp.mean(1.0 * inner.ok))
 
 
 def _response_gap(hess, scale):
@@ -145,14 +182,19 @@ class LoraAverages(NamedTuple):
     unconverged: Any
 
 
-def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> LoraAverages:
+def _lora_replica(fine: Finetuning, frozen: FrozenMap, order: Order, nodes, inner) -> LoraAverages:
     def use(d, chi, ok, two):
         c, conjugates = ft.conjugates_at(fine, order, d, chi)
         hess = ft.inner_problem(fine, order, d).terms(chi)[2]
         s = jnp.sum(d.weight * _response_gap(hess, order.response))
         return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two), 1 - jnp.mean(1.0 * ok))
 
-    return over_replicas(lambda n: ft.with_draws(fine, order, ft.draws(fine, frozen, n), use), nodes)
+    return ft.with_minimisers(fine, order, ft.draws(fine, frozen, nodes), inner, use)
+
+
+def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, inner) -> LoraAverages:
+    """The averages of every replica, stacked."""
+    return over_replicas(lambda n, i: _lora_replica(fine, frozen, order, n, i), nodes, inner)
 
 
 def free_energy(fine: Finetuning, order: Order, a: LoraAverages):
@@ -188,6 +230,7 @@ def map_predictions(pre: Pretraining, order: Order, a: MapAverages, errors) -> d
         "rank_fraction": 1 - spectrum.mass_below(eps, delta, pre.kappa0),
         "replicon": jnp.where(live, replicon, jnp.nan),
         "double_well_share": a.two_wells,
+        "unconverged": a.unconverged,
     }
 
 
@@ -217,61 +260,57 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
 
 
 def _map_errors(pre, order, nodes):
-    def one(n, size):
-        return pretraining_error(pre.activation, pre.tokens, size, order.overlap, order.norm(pre.label_size), n)
+    def one(size):
+        return pretraining_error(pre.activation, pre.tokens, size, order.overlap, order.norm(pre.label_size), nodes)
 
-    if nodes is None:
-        return one(None, pre.label_size), one(None, pre.Q0)
     # The noiseless law has smaller labels but the same map: (Q0, M, Q).
-    return over_replicas(lambda n: (one(n, pre.label_size), one(n, pre.Q0)), nodes)
+    return one(pre.label_size), one(pre.Q0)
 
 
 def _lora_errors(fine, frozen, order, nodes):
     size = frozen.Q0 + fine.delta / 2
+    common = (fine.activation, fine.tokens, size, frozen.overlap, frozen.norm)
+    return finetuning_error(*common, order, nodes), finetuning_error(*common, None, nodes)
 
-    def one(n):
-        common = (fine.activation, fine.tokens, size, frozen.overlap, frozen.norm)
-        return finetuning_error(*common, order, n), finetuning_error(*common, None, n)
 
-    return one(None) if nodes is None else over_replicas(one, nodes)
+def _averaged(f, nodes):
+    """Mean over replicas of `f(replica)`; `f(None)` where a closed form needs no nodes."""
+    return f(None) if nodes is None else mean(over_replicas(f, nodes))
 
 
 def _frozen(pre: Pretraining, order: Order) -> FrozenMap:
     return FrozenMap(order.overlap, order.norm(pre.label_size), pre.Q0)
 
 
-def _mean_if(nodes, tree):
-    return tree if nodes is None else mean(tree)
-
-
 # ---- everything ------------------------------------------------------------------------------------------------
 
 
 class Evaluation(NamedTuple):
-    """Output of `evaluate`: values and status of both stages."""
+    """Output of `evaluate`: values and status of both stages, and what `quadrature_errors` starts from."""
 
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
     branches: Branches
     status: dict[str, dict[str, Any]]
+    solved: tuple[Solved, Solved]
 
 
 def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets) -> Evaluation:
     """Solves both stages and predicts everything; differentiable in every leaf of `pre` and `fine`."""
-    map_sol = solve_pretraining(pre, numerics, nodes.pretraining)
-    map_x = nan_slope(attach(pt.step, map_sol.x, pre, nodes.pretraining), succeeded(map_sol.code))
+    map_solved = solve_pretraining(pre, numerics, nodes.pretraining)
+    map_sol = map_solved.point
+    const = None if nodes.pretraining is None else (nodes.pretraining, map_solved.inner)
+    map_x = nan_slope(attach(pt.step, map_sol.x, pre, const), succeeded(map_sol.code))
     map_order = decode(map_x)
-    a = _mean_if(nodes.pretraining, map_averages(pre, map_order, nodes.pretraining))
-    map_values = map_predictions(
-        pre, map_order, a, _mean_if(nodes.pretraining_test, _map_errors(pre, map_order, nodes.pretraining_test))
-    )
-    code = jnp.where(a.unconverged > 1e-3, int(Code.stalled), map_sol.code)
+    a = map_averages(pre, map_order, nodes.pretraining, map_solved.inner)
+    errors = _averaged(lambda n: _map_errors(pre, map_order, n), nodes.pretraining_test)
+    map_values = map_predictions(pre, map_order, a if nodes.pretraining is None else mean(a), errors)
+    code = jnp.where(map_values["unconverged"] > 1e-3, int(Code.stalled), map_sol.code)
     narrow = map_values["rank_fraction"] > pre.kappa * (1 + 1e-9)
     code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
 
-    frozen = _frozen(pre, map_order)
-    values, branches = _finetune(fine, frozen, numerics, nodes)
-    sol = jax.tree_util.tree_map(lambda v: v[branches.chosen], branches.solution)
+    values, branches, lora_solved = _finetune(fine, _frozen(pre, map_order), numerics, nodes)
+    sol = lora_solved.point
     lora_code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), sol.code)
     lora_code = jnp.where(succeeded(code), lora_code, int(Code.upstream))
     values = {k: nan_slope(v, succeeded(lora_code)) for k, v in values.items()}
@@ -279,90 +318,111 @@ def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: Node
         "pretraining": {**map_sol._asdict(), "code": code},
         "finetuning": {**sol._asdict(), "code": lora_code},
     }
-    return Evaluation(map_values, values, branches, status)
+    return Evaluation(map_values, values, branches, status, (map_solved, lora_solved))
 
 
 def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: NodeSets):
-    """Predictions on the branch of lowest free energy among those that were solved, and both branches."""
-    sols, same = search_finetuning(fine, frozen, numerics, nodes.finetuning)
-    finite = jnp.isfinite(sols.x)
-    xs = jax.lax.stop_gradient(jnp.where(finite, sols.x, ft.start(True)))
+    """Predictions on the branch of lowest free energy among those that were solved; both branches; that solution."""
+    solved, same = search_finetuning(fine, frozen, numerics, nodes.finetuning)
+    sols = solved.point
+    xs = jnp.where(jnp.isfinite(sols.x), sols.x, ft.start(True))
 
-    def values_at(x):
-        order = decode(attach(ft.step, x, (fine, frozen), nodes.finetuning))
-        b = mean(lora_averages(fine, frozen, order, nodes.finetuning))
-        errors = _mean_if(nodes.finetuning_test, _lora_errors(fine, frozen, order, nodes.finetuning_test))
+    def values_at(x, inner):
+        order = decode(attach(ft.step, x, (fine, frozen), (nodes.finetuning, inner)))
+        b = mean(lora_averages(fine, frozen, order, nodes.finetuning, inner))
+        errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
         return lora_predictions(fine, frozen, order, b, errors)
 
-    def nothing(_):
-        return jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(values_at, xs[0]))
+    first = jax.tree_util.tree_map(lambda a: a[0], (xs, solved.inner))
+
+    def nothing(*_):
+        return jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(values_at, *first))
 
     # Where the second start found nothing new its predictions are not computed again.
     both = jax.lax.map(
-        lambda a: jax.lax.cond(a[1], values_at, nothing, a[0]), (xs, jnp.stack([jnp.array(True), ~same]))
+        lambda a: jax.lax.cond(a[2], values_at, nothing, a[0], a[1]),
+        (xs, solved.inner, jnp.stack([jnp.array(True), ~same])),
     )
     copy = jax.tree_util.tree_map(lambda a: jnp.where(same, a[0], a[1]), sols)
     sols = jax.tree_util.tree_map(lambda a, b: jnp.stack([a[0], b]), sols, copy)
     energy = jnp.where(same, both["free_energy"][0], both["free_energy"])
     chosen = jnp.where(same, 0, jnp.argmin(jnp.where(succeeded(sols.code), energy, jnp.inf)))
-    return {k: v[chosen] for k, v in both.items()}, Branches(sols, energy, chosen)
+    best = jax.tree_util.tree_map(lambda a: a[chosen], (both, Solved(sols, solved.jacobian, solved.inner)))
+    return best[0], Branches(sols, energy, chosen), best[1]
 
 
-def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, map_x, x):
+# ---- error bars ------------------------------------------------------------------------------------------------
+
+
+def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, solved):
     """Standard error of every prediction, from the spread over replicas: two dictionaries.
 
-    Replica r would solve x = F_r(x). To first order its solution is x + (I - J)^{-1} (F_r(x) - F(x)), so no second
-    solve is needed. What its pre-training does to its fine-tuning is carried along in the same way.
+    Replica r would solve x = F_r(x). One step with the Jacobian of all replicas takes it there to first order,
+    x_r = x + (I - J)^{-1} (F_r(x) - F(x)), and its predictions are evaluated at x_r with its own nodes: no second
+    solve. What its pre-training does to its fine-tuning is carried along.
     """
+    stop = jax.lax.stop_gradient
+    pre, fine, (of_map, of_lora) = stop(pre), stop(fine), stop(solved)
     r = numerics.replicas
+    map_x = jnp.broadcast_to(of_map.point.x, (r, 3))
+    if nodes.pretraining is None:
+        order = decode(of_map.point.x)
+        a = map_averages(pre, order, None, None)
+        one = map_predictions(pre, order, a, _map_errors(pre, order, None))
+        map_values = {k: jnp.broadcast_to(v, (r,)) for k, v in one.items()}
+    else:
 
-    def map_outputs(y):
-        order = decode(y)
-        return map_averages(pre, order, nodes.pretraining), _map_errors(pre, order, nodes.pretraining_test)
+        def map_pass(carry, _):
+            xs, inner = carry
 
-    def map_image(c):
-        return pt.order_parameters(pre, c).encode()
+            def one(n, x, i):
+                i = pt.locate_inner(pre, decode(x), n, i, cold=False)
+                return _map_replica(pre, decode(x), n, i), i
 
-    shift, (a, errors) = _respond(map_outputs, map_image, map_x, jnp.zeros((r, 0)))
-    map_values = jax.vmap(lambda d, a, e: map_predictions(pre, decode(map_x + d), a, e))(shift, a, errors)
+            a, inner = over_replicas(one, nodes.pretraining, xs, inner)
+            images = jax.vmap(lambda c: pt.order_parameters(pre, c).encode())(a.conjugates)
+            return (_closer(xs, images, of_map), inner), (xs, a)
 
-    def outputs(z):
-        order, frozen = decode(z[:3]), _frozen(pre, decode(z[3:]))
-        averages = lora_averages(fine, frozen, order, nodes.finetuning)
-        return averages, _lora_errors(fine, frozen, order, nodes.finetuning_test)
+        # The first pass makes the step, the second evaluates there; one compiled copy serves both.
+        _, (xs, a) = jax.lax.scan(map_pass, (map_x, of_map.inner), length=2)
+        map_x, a = jax.tree_util.tree_map(lambda v: v[-1], (xs, a))
+        errors = over_replicas(lambda n, x: _map_errors(pre, decode(x), n), nodes.pretraining_test, map_x)
+        map_values = jax.vmap(lambda x, a, e: map_predictions(pre, decode(x), a, e))(map_x, a, errors)
 
-    def image(c):
-        return ft.order_parameters(fine, c).encode()
+    def lora_pass(carry, _):
+        xs, inner = carry
 
-    own, (b, errors) = _respond(outputs, image, jnp.concatenate([x, map_x]), shift)
+        def one(n, x, upstream, i):
+            frozen, order = _frozen(pre, decode(upstream)), decode(x)
+            i = ft.locate_inner(fine, frozen, order, n, i, cold=False)
+            return _lora_replica(fine, frozen, order, n, i), i
 
-    def predict(d, s, b, e):
-        return lora_predictions(fine, _frozen(pre, decode(map_x + s)), decode(x + d), b, e)
+        b, inner = over_replicas(one, nodes.finetuning, xs, map_x, inner)
+        images = jax.vmap(lambda c: ft.order_parameters(fine, c).encode())(b.conjugates)
+        return (_closer(xs, images, of_lora), inner), (xs, b)
 
-    return _standard_errors(map_values), _standard_errors(jax.vmap(predict)(own, shift, b, errors))
+    start = (jnp.broadcast_to(of_lora.point.x, (r, 3)), of_lora.inner)
+    _, (xs, b) = jax.lax.scan(lora_pass, start, length=2)
+    xs, b = jax.tree_util.tree_map(lambda v: v[-1], (xs, b))
+
+    def errors_at(n, x, upstream):
+        return _lora_errors(fine, _frozen(pre, decode(upstream)), decode(x), n)
+
+    if nodes.finetuning_test is None:
+        errors = jax.vmap(lambda x, u: errors_at(None, x, u))(xs, map_x)
+    else:
+        errors = over_replicas(errors_at, nodes.finetuning_test, xs, map_x)
+    values = jax.vmap(lambda x, u, b, e: lora_predictions(fine, _frozen(pre, decode(u)), decode(x), b, e))(
+        xs, map_x, b, errors
+    )
+    return _standard_errors(map_values), _standard_errors(values)
 
 
-def _respond(outputs, image, z, upstream):
-    """Shifts of the three order parameters of every replica (R, 3), and its averages there, to first order.
-
-    `outputs(z) -> (averages, errors)` at z = (own order parameters, those upstream, shifted by `upstream`).
-    """
-    r = upstream.shape[0]
-
-    def stacked(y):
-        out = jax.tree_util.tree_map(lambda v: jnp.broadcast_to(v, (r,)), outputs(y))
-        return out, out
-
-    jac, (averages, errors) = jax.jacfwd(stacked, has_aux=True)(z)
-    slope = mean(jac)
-    center = mean(averages.conjugates)
-    by_conjugate = jnp.stack(jax.jacfwd(image)(center), 1)
-    j = by_conjugate @ jnp.stack(slope[0].conjugates)
-    force = jax.vmap(image)(averages.conjugates) - image(center) + upstream @ j[:, 3:].T
-    shift = jax.vmap(lambda f: small_solve(jnp.eye(3) - j[:, :3], f))(force)
-    total = jnp.concatenate([shift, upstream], 1)
-    moved = jax.tree_util.tree_map(lambda v, d: v + total @ d, (averages, errors), slope)
-    return shift, moved
+def _closer(xs, images, solved: Solved):
+    """One chord step of every replica towards its own fixed point, (R, 3); no further than the linear response holds."""
+    gap = jnp.eye(3) - solved.jacobian
+    shift = jax.vmap(lambda f: small_solve(gap, f))(images - xs)
+    return xs + jnp.clip(shift, -1.0, 1.0)
 
 
 def _standard_errors(values: dict[str, Any]) -> dict[str, Any]:

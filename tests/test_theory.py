@@ -38,7 +38,7 @@ def pretrain():
 
     @jax.jit
     def solve(pre, nodes):
-        sol = theory.solve_pretraining(pre, ls.Numerics(**SMALL), nodes)
+        sol = theory.solve_pretraining(pre, ls.Numerics(**SMALL), nodes).point
         order = decode(sol.x)
         return jnp.stack([order.response, order.overlap, order.norm(pre.label_size)]), sol.code
 
