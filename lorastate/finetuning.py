@@ -123,9 +123,9 @@ def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.I
 
     def split(_):
         factor, g, chi = wells.samples(_at_rest(fine, order, plain), law, inner)
-        twice = jax.tree_util.tree_map(lambda a: jnp.concatenate([a, a], -1), (plain.fields, plain.teacher, plain.side))
+        thrice = jax.tree_util.tree_map(lambda a: jnp.concatenate([a, a, a], -1), plain)
         weight = jnp.concatenate(list(factor * plain.weight))
-        d = Draws(twice[0], twice[1], jnp.concatenate(list(g), 1), weight, twice[2])
+        d = thrice._replace(noise=jnp.concatenate(list(g), 1), weight=weight)
         return use(d, jnp.concatenate(list(chi), 1), inner.ok.reshape(-1), inner.two_wells.reshape(-1))
 
     def single(_):

@@ -4,16 +4,19 @@ The inner problem of a node, min_chi ||sigma(Z_W + chi chi^T) - t||^2 + ||chi - 
 even in chi. Where it has two wells the minimiser jumps as omega crosses a surface through the origin. Plain nodes
 see the jump only by chance: expectations converge slowly and their derivatives miss the term of the surface.
 
-Every node is therefore split in two, one on each side of the surface. At omega = 0 the wells are +-chi_0 and the
-surface has the normal chi_0. With e = chi_0 / |chi_0| the component t = e . g of the node's noise is standard normal given
-all else, and x = Phi(t) uniform. At the switching point t* of this line, where both wells are equally deep, p = Phi(t*):
+Nodes that can have two wells are therefore split in two, one on each side of the surface. Let e be the softest
+direction of the loss at chi = 0 (the wells open along it). The component t = e . g of the node's noise is standard
+normal given all else, and x = Phi(t) uniform. At the switching point t* of this line, where both wells are equally
+deep, p = Phi(t*):
 
     E f = E [ p f(Phi^-1(p x)) + (1 - p) f(Phi^-1(p + (1 - p) x)) ]
 
 whose integrand is smooth where f jumps only at t* (pre-integration in the sense of Griewank, Kuo, Leovey and
-Sloan, 2018, with one sampled point a side). Any p keeps the equation true; where there is no second well it tends
-smoothly to 1, which is the plain node. The same two functions as everywhere: `locate` finds (loops, no derivative),
-`samples` gives what was found its derivative (no loops).
+Sloan, 2018, with one sampled point a side). Any e and p keep the equation true. A node comes to its split smoothly,
+
+    E f = E [ (1 - s) f(t) + s (split form) ],   s from 0 to 1 as the smallest eigenvalue of the Hessian at rest falls.
+
+The same two halves as everywhere: `locate` finds (loops, no derivative), `samples` differentiates (no loops).
 """
 
 from __future__ import annotations
@@ -48,16 +51,16 @@ class Student(NamedTuple):
 class Inner(NamedTuple):
     """What `locate` finds for one replica, without derivatives.
 
-    `split`: whether any node can have two wells. If not, only chi[0] (T, N) means anything: the minimisers at the
-    plain nodes. Else `chi` (2, T, N) are those at the left and right samples, `central` (T, N) is chi_0, `switch` (N,)
-    is t* with the `wells` (2, T, N) there, `rooted` (N,) whether it exists. `two_wells`, `ok` (2, N) are flags of samples.
+    `split`: whether any node is split. `chi` (3, T, N): minimisers at the plain, the left and the right samples (only
+    the first where a node is not split), with the flags `two_wells`, `ok` (3, N). `e` (T, N) softest direction, `switch`
+    (N,) t* with the `wells` (2, T, N) there, `rooted` (N,) whether it was found.
     """
 
     split: Any
     chi: Any
     two_wells: Any
     ok: Any
-    central: Any
+    e: Any
     switch: Any
     rooted: Any
     wells: Any
@@ -69,167 +72,223 @@ def nothing(replicas: int, tokens: int, nodes: int) -> Inner:
     def no(*shape, kind: Any = float):
         return jnp.zeros((replicas, *shape), kind)
 
-    pair, one = (2, tokens, nodes), (tokens, nodes)
     return Inner(
-        no(kind=bool), no(*pair), no(2, nodes, kind=bool), no(2, nodes, kind=bool),
-        no(*one), no(nodes), no(nodes, kind=bool), no(*pair),
+        no(kind=bool), no(3, tokens, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
+        no(tokens, nodes), no(nodes), no(nodes, kind=bool), no(2, tokens, nodes),
     )  # fmt: skip
 
 
 class _Line(NamedTuple):
-    """The line g = across + e t through a node: its direction, the node's own t, and the plane's switching point."""
+    """The line g = across + e t through a node: its direction, the node's own t, and where omega . e = 0."""
 
     e: Any
     across: Any
     own: Any
     plane: Any
-    depth: Any  # 0 where there is one well, 1 where there are two, smooth between: |chi_0| from 0.1 to 0.3
 
 
-_FAR = 7.5
+#: Largest |t*|; width of the range of v * (smallest eigenvalue) over which nodes come to be split; jump in chi from which
+#: on a node is split exactly at t* (smaller ones lie between t* and the plane).
+_FAR, _ZONE, _JUMP = 7.0, 0.15, 0.3
 
 
-def _line(s: Student, central) -> _Line:
-    # Mirrored nodes look the other way, so that g -> -g stays an exact symmetry of the split set.
-    chi0 = central * s.side
-    square = jnp.sum(chi0 * chi0, 0)
-    x = jnp.clip((square - 0.01) / 0.08, 0.0, 1.0)
-    e = jnp.where(square > 1e-4, chi0, 0.0) / jnp.sqrt(jnp.where(square > 1e-4, square, 1.0))
+def _line(s: Student, e) -> _Line:
     own = jnp.sum(e * s.g, 0)
     plane = jnp.clip(-jnp.sum(e * s.base, 0) / s.scale, -_FAR, _FAR)
-    return _Line(e, s.g - e * own, own, plane, x * x * (3 - 2 * x))
+    return _Line(e, s.g - e * own, own, plane)
 
 
-def _points(line: _Line, switch):
+def _points(own, switch):
     """(p, t left, t right) for the switching point t*."""
-    p = 1 - line.depth * ndtr(-switch)
-    x = jnp.clip(ndtr(line.own), 1e-15, 1 - 1e-15)
-    return p, ndtri(p * x), -ndtri(jnp.clip((1 - p) * (1 - x), 1e-16, 1.0))
+    p = ndtr(switch)
+    x = jnp.clip(ndtr(own), 1e-15, 1 - 1e-15)
+    return p, ndtri(jnp.maximum(p * x, 1e-300)), -ndtri(jnp.maximum(ndtr(-switch) * (1 - x), 1e-300))
+
+
+def _split_point(line: _Line, root, rooted, wells):
+    """Where the line is split: at the root t* if chi jumps there by `_JUMP` or more; smoothly to the plane below."""
+    gap = jnp.sum((wells[1] - wells[0]) ** 2, 0)
+    return line.plane + jnp.where(rooted, _smooth(gap / _JUMP**2) * (root - line.plane), 0.0)
+
+
+def _smooth(x):
+    x = jnp.clip(x, 0.0, 1.0)
+    return x * x * (3 - 2 * x)
 
 
 def _hessian_at_rest(problem: VectorProblem):
-    """Hessian (T, T, N) of the inner loss at chi = 0: where it is indefinite there are two wells at omega = 0."""
+    """v x Hessian (T, T, N) of the inner loss at chi = 0: where it is indefinite there are two wells at omega = 0."""
     g = problem.activation.loss_terms(problem.zw, problem.target)[1]
-    return g + jnp.swapaxes(g, 0, 1) + jnp.eye(g.shape[0])[:, :, None] / problem.v
+    return problem.v * (g + jnp.swapaxes(g, 0, 1)) + jnp.eye(g.shape[0])[:, :, None]
 
 
-def _softest(h, guess):
-    """Rough eigenvector of the smallest eigenvalue of H (T, T, N), by power steps; only a start of a descent."""
+def _share(h, e):
+    """s of every node: 1 where the smallest eigenvalue of `h` is negative, 0 from `_ZONE` on."""
+    return _smooth(1 - jnp.einsum("an,abn,bn->n", e, h, e) / _ZONE)
+
+
+def _softest(h):
+    """Eigenvector (T, N) of the smallest eigenvalue of every H (T, T, N), by repeated squaring of (bound - H)."""
     n = h.shape[0]
-    bound = jnp.sqrt(jnp.sum(h * h, (0, 1)))
-    a = jnp.eye(n)[:, :, None] * bound - h
-    for _ in range(4):
-        a = jnp.sum(a[:, :, None] * a[None], 1)
-        a = a / jnp.sqrt(jnp.sum(a * a, (0, 1)))
-    v = jnp.sum(a * guess[None], 1)
-    return v / jnp.sqrt(jnp.sum(v * v, 0) + 1e-30)
+    eye = jnp.eye(n)[:, :, None]
+    a = eye * jnp.sqrt(jnp.sum(h * h, (0, 1))) - h
+
+    def square(_, a):
+        a = jnp.einsum("abn,bcn->acn", a, a)
+        return a / jnp.sqrt(jnp.sum(a * a, (0, 1)))
+
+    a = jax.lax.fori_loop(0, 20, square, a)
+    # All columns are multiples of the eigenvector now: take the longest.
+    size = jnp.sum(a * a, 0)
+    v = jnp.take_along_axis(a, jnp.argmax(size, 0)[None, None], 1)[:, 0]
+    return v / jnp.sqrt(jnp.sum(v * v, 0))
 
 
-# Descents of `locate` in their order, (point, start): at the origin from two starts; at the switching point in both
-# wells, in a few Newton rounds on t; at the left and the right sample in both wells and from omega.
-_ORIGIN, _SWITCH, _LEFT = 0, 1, 2
-_ROUNDS = 5
+@jax.custom_jvp
+def _attach_eigenvector(h, e):
+    """Returns the unit eigenvector `e` (T, N) of `h` (T, T, N) and gives it its derivative."""
+    return e
+
+
+@_attach_eigenvector.defjvp
+def _attach_eigenvector_jvp(primals, tangents):
+    h, e = primals
+    e = _attach_eigenvector(h, e)
+    value = jnp.einsum("an,abn,bn->n", e, h, e)
+    force = jnp.einsum("abn,bn->an", tangents[0], e)
+    force = force - e * jnp.sum(e * force, 0)
+    # (H - value) is singular along e only; there the force has no component.
+    n = h.shape[0]
+    bordered = h - jnp.eye(n)[:, :, None] * value + e[:, None] * e[None]
+    return e, -ldl_solve(bordered, force)[0]
+
+
+# Descents for a node that is split, in their order, (point, start): at the origin from two starts; at the switching
+# point in both wells, in a few rounds on t; at the left and the right sample in both wells and from omega.
+_ORIGIN, _SWITCH, _SAMPLE = 0, 1, 2
+_ROUNDS = 8
 _JOBS = np.array(
     [(_ORIGIN, 0), (_ORIGIN, 1)]
     + _ROUNDS * [(_SWITCH, 0), (_SWITCH, 1)]
-    + [(_LEFT + k, s) for k in (0, 1) for s in (0, 1, 2)]
+    + [(_SAMPLE + side, start) for side in (0, 1) for start in (0, 1, 2)]
 )
-_PLAIN = len(_JOBS) - 4  # (left, from omega): the only descent where no node has two wells
+#: Nodes that are split together.
+_TOGETHER = 256
 
 
 class _Work(NamedTuple):
     inner: Inner
-    line: _Line
-    f: Any  # minima of the descents at the present point, (3, N)
-    u: Any  # and their minimisers, (3, T, N)
-    ok: Any  # and which converged, (3, N)
+    u: Any  # minimisers that the descents at the present point have found, (3, T, N)
+    f: Any  # their depths, and which converged, (3, N)
+    ok: Any
 
 
 def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = True) -> Inner:
     """Finds the inner minimisers of one replica; `problem` at omega = 0. Warm (not `cold`) from the `previous` ones."""
     problem, s, previous = jax.lax.stop_gradient((problem, s, previous))
-    t, n = problem.omega.shape
-    saddle = jnp.any(ldl_solve(_hessian_at_rest(problem), problem.omega)[1] <= 0)
-    fresh = cold | (previous.split != saddle)
+    cold = jnp.asarray(cold)
+    n = problem.omega.shape[1]
+    h = _hessian_at_rest(problem)
+    # No eigenvalue in the zone: no node is split, and no eigenvectors are needed.
+    eye = jnp.eye(h.shape[0])[:, :, None]
+    near = ldl_solve(h - _ZONE * eye, problem.omega)[1] <= 0
+    omega = s.at(s.g)
+    u, _, ok = prox.locate(problem._replace(omega=omega), jnp.where(cold, omega, previous.chi[0]))
     inner = previous._replace(
-        split=saddle,
-        chi=jnp.where(fresh, s.at(s.g), previous.chi),
-        central=jnp.where(saddle, previous.central, 0.0),
+        split=jnp.any(near),
+        chi=previous.chi.at[0].set(u),
+        ok=jnp.stack([ok, ~near, ~near]),
+        two_wells=jnp.zeros((3, n), bool),
+        rooted=previous.rooted & near & ~cold,
     )
-    known = ~fresh & (jnp.sum(previous.central**2, 0) > 1e-3)
-    kept = ~fresh & previous.rooted
+    size = min(n, _TOGETHER)
+
+    def group(carry):
+        inner, todo = carry
+        index = jnp.nonzero(todo, size=size, fill_value=n - 1)[0]
+        take = jax.tree_util.Partial(jax.tree_util.tree_map, lambda a: a[..., index])
+        part = take(inner._replace(split=None))
+        some = s._replace(base=s.base[:, index], g=s.g[:, index], side=s.side[index], guess=s.guess[:, index])
+        found = _locate_split(problem.take(index), some, part, h[..., index], cold)
+        put = jax.tree_util.tree_map(lambda a, v: a.at[..., index].set(v), inner._replace(split=None), found)
+        return put._replace(split=inner.split), todo.at[index].set(False)
+
+    return jax.lax.while_loop(lambda c: jnp.any(c[1]), group, (inner, near))[0]
+
+
+def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold) -> Inner:
+    """Both wells, the switching point and the minimisers at the split samples of a group of nodes."""
+    t, n = problem.omega.shape
+    e = _softest(h)
+    # Mirrored nodes look the other way, so that g -> -g stays an exact symmetry of the split set; otherwise the
+    # direction keeps its sense from one evaluation to the next.
+    e = e * jnp.where(jnp.sum(e * s.guess, 0) < 0, -1.0, 1.0) * s.side
+    line = _line(s, e)
+    kept = inner.rooted & ~cold
+    inner = inner._replace(e=e, switch=jnp.where(kept, inner.switch, line.plane))
 
     def job(j, w: _Work) -> _Work:
         point, k = jnp.asarray(_JOBS)[j]
-        inner, line = w.inner, w.line
-        side = jnp.clip(point - _LEFT, 0, 1)
+        inner = w.inner
+        side = jnp.clip(point - _SAMPLE, 0, 1)
 
         def origin():
-            downhill = _softest(_hessian_at_rest(problem), s.guess)
-            return problem.omega, jnp.where(known, inner.central, jnp.where(k == 0, downhill, s.guess))
+            return problem.omega, jnp.where(k == 0, e, s.guess)
 
         def switch():
-            return s.at(line.across + line.e * inner.switch), inner.wells[k & 1]
+            return s.at(line.across + e * inner.switch), inner.wells[k & 1]
 
         def sample():
-            _, left, right = _points(line, inner.switch)
-            omega = s.at(line.across + line.e * jnp.where(side == 0, left, right))
-            return omega, jnp.where(k == 2, jnp.where(fresh, omega, inner.chi[side]), inner.wells[side ^ (k & 1)])
+            _, left, right = _points(line.own, _split_point(line, inner.switch, inner.rooted, inner.wells))
+            omega = s.at(line.across + e * jnp.where(side == 0, left, right))
+            last = jnp.where(cold, omega, inner.chi[1 + side])
+            return omega, jnp.where(k == 2, last, inner.wells[side ^ (k & 1)])
 
-        def plain():
-            return s.at(s.g), inner.chi[0]
-
-        omega, start = jax.lax.switch(jnp.where(saddle, jnp.minimum(point, _LEFT), 3), [origin, switch, sample, plain])
+        omega, start = jax.lax.switch(jnp.minimum(point, _SAMPLE), [origin, switch, sample])
         u, f, ok = prox.locate(problem._replace(omega=omega), start)
-        w = w._replace(f=w.f.at[k].set(f), u=w.u.at[k].set(u), ok=w.ok.at[k].set(ok))
+        w = w._replace(u=w.u.at[k].set(u), f=w.f.at[k].set(f), ok=w.ok.at[k].set(ok))
 
         def at_origin():
-            central = jnp.where(w.f[0] < w.f[1], w.u[0], w.u[1])
-            line = _line(s, central)
-            chi0 = central * s.side
-            return w._replace(
-                line=line,
-                inner=inner._replace(
-                    central=central,
-                    switch=jnp.where(kept, inner.switch, line.plane),
-                    wells=jnp.where(kept, inner.wells, jnp.stack([-chi0, chi0])),
-                ),
-            )
+            c = jnp.where(w.f[0] < w.f[1], w.u[0], w.u[1])
+            c = c * jnp.where(jnp.sum(c * e, 0) < 0, -1.0, 1.0)
+            c = jnp.where(jnp.sum(c * c, 0) > 0.01, c, 0.1 * e)
+            return w._replace(inner=inner._replace(wells=jnp.where(kept, inner.wells, jnp.stack([-c, c]))))
 
         def at_switch():
             a, b = w.u[0], w.u[1]
             distinct = jnp.max(jnp.abs(a - b), 0) > 1e-3
-            slope = s.scale / problem.v * jnp.sum(line.e * (b - a), 0)
-            move = jnp.where(distinct & (slope > 0), (w.f[1] - w.f[0]) / jnp.where(slope > 0, slope, 1.0), 0.0)
-            found = distinct & (slope > 0) & (jnp.abs(move) < 1e-5) & (jnp.abs(inner.switch) < _FAR)
-            switch = jnp.clip(inner.switch + jnp.clip(move, -2.0, 2.0), -_FAR, _FAR)
-            last = j == _PLAIN - 2 - 1
-            # Without a root of its own a node is split on the plane.
-            switch = jnp.where(last & ~found, line.plane, switch)
-            return w._replace(inner=inner._replace(switch=switch, rooted=found, wells=jnp.stack([a, b])))
+            slope = s.scale / problem.v * jnp.sum(e * (b - a), 0)
+            good = distinct & (slope > 0)
+            newton = (w.f[1] - w.f[0]) / jnp.where(good, slope, 1.0)
+            # With one well only, the interval with two lies where this one's side is less favoured.
+            seek = -0.4 * jnp.sign(jnp.sum(e * a, 0))
+            move = jnp.where(good, jnp.clip(newton, -1.0, 1.0), seek)
+            found = good & (jnp.abs(newton) < 1e-6) & (jnp.abs(inner.switch) < _FAR)
+            switch = jnp.clip(inner.switch + move, -_FAR, _FAR)
+            # The next step of a root that is found is below rounding: the wells stay those at `switch`.
+            switch = jnp.where(found, inner.switch, switch)
+            reach = jnp.sqrt(jnp.sum(a * a, 0)) + 0.1
+            wells = jnp.where(good, jnp.stack([a, b]), jnp.stack([-reach * e, reach * e]))
+            return w._replace(inner=inner._replace(switch=switch, rooted=found, wells=wells))
 
         def at_sample():
-            lowest = jnp.where(w.f[0] < w.f[1], w.u[0], w.u[1])
-            best = jnp.where(saddle & (jnp.minimum(w.f[0], w.f[1]) < f), lowest, u)
-            two = saddle & (jnp.max(jnp.abs(w.u[0] - w.u[1]), 0) > 1e-4)
+            lowest = jnp.argmin(w.f, 0)
+            best = jnp.take_along_axis(w.u, lowest[None, None], 0)[0]
+            two = jnp.max(jnp.abs(w.u[0] - w.u[1]), 0) > 1e-4
             return w._replace(
                 inner=inner._replace(
-                    chi=inner.chi.at[side].set(best),
-                    two_wells=inner.two_wells.at[side].set(two),
-                    ok=inner.ok.at[side].set(jnp.where(saddle, jnp.any(w.ok, 0), ok)),
+                    chi=inner.chi.at[1 + side].set(best),
+                    two_wells=inner.two_wells.at[1 + side].set(two),
+                    ok=inner.ok.at[1 + side].set(jnp.any(w.ok, 0)),
                 )
             )
 
-        conclude = jnp.where(point < _LEFT, k == 1, k == 2)
-        return jax.lax.switch(
-            jnp.where(conclude, jnp.minimum(point, _LEFT) + 1, 0), [lambda: w, at_origin, at_switch, at_sample]
-        )
+        conclude = jnp.where(point < _SAMPLE, k == 1, k == 2)
+        branch = jnp.where(conclude, jnp.minimum(point, _SAMPLE) + 1, 0)
+        return jax.lax.switch(branch, [lambda: w, at_origin, at_switch, at_sample])
 
-    line = _Line(inner.central, s.g, *jnp.zeros((3, n)))
-    work = _Work(inner, line, jnp.zeros((3, n)), jnp.zeros((3, t, n)), jnp.zeros((3, n), bool))
-    first = jnp.where(saddle, 0, _PLAIN)
-    last = jnp.where(saddle, len(_JOBS), _PLAIN + 1)
-    return jax.lax.fori_loop(first, last, job, work).inner
+    work = _Work(inner, jnp.zeros((3, t, n)), jnp.zeros((3, n)), jnp.zeros((3, n), bool))
+    return jax.lax.fori_loop(0, len(_JOBS), job, work).inner
 
 
 @jax.custom_jvp
@@ -257,17 +316,23 @@ def _attach_switch_jvp(primals, tangents):
 
 
 def samples(problem: VectorProblem, s: Student, inner: Inner):
-    """The split nodes of one replica, with derivatives: `(weight factor, g, chi)` of left and right, stacked on axis 0.
+    """The split nodes of one replica with derivatives: `(weight factor (3, N), g (3, T, N), chi (3, T, N))`.
 
-    `problem` at omega = 0; g and chi are (2, T, N).
+    `problem` at omega = 0. The three parts are the plain, the left and the right samples.
     """
-    line = _line(s, attach_minimum(problem, inner.central))
+    h = _hessian_at_rest(problem)
+    unit = jnp.sum(inner.e * inner.e, 0) > 0.5
+    e = jnp.where(unit, _attach_eigenvector(h, inner.e), 0.0)
+    line = _line(s, e)
+    share = jnp.where(unit, _share(h, e), 0.0)
     on_line = problem._replace(omega=s.at(line.across))
-    root = _attach_switch(on_line, s.scale * line.e, inner.wells, jax.lax.stop_gradient(inner.switch))
-    p, left, right = _points(line, jnp.where(inner.rooted, root, line.plane))
-    g = jnp.stack([line.across + line.e * left, line.across + line.e * right])
-    chi = jnp.stack([attach_minimum(problem._replace(omega=s.at(g[k])), inner.chi[k]) for k in range(2)])
-    return jnp.stack([p, 1 - p]), g, chi
+    root = _attach_switch(on_line, s.scale * e, inner.wells, inner.switch)
+    at_root = problem._replace(omega=s.at(line.across + e * root))
+    pair = jnp.stack([attach_minimum(at_root, u) for u in inner.wells])
+    p, left, right = _points(line.own, _split_point(line, root, inner.rooted, pair))
+    g = jnp.stack([s.g, line.across + e * left, line.across + e * right])
+    chi = jnp.stack([attach_minimum(problem._replace(omega=s.at(g[k])), inner.chi[k]) for k in range(3)])
+    return jnp.stack([1 - share, share * p, share * (1 - p)]), g, chi
 
 
 def plain(problem: VectorProblem, s: Student, inner: Inner):
