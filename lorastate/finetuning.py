@@ -83,13 +83,6 @@ def _student_law(order: Order, d: Draws) -> wells.Student:
     return wells.Student(order.overlap / TEACHER_SIZE * d.teacher, order.noise, d.noise, d.side, d.teacher)
 
 
-def no_inner(fine: Finetuning, nodes: Nodes) -> wells.Inner:
-    """Placeholder for all replicas, to be filled by `locate_inner`."""
-    r, _, n = nodes.normal.shape
-    assert fine.tokens is not None
-    return wells.nothing(r, fine.tokens, n)
-
-
 def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner, cold: Any = True) -> wells.Inner:
     """Inner minimisers of one replica; where `cold` is false the descents start at the previous ones."""
     d = draws(fine, frozen, nodes)
@@ -135,13 +128,32 @@ def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.I
     return jax.lax.cond(inner.split, split, single, 0.0)
 
 
-def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> Conjugates:
-    """First half-step, (v, m, q) -> (q', m', l'), from one replica of nodes and its inner minimisers."""
+def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner):
+    """(c, conjugates) from one replica of nodes and its inner minimisers."""
 
     def use(d, chi, *_):
-        return conjugates_at(fine, order, d, chi)[1]
+        return conjugates_at(fine, order, d, chi)
 
     return with_minimisers(fine, order, draws(fine, frozen, nodes), inner, use)
+
+
+def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> Conjugates:
+    """First half-step, (v, m, q) -> (q', m', l'), from one replica of nodes and its inner minimisers."""
+    return potential_and_conjugates(fine, frozen, order, nodes, inner)[1]
+
+
+def free_energy(fine: Finetuning, order: Order, c: Conjugates, potential):
+    """phi = (q' v + 2 m' m - l' q)/2 + alpha' c - (m'^2 q0 + q') / (2 (l' + 2 lam')), per D."""
+    q0 = TEACHER_SIZE
+    work = (c.qhat * order.response + 2 * c.mhat * order.overlap - c.lhat * order.norm(q0)) / 2
+    return work + fine.alpha * potential - (c.mhat**2 * q0 + c.qhat) / (c.lhat + 2 * fine.lam) / 2
+
+
+def conjugates_of(fine: Finetuning, order: Order) -> Conjugates:
+    """The second half-step inverted: the conjugates whose image is `order`."""
+    v, m = order.response, order.overlap
+    mhat = m / (TEACHER_SIZE * v)
+    return Conjugates(order.norm(TEACHER_SIZE) / v**2 - mhat**2 * TEACHER_SIZE, mhat, 1 / v - 2 * fine.lam)
 
 
 def order_parameters(fine: Finetuning, c: Conjugates) -> Order:
@@ -158,6 +170,20 @@ def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, wells.Inner]
     return order_parameters(fine, c).encode()
 
 
+class Memory(NamedTuple):
+    """What the solver carries from step to step, per replica: inner minimisers and the potential c there."""
+
+    inner: wells.Inner
+    potential: Any
+
+
+def no_memory(fine: Finetuning, nodes: Nodes) -> Memory:
+    """Placeholder for all replicas, to be filled by the first evaluation."""
+    r, _, n = nodes.normal.shape
+    assert fine.tokens is not None
+    return Memory(wells.nothing(r, fine.tokens, n), jnp.zeros(r))
+
+
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
     """The same sweep for the solver: finds the inner minimisers and remembers them from step to step."""
 
@@ -165,15 +191,16 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
         order = decode(x)
 
         def one(n, previous):
-            inner = locate_inner(fine, frozen, order, n, previous, cold)
-            return (conjugates(fine, frozen, order, n, inner), 1.0 * inner.split), inner
+            inner = locate_inner(fine, frozen, order, n, previous.inner, cold)
+            c, conjugates = potential_and_conjugates(fine, frozen, order, n, inner)
+            return (conjugates, 1.0 * inner.split), Memory(inner, c)
 
         (c, split), memory = sweep(one, nodes, memory, count)
         return order_parameters(fine, c).encode(), memory, split == 0
 
     def jacobian(x, memory, count):
         def plain(x):
-            c, _ = sweep(lambda n, i: (conjugates(fine, frozen, decode(x), n, i), i), nodes, memory, count)
+            c, _ = sweep(lambda n, i: (conjugates(fine, frozen, decode(x), n, i), i), nodes, memory.inner, count)
             return order_parameters(fine, c).encode()
 
         return jax.jacfwd(plain)(x)

@@ -110,24 +110,24 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     fmap = ft.state_evolution(fine, frozen, nodes)
 
     def job(carry, rules_and_branch):
-        xs, jacs, inners, same = carry
+        xs, jacs, memories, same = carry
         rules, k = rules_and_branch
         last = rules.burn_in == 0
         same = jnp.where(last & (k == 0), jnp.max(jnp.abs(xs[0] - xs[1])) < 0.02, same)
         # Where both starts have found the same solution the second is not refined again: NaN stops at once.
         x0 = jnp.where(last & same & (k == 1), jnp.nan, xs[k])
-        start = jax.tree_util.tree_map(lambda a: a[k], (jacs, inners))
-        point, jac, inner = iterate(fmap, rules, True, x0, *start)
-        put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(v), (xs, jacs, inners), (point.x, jac, inner))
+        start = jax.tree_util.tree_map(lambda a: a[k], (jacs, memories))
+        point, jac, memory = iterate(fmap, rules, True, x0, *start)
+        put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(v), (xs, jacs, memories), (point.x, jac, memory))
         return (*put, same), point
 
     x0 = jnp.stack([ft.start(True), ft.start(False)])
-    two = jax.tree_util.tree_map(lambda a: jnp.stack([a, a]), ft.no_inner(fine, nodes))
+    two = jax.tree_util.tree_map(lambda a: jnp.stack([a, a]), ft.no_memory(fine, nodes))
     rough, refined = _stages(numerics, 1e-3, floor=2e-3)
     jobs = (_stacked([rough, rough, refined, refined]), jnp.array([0, 1, 0, 1]))
-    (_, jacs, inners, same), points = jax.lax.scan(job, (x0, jnp.zeros((2, 3, 3)), two, jnp.array(False)), jobs)
+    (_, jacs, memories, same), points = jax.lax.scan(job, (x0, jnp.zeros((2, 3, 3)), two, jnp.array(False)), jobs)
     final = jax.tree_util.tree_map(lambda a: a[2:], points)
-    return Solved(final._replace(steps=points.steps[:2] + points.steps[2:]), jacs, inners), same
+    return Solved(final._replace(steps=points.steps[:2] + points.steps[2:]), jacs, memories), same
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------
@@ -197,13 +197,6 @@ def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Node
     return over_replicas(lambda n, i: _lora_replica(fine, frozen, order, n, i), nodes, inner)
 
 
-def free_energy(fine: Finetuning, order: Order, a: LoraAverages):
-    """phi = (q' v + 2 m' m - l' q)/2 + alpha' c - (m'^2 q0 + q') / (2 (l' + 2 lam')), per D."""
-    c, q0 = a.conjugates, ft.TEACHER_SIZE
-    work = (c.qhat * order.response + 2 * c.mhat * order.overlap - c.lhat * order.norm(q0)) / 2
-    return work + fine.alpha * a.potential - (c.mhat**2 * q0 + c.qhat) / (c.lhat + 2 * fine.lam) / 2
-
-
 # ---- predictions -----------------------------------------------------------------------------------------------
 
 
@@ -239,7 +232,7 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
     c, q0 = a.conjugates, ft.TEACHER_SIZE
     q = order.norm(q0)
     live = q > 1e-12
-    phi = free_energy(fine, order, a)
+    phi = ft.free_energy(fine, order, c, a.potential)
     m, q = jnp.where(live, order.overlap, 0.0), jnp.where(live, q, 0.0)
     return {
         "v": order.response,
@@ -324,31 +317,25 @@ def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: Node
 def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: NodeSets):
     """Predictions on the branch of lowest free energy among those that were solved; both branches; that solution."""
     solved, same = search_finetuning(fine, frozen, numerics, nodes.finetuning)
-    sols = solved.point
-    xs = jnp.where(jnp.isfinite(sols.x), sols.x, ft.start(True))
+    # Where the second start found nothing new it stands for the first.
+    first = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), solved.point)
+    stop = jax.lax.stop_gradient(fine)
 
-    def values_at(x, inner):
-        order = decode(attach(ft.step, x, (fine, frozen), (nodes.finetuning, inner)))
-        b = mean(lora_averages(fine, frozen, order, nodes.finetuning, inner))
-        errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
-        return lora_predictions(fine, frozen, order, b, errors)
+    def energy_at(x, potential):
+        order = decode(x)
+        return ft.free_energy(stop, order, ft.conjugates_of(stop, order), potential.mean())
 
-    first = jax.tree_util.tree_map(lambda a: a[0], (xs, solved.inner))
-
-    def nothing(*_):
-        return jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(values_at, *first))
-
-    # Where the second start found nothing new its predictions are not computed again.
-    both = jax.lax.map(
-        lambda a: jax.lax.cond(a[2], values_at, nothing, a[0], a[1]),
-        (xs, solved.inner, jnp.stack([jnp.array(True), ~same])),
-    )
-    copy = jax.tree_util.tree_map(lambda a: jnp.where(same, a[0], a[1]), sols)
-    sols = jax.tree_util.tree_map(lambda a, b: jnp.stack([a[0], b]), sols, copy)
-    energy = jnp.where(same, both["free_energy"][0], both["free_energy"])
-    chosen = jnp.where(same, 0, jnp.argmin(jnp.where(succeeded(sols.code), energy, jnp.inf)))
-    best = jax.tree_util.tree_map(lambda a: a[chosen], (both, Solved(sols, solved.jacobian, solved.inner)))
-    return best[0], Branches(sols, energy, chosen), best[1]
+    energies = jax.vmap(energy_at)(solved.point.x, solved.inner.potential)
+    energies = jnp.where(same, energies[0], energies)
+    chosen = jnp.where(same, 0, jnp.argmin(jnp.where(succeeded(first.code), energies, jnp.inf)))
+    best = jax.tree_util.tree_map(lambda a: a[chosen], solved)._replace(inner=None)
+    inner = jax.tree_util.tree_map(lambda a: a[chosen], solved.inner.inner)
+    x = jnp.where(jnp.isfinite(best.point.x), best.point.x, ft.start(True))
+    order = decode(attach(ft.step, x, (fine, frozen), (nodes.finetuning, inner)))
+    b = mean(lora_averages(fine, frozen, order, nodes.finetuning, inner))
+    errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
+    values = lora_predictions(fine, frozen, order, b, errors)
+    return values, Branches(first, energies, chosen), best._replace(inner=inner)
 
 
 # ---- error bars ------------------------------------------------------------------------------------------------
