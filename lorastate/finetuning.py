@@ -89,6 +89,12 @@ def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner
     return wells.locate(_at_rest(fine, order, d), _student_law(order, d), previous, cold)
 
 
+def refresh_inner(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> wells.Inner:
+    """Inner minimisers of one replica at order parameters very near those that `inner` was found for."""
+    d = draws(fine, frozen, nodes)
+    return wells.refresh(_at_rest(fine, order, d), _student_law(order, d), inner)
+
+
 def _at_rest(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
     problem = inner_problem(fine, order, d)
     return problem._replace(omega=jnp.zeros_like(problem.omega))

@@ -53,6 +53,7 @@ class FixedPoint(NamedTuple):
     steps: Any
 
 
+@jax.jit
 def small_solve(a, b):
     """Solves a x = b, a (n, n), b (n,) or (n, k), by unrolled elimination with row exchanges; no LAPACK call."""
     n = a.shape[0]
@@ -89,11 +90,13 @@ def _log_norm_of_power(a, squarings: int):
     return jnp.where(norm > 0, log + jnp.log(jnp.where(norm > 0, norm, 1.0)) / 2**squarings, -jnp.inf)
 
 
+@jax.jit
 def spectral_radius(jac):
     """max |eigenvalue| of a small matrix; no eigensolver, so it runs under vmap and on a GPU."""
     return jnp.exp(_log_norm_of_power(jac, 10))
 
 
+@jax.jit
 def spectral_abscissa(jac):
     """max Re(eigenvalue), from the growth of exp(s J): the stability of the damped iteration."""
     n = jac.shape[0]

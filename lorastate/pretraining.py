@@ -21,7 +21,7 @@ from .activation import Identity
 from .channel import field_dimension, standard_fields
 from .fixed_point import Map
 from .order import Order, decode, from_norm, slopes
-from .prox import MapProblem, attach_minimum, locate
+from .prox import MapProblem, attach_minimum, locate, polish
 from .quadrature import Nodes, mean, over_replicas, sweep
 from .setting import Pretraining
 from .symmetric import dimension, to_coordinates
@@ -89,6 +89,13 @@ def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, 
     # lax.map, not two calls: the descent is compiled once.
     u, f, ok = jax.lax.map(lambda s: locate(problem, s), starts)
     return Inner(u, f, ok[0] | ok[1])
+
+
+def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, inner: Inner) -> Inner:
+    """Inner minimisers of one replica at order parameters very near those that `inner` was found for."""
+    u = polish(inner_problem(pre, order, nodes), inner.lower)
+    first = inner.f[0] < inner.f[1]
+    return inner._replace(u=jnp.where(jnp.stack([first, ~first])[:, None], u, inner.u))
 
 
 def minimiser(pre: Pretraining, order: Order, nodes: Nodes, inner: Inner):

@@ -32,6 +32,7 @@ class MapProblem(NamedTuple):
         """The same problem on a subset of the nodes."""
         return self._replace(omega=self.omega[..., index], target=self.target[..., index])
 
+    @jax.jit
     def terms(self, u):
         f, g, h = self.activation.loss_terms(to_matrix(u), self.target)
         d = u - to_coordinates(self.omega)
@@ -53,6 +54,7 @@ class VectorProblem(NamedTuple):
         """The same problem on a subset of the nodes."""
         return self._replace(zw=self.zw[..., index], omega=self.omega[..., index], target=self.target[..., index])
 
+    @jax.jit
     def terms(self, u):
         f, g, h = self.activation.loss_terms(self.zw + u[:, None] * u[None, :], self.target)
         s = g + jnp.swapaxes(g, 0, 1)
@@ -76,6 +78,7 @@ class VectorProblem(NamedTuple):
         return f + jnp.sum(d * d, 0) / (2 * self.v), grad, hess
 
 
+@jax.jit
 def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
     """Solves (H + shift) x = g at every node by an unrolled L D L^T; no LAPACK call.
 
@@ -233,11 +236,11 @@ def minimise(problem, start, max_steps: int = 100):
     return u, problem.terms(u)[0], done
 
 
-def polish(problem, u, steps: int = 2):
-    """A few plain Newton steps towards a minimiser that is already near `u`; no derivative, no safeguards."""
+def polish(problem, u, steps: int = 3):
+    """A few Newton steps, each cut to 0.3, towards a minimiser that is near `u` already; carries no derivative."""
 
     def body(_, u):
         _, g, h = problem.terms(u)
-        return u - ldl_solve(h, g)[0]
+        return u - jnp.clip(ldl_solve(h, g)[0], -0.3, 0.3)
 
     return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, body, u))

@@ -363,7 +363,7 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
             xs, inner = carry
 
             def one(n, x, i):
-                i = pt.locate_inner(pre, decode(x), n, i, cold=False)
+                i = pt.refresh_inner(pre, decode(x), n, i)
                 return _map_replica(pre, decode(x), n, i), i
 
             a, inner = over_replicas(one, nodes.pretraining, xs, inner)
@@ -381,7 +381,7 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
 
         def one(n, x, upstream, i):
             frozen, order = _frozen(pre, decode(upstream)), decode(x)
-            i = ft.locate_inner(fine, frozen, order, n, i, cold=False)
+            i = ft.refresh_inner(fine, frozen, order, n, i)
             return _lora_replica(fine, frozen, order, n, i), i
 
         b, inner = over_replicas(one, nodes.finetuning, xs, map_x, inner)

@@ -301,18 +301,64 @@ def _attach_switch(problem: VectorProblem, along, wells, t):
 def _attach_switch_jvp(primals, tangents):
     problem, along, wells, t = primals
     t = _attach_switch(problem, along, wells, t)
-    here = problem._replace(omega=problem.omega + along * t)
-    a, b = (attach_minimum(here, u) for u in wells)
+    both = attach_minimum(_repeat(problem._replace(omega=problem.omega + along * t), 2), _flat(wells))
 
     # The wells are minimisers, so their own motion does not enter the first derivative of the depths.
     def gap(problem, along):
-        p = problem._replace(omega=problem.omega + along * t)
-        return p.terms(a)[0] - p.terms(b)[0]
+        f = _repeat(problem._replace(omega=problem.omega + along * t), 2).terms(both)[0]
+        return f[: len(t)] - f[len(t) :]
 
+    a, b = both[:, : len(t)], both[:, len(t) :]
     change = jax.jvp(gap, (problem, along), (tangents[0], tangents[1]))[1]
     slope = jnp.sum(along * (b - a), 0) / problem.v
     good = slope > 1e-9
     return t, jnp.where(good, -change / jnp.where(good, slope, 1.0), 0.0)
+
+
+def _flat(a):
+    """(k, T, N) -> (T, k N): the k samples of the nodes side by side, as one set of nodes."""
+    return jnp.concatenate(list(a), -1)
+
+
+def _stack(a, k: int):
+    """The inverse of `_flat`."""
+    return jnp.stack(jnp.split(a, k, -1))
+
+
+def _repeat(problem: VectorProblem, k: int) -> VectorProblem:
+    return problem._replace(
+        **{name: jnp.concatenate([getattr(problem, name)] * k, -1) for name in ("zw", "omega", "target")}
+    )
+
+
+def refresh(problem: VectorProblem, s: Student, inner: Inner) -> Inner:
+    """`inner` moved to a problem that is very near the one it was found for: a few Newton steps and no search."""
+
+    def alone(_):
+        chi = prox.polish(problem._replace(omega=s.at(s.g)), inner.chi[0])
+        return inner._replace(chi=inner.chi.at[0].set(chi))
+
+    def split(_):
+        line = _line(s, inner.e)
+
+        def closer(_, carry):
+            t, wells = carry
+            here = _repeat(problem._replace(omega=s.at(line.across + inner.e * t)), 2)
+            u = prox.polish(here, _flat(wells), 1)
+            f = here.terms(u)[0]
+            a, b = _stack(u, 2)
+            slope = s.scale / problem.v * jnp.sum(inner.e * (b - a), 0)
+            move = (f[len(t) :] - f[: len(t)]) / jnp.where(slope > 0, slope, jnp.inf)
+            return t + jnp.where(inner.rooted, jnp.clip(move, -0.3, 0.3), 0.0), jnp.stack([a, b])
+
+        t, wells = jax.lax.fori_loop(0, 3, closer, (inner.switch, inner.wells))
+        _, left, right = _points(line.own, _split_point(line, t, inner.rooted, wells))
+        g = jnp.stack([s.g, line.across + inner.e * left, line.across + inner.e * right])
+        there = _repeat(problem, 3)._replace(omega=_flat(s.base[None] + s.scale * g))
+        chi = _stack(prox.polish(there, _flat(inner.chi)), 3)
+        return inner._replace(chi=chi, switch=t, wells=wells)
+
+    return jax.lax.cond(inner.split, split, alone, 0.0)
 
 
 def samples(problem: VectorProblem, s: Student, inner: Inner):
@@ -328,10 +374,11 @@ def samples(problem: VectorProblem, s: Student, inner: Inner):
     on_line = problem._replace(omega=s.at(line.across))
     root = _attach_switch(on_line, s.scale * e, inner.wells, inner.switch)
     at_root = problem._replace(omega=s.at(line.across + e * root))
-    pair = jnp.stack([attach_minimum(at_root, u) for u in inner.wells])
+    pair = _stack(attach_minimum(_repeat(at_root, 2), _flat(inner.wells)), 2)
     p, left, right = _points(line.own, _split_point(line, root, inner.rooted, pair))
     g = jnp.stack([s.g, line.across + e * left, line.across + e * right])
-    chi = jnp.stack([attach_minimum(problem._replace(omega=s.at(g[k])), inner.chi[k]) for k in range(3)])
+    there = _repeat(problem, 3)._replace(omega=_flat(s.base[None] + s.scale * g))
+    chi = _stack(attach_minimum(there, _flat(inner.chi)), 3)
     return jnp.stack([1 - share, share * p, share * (1 - p)]), g, chi
 
 
