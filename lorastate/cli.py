@@ -89,8 +89,7 @@ class Predict:
         summary = found.summary()
         if self.json:
             _print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
-        if not found.ok:
-            raise _failure(summary["status"])
+        found.require_ok()
         if not self.json:
             _say(_describe(setting))
             for stage in _TITLE:
@@ -142,8 +141,7 @@ class Optimize:
         if not optimum.converged:
             status = FAILED
             _warn(f"the descent did not converge ({optimum.message}); gradient norm {optimum.gradient_norm:.2e}")
-        if not optimum.after.ok:
-            raise _failure(optimum.after.summary()["status"])
+        optimum.after.require_ok()
         if self.verify:
             simulation, compared, verified = _simulate(
                 optimum.setting, optimum.after.summary(), self.dimension, self.runs, self.seed
@@ -305,6 +303,10 @@ def _run(command: Any) -> int:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Compiled once per machine and version of jax; JAX_COMPILATION_CACHE_DIR moves it.
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lorastate"))
     from .errors import SettingError, SolveError
 
     try:
@@ -357,10 +359,11 @@ def _check_fields(option: str, fields: Sequence[str], known: Sequence[str]) -> N
 
 
 def _check_objective(option: str, name: str) -> None:
+    from .design import OBJECTIVES
     from .errors import SettingError
 
-    if name not in ("test_error", "effective_noise", "overlap"):
-        raise SettingError(f"{option} {name!r} is unknown; allowed: test_error, effective_noise, overlap")
+    if name not in OBJECTIVES:
+        raise SettingError(f"{option} {name!r} is unknown; allowed: {', '.join(OBJECTIVES)}")
 
 
 def _check_sizes(dimension: int, runs: int, seed: int = 0) -> None:
@@ -399,19 +402,6 @@ def _directory(out: Path) -> Path:
 
 def _cannot_write(out: Path, error: OSError) -> str:
     return f"--out {str(out)!r} cannot be written to ({error.strerror or error}); allowed: a writable directory"
-
-
-def _failure(status: Mapping[str, Mapping[str, Any]]) -> Exception:
-    """The error of the first stage that failed."""
-    from .errors import Code, SolveError, succeeded
-
-    for stage in _TITLE:
-        raw = status[stage]["code"]
-        code = Code[raw] if isinstance(raw, str) else Code(int(raw))
-        if not succeeded(code):
-            residual = status[stage].get("residual")
-            return SolveError(stage, code, "" if residual is None else f"residual {residual:.1e}")
-    return SolveError("finetuning", Code.nonfinite)
 
 
 # Comparing theory and simulation.

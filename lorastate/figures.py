@@ -85,10 +85,10 @@ def figure1(
 
     grid = np.geomspace(3e-3, 0.3, points)
     inset_grid = np.geomspace(0.01, 3, 9)
-    sim_grid = np.geomspace(5e-3, 0.1, 4)
+    sim_grid = np.geomspace(1e-2, 0.1, 3)
     ridges = (0.05, 1.0)
     colors = {0.05: "C0", 1.0: "C1", None: "C2"}
-    numerics = Numerics(nodes=4096, finetuning_nodes=8192)
+    numerics = Numerics(nodes=8192, finetuning_nodes=16384, replicas=16)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
     data: dict[str, Any] = {"figure": 1, "panels": []}
     total = 2 * (len(ridges) * points + len(inset_grid))
@@ -138,9 +138,10 @@ def _squares(axes, setting, grid, ridges, colors, dimension, runs, progress):
 
     found = []
     for lam in tqdm(grid, desc="simulation", disable=not progress):
+        memory: dict = {}
         for ridge in ridges:
             here = replace(replace(setting, "pretraining.lam", float(lam)), "finetuning.lam", ridge)
-            result = simulate(here, dimension=dimension, runs=runs, seed=0)
+            result = simulate(here, dimension=dimension, runs=runs, seed=0, memory=memory)
             names = {ridge: "test_error"} | ({None: "test_error_frozen"} if ridge == ridges[-1] else {})
             for key, name in names.items():
                 try:

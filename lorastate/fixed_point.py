@@ -110,11 +110,11 @@ def spectral_abscissa(jac):
 
 
 class Map(NamedTuple):
-    """A fixed-point map for `search_stages`, in two functions without derivatives.
+    """A fixed-point map for `iterate`, in two functions without derivatives.
 
-    `image(x, memory, cold, stage) -> (F(x), memory, sure)`: `memory` (any pytree) carries what makes the next evaluation
-    cheaper, such as inner minimisers. A `cold` evaluation does not rely on it; `sure` says that a cold one would
-    give the same. `jacobian(x, memory, stage)` is dF/dx where `image` left `memory`.
+    `image(x, memory, cold, index) -> (F(x), memory, sure)`: `memory` (any pytree) carries what makes the next
+    evaluation cheaper, such as inner minimisers. A `cold` one does not rely on it; `sure` says that a cold one would
+    give the same. `jacobian(x, memory, index)` is dF/dx where `image` left `memory`.
     """
 
     image: Callable

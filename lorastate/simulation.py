@@ -189,34 +189,59 @@ def _rank_fraction(eigenvalues) -> float:
     return share if np.isfinite(eigenvalues[-1]) else np.nan
 
 
-def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar) -> tuple[dict, dict]:
-    """The rows of both stages: what `_NAMES` lists, and how the training went."""
-    pre, fine, D = setting.pretraining, setting.finetuning_resolved, sizes.dimension
-    began = time.perf_counter()
-    bar.set_postfix_str("pre-training")
+class _Trained(NamedTuple):
+    """A pre-trained run: its world, how the training ended, and the row of `_NAMES`."""
+
+    world: _World
+    found: Minimum
+    row: dict[str, Any]
+
+
+def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
+    D = sizes.dimension
     factor = jax.random.normal(_key(key, "teacher"), (D, sizes.base_rank))
     base = factor @ factor.T / np.sqrt(sizes.base_rank * D)
     keys = _key(key, "inputs"), _key(key, "noise")
     batch = _draw_batch(*keys, base, pre.delta, pre.tokens, sizes.samples)
     found, row = _pretrain(key, batch, pre, sizes)
-    bar.update()
-
-    bar.set_postfix_str("fine-tuning")
     # Where the loss left the finite numbers, the last W means nothing: everything downstream becomes NaN.
     W = found.x * (np.nan if found.code == Code.nonfinite else 1.0)
     learned = W @ W.T / np.sqrt(sizes.width * D)
-    teacher = jax.random.normal(_key(key, "lora_teacher"), (D,))
-    best, lora_row = _finetune(_World(key, base, learned, teacher, batch), fine, sizes, starts)
-    w = best.x * (np.nan if best.code == Code.nonfinite else 1.0)
-    bar.update()
-
-    bar.set_postfix_str("measuring")
     row["M"], row["Q"], row["overlap"] = _overlaps(learned, base, D)
     row["eigenvalues"] = np.asarray(jnp.linalg.eigvalsh(learned))
     row["rank_fraction"] = _rank_fraction(row["eigenvalues"])
     row["test_error"], row["test_error_noiseless"] = _test(
         _key(key, "test"), pre, base, learned, None, pre.tokens, sizes.test_samples
     )
+    teacher = jax.random.normal(_key(key, "lora_teacher"), (D,))
+    return _Trained(_World(key, base, learned, teacher, batch), found, row)
+
+
+def _fingerprint(pre, sizes: Sizes, key) -> tuple:
+    """Everything that a pre-trained run depends on, as a key of a dictionary."""
+    leaves, kind = jax.tree_util.tree_flatten(pre)
+    same = sizes._replace(lora_samples=0)
+    return (str(kind), tuple(np.asarray(v).tobytes() for v in leaves), same, jax.random.key_data(key).tobytes())
+
+
+def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar, memory: dict) -> tuple[dict, dict]:
+    """The rows of both stages: what `_NAMES` lists, and how the training went."""
+    pre, fine, D = setting.pretraining, setting.finetuning_resolved, sizes.dimension
+    began = time.perf_counter()
+    bar.set_postfix_str("pre-training")
+    name = _fingerprint(pre, sizes, key)
+    if name not in memory:
+        memory[name] = _train_map(pre, sizes, key)
+    world, found, row = memory[name]
+    row, base, learned, teacher = dict(row), world.base, world.learned, world.teacher
+    bar.update()
+
+    bar.set_postfix_str("fine-tuning")
+    best, lora_row = _finetune(world, fine, sizes, starts)
+    w = best.x * (np.nan if best.code == Code.nonfinite else 1.0)
+    bar.update()
+
+    bar.set_postfix_str("measuring")
     m, lora_row["q"], cosine = _overlaps(w, teacher, D)
     lora_row["m"], lora_row["overlap"] = abs(m), abs(cosine)
     lora_row["test_error"], lora_row["test_error_frozen"] = _test(
@@ -342,6 +367,7 @@ def simulate(
     starts: int = 3,
     test_samples: int = 20_000,
     progress: bool = False,
+    memory: dict | None = None,
 ) -> Simulation:
     """Trains the model of `setting` at finite size and measures it; `Simulation` says what.
 
@@ -349,7 +375,8 @@ def simulate(
     minimised by L-BFGS: W from one random start; w from `starts` starts, the first of them the teacher (so
     the informative branch is always tried), the lowest loss kept. Standard errors cover the fluctuations from
     run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per
-    stage are rounded up to whole chunks. Run r depends on (seed, r) and on the sizes, not on `runs`.
+    stage are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in their
+    fine-tuning only are pre-trained once. Run r depends on (seed, r) and on the sizes, not on `runs`.
 
     Raises `SettingError` on bad input. A training that fails does not raise here: the result marks it.
     """
@@ -362,9 +389,10 @@ def simulate(
     seed, starts = _whole("seed", seed, 0, 2**32 - 1), _whole("starts", starts, 1, 100)
     sizes = _sizes(pre, fine, dimension, _whole("test_samples", test_samples, 1, 10**8))
 
+    memory = {} if memory is None else memory
     keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(runs)]
     with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
-        outcomes = [_one_run(setting, sizes, key, starts, bar) for key in keys]
+        outcomes = [_one_run(setting, sizes, key, starts, bar, memory) for key in keys]
     rows = {stage: [outcome[i] for outcome in outcomes] for i, stage in enumerate(_NAMES)}
 
     def table(stage: str) -> dict[str, np.ndarray]:

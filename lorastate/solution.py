@@ -23,11 +23,10 @@ _SUMMARY = {
 _FLOOR_SHARE = 0.3
 
 
-@eqx.filter_jit
-def _evaluate(pre, fine, numerics, nodes):
-    out = theory.evaluate(pre, fine, numerics, nodes)
-    errors = theory.quadrature_errors(pre, fine, numerics, nodes, out.solved)
-    return out._replace(solved=None), errors
+# Three programs, not one: the compiler's memory grows with the size of a program.
+_pretrain = eqx.filter_jit(theory.evaluate_pretraining)
+_finetune = eqx.filter_jit(theory.evaluate_finetuning)
+_quadrature_errors = eqx.filter_jit(theory.quadrature_errors)
 
 
 class Solution(eqx.Module):
@@ -147,7 +146,9 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     require_float64()
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
-    out, (map_errors, errors) = _evaluate(pre, fine, setting.numerics.without_seed, nodes)
+    numerics = setting.numerics.without_seed
+    out = _finetune(pre, fine, numerics, nodes, _pretrain(pre, numerics, nodes))
+    map_errors, errors = _quadrature_errors(pre, fine, numerics, nodes, out.solved)
     solution = Solution(
         setting,
         out.pretraining,

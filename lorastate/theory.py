@@ -278,6 +278,15 @@ def _frozen(pre: Pretraining, order: Order) -> FrozenMap:
 # ---- everything ------------------------------------------------------------------------------------------------
 
 
+class FirstStage(NamedTuple):
+    """Output of `evaluate_pretraining`."""
+
+    values: dict[str, Any]
+    order: Order  # with its derivative
+    status: dict[str, Any]
+    solved: Solved
+
+
 class Evaluation(NamedTuple):
     """Output of `evaluate`: values and status of both stages, and what `quadrature_errors` starts from."""
 
@@ -290,28 +299,32 @@ class Evaluation(NamedTuple):
 
 def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets) -> Evaluation:
     """Solves both stages and predicts everything; differentiable in every leaf of `pre` and `fine`."""
-    map_solved = solve_pretraining(pre, numerics, nodes.pretraining)
-    map_sol = map_solved.point
-    const = None if nodes.pretraining is None else (nodes.pretraining, map_solved.inner)
-    map_x = nan_slope(attach(pt.step, map_sol.x, pre, const), succeeded(map_sol.code))
-    map_order = decode(map_x)
-    a = map_averages(pre, map_order, nodes.pretraining, map_solved.inner)
-    errors = _averaged(lambda n: _map_errors(pre, map_order, n), nodes.pretraining_test)
-    map_values = map_predictions(pre, map_order, a if nodes.pretraining is None else mean(a), errors)
-    code = jnp.where(map_values["unconverged"] > 1e-3, int(Code.stalled), map_sol.code)
-    narrow = map_values["rank_fraction"] > pre.kappa * (1 + 1e-9)
-    code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
+    return evaluate_finetuning(pre, fine, numerics, nodes, evaluate_pretraining(pre, numerics, nodes))
 
-    values, branches, lora_solved = _finetune(fine, _frozen(pre, map_order), numerics, nodes)
-    sol = lora_solved.point
-    lora_code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), sol.code)
-    lora_code = jnp.where(succeeded(code), lora_code, int(Code.upstream))
-    values = {k: nan_slope(v, succeeded(lora_code)) for k, v in values.items()}
-    status = {
-        "pretraining": {**map_sol._asdict(), "code": code},
-        "finetuning": {**sol._asdict(), "code": lora_code},
-    }
-    return Evaluation(map_values, values, branches, status, (map_solved, lora_solved))
+
+def evaluate_pretraining(pre: Pretraining, numerics: Numerics, nodes: NodeSets) -> FirstStage:
+    """First half of `evaluate`."""
+    solved = solve_pretraining(pre, numerics, nodes.pretraining)
+    const = None if nodes.pretraining is None else (nodes.pretraining, solved.inner)
+    x = nan_slope(attach(pt.step, solved.point.x, pre, const), succeeded(solved.point.code))
+    order = decode(x)
+    a = map_averages(pre, order, nodes.pretraining, solved.inner)
+    errors = _averaged(lambda n: _map_errors(pre, order, n), nodes.pretraining_test)
+    values = map_predictions(pre, order, a if nodes.pretraining is None else mean(a), errors)
+    code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), solved.point.code)
+    narrow = values["rank_fraction"] > pre.kappa * (1 + 1e-9)
+    code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
+    return FirstStage(values, order, {**solved.point._asdict(), "code": code}, solved)
+
+
+def evaluate_finetuning(pre, fine: Finetuning, numerics: Numerics, nodes: NodeSets, first: FirstStage) -> Evaluation:
+    """Second half of `evaluate`."""
+    values, branches, solved = _finetune(fine, _frozen(pre, first.order), numerics, nodes)
+    code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), solved.point.code)
+    code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
+    values = {k: nan_slope(v, succeeded(code)) for k, v in values.items()}
+    status = {"pretraining": first.status, "finetuning": {**solved.point._asdict(), "code": code}}
+    return Evaluation(first.values, values, branches, status, (first.solved, solved))
 
 
 def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: NodeSets):
@@ -352,12 +365,13 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     pre, fine, (of_map, of_lora) = stop(pre), stop(fine), stop(solved)
     r = numerics.replicas
     map_x = jnp.broadcast_to(of_map.point.x, (r, 3))
-    if nodes.pretraining is None:
+    if nodes.pretraining is None or nodes.pretraining_test is None:
         order = decode(of_map.point.x)
         a = map_averages(pre, order, None, None)
         one = map_predictions(pre, order, a, _map_errors(pre, order, None))
         map_values = {k: jnp.broadcast_to(v, (r,)) for k, v in one.items()}
     else:
+        map_nodes = nodes.pretraining
 
         def map_pass(carry, _):
             xs, inner = carry
@@ -366,7 +380,7 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
                 i = pt.refresh_inner(pre, decode(x), n, i)
                 return _map_replica(pre, decode(x), n, i), i
 
-            a, inner = over_replicas(one, nodes.pretraining, xs, inner)
+            a, inner = over_replicas(one, map_nodes, xs, inner)
             images = jax.vmap(lambda c: pt.order_parameters(pre, c).encode())(a.conjugates)
             return (_closer(xs, images, of_map), inner), (xs, a)
 
@@ -406,7 +420,7 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
 
 
 def _closer(xs, images, solved: Solved):
-    """One chord step of every replica towards its own fixed point, (R, 3); no further than the linear response holds."""
+    """One chord step of every replica towards its own fixed point, (R, 3), cut to 1."""
     gap = jnp.eye(3) - solved.jacobian
     shift = jax.vmap(lambda f: small_solve(gap, f))(images - xs)
     return xs + jnp.clip(shift, -1.0, 1.0)

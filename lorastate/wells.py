@@ -52,8 +52,8 @@ class Inner(NamedTuple):
     """What `locate` finds for one replica, without derivatives.
 
     `split`: whether any node is split. `chi` (3, T, N): minimisers at the plain, the left and the right samples (only
-    the first where a node is not split), with the flags `two_wells`, `ok` (3, N). `e` (T, N) softest direction, `switch`
-    (N,) t* with the `wells` (2, T, N) there, `rooted` (N,) whether it was found.
+    the first where a node is not split), with the flags `two_wells`, `ok` (3, N). `e` (T, N) softest direction,
+    `switch` (N,) t* with the `wells` (2, T, N) there, `rooted` (N,) whether it was found.
     """
 
     split: Any
@@ -87,8 +87,8 @@ class _Line(NamedTuple):
     plane: Any
 
 
-#: Largest |t*|; width of the range of v * (smallest eigenvalue) over which nodes come to be split; jump in chi from which
-#: on a node is split exactly at t* (smaller ones lie between t* and the plane).
+#: Largest |t*|; width of the range of v * (smallest eigenvalue) over which nodes come to be split; jump in chi from
+#: which on a node is split exactly at t* (smaller ones lie between t* and the plane).
 _FAR, _ZONE, _JUMP = 7.0, 0.15, 0.3
 
 
@@ -172,8 +172,9 @@ _JOBS = np.array(
     + _ROUNDS * [(_SWITCH, 0), (_SWITCH, 1)]
     + [(_SAMPLE + side, start) for side in (0, 1) for start in (0, 1, 2)]
 )
+_FIRST_SAMPLE, _ENOUGH = 2 + 2 * _ROUNDS, 2 + 2 * 4 - 1
 #: Nodes that are split together.
-_TOGETHER = 256
+_TOGETHER = 32
 
 
 class _Work(NamedTuple):
@@ -287,8 +288,16 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold) -> 
         branch = jnp.where(conclude, jnp.minimum(point, _SAMPLE) + 1, 0)
         return jax.lax.switch(branch, [lambda: w, at_origin, at_switch, at_sample])
 
+    # The rounds end when every root is found, or nodes that seem to have one well only have been given some of them.
+    def one(carry):
+        j, w = carry
+        w = job(j, w)
+        single = jnp.max(jnp.abs(w.u[0] - w.u[1]), 0) <= 1e-3
+        over = jnp.all(w.inner.rooted | (single & (j >= _ENOUGH))) & (j % 2 == 1) & (j > 1)
+        return jnp.where((j < _FIRST_SAMPLE) & over, _FIRST_SAMPLE, j + 1), w
+
     work = _Work(inner, jnp.zeros((3, t, n)), jnp.zeros((3, n)), jnp.zeros((3, n), bool))
-    return jax.lax.fori_loop(0, len(_JOBS), job, work).inner
+    return jax.lax.while_loop(lambda c: c[0] < len(_JOBS), one, (jnp.array(0), work))[1].inner
 
 
 @jax.custom_jvp
