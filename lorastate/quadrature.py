@@ -68,6 +68,7 @@ def sweep(f, nodes: Nodes, memory, count):
     `count` may be traced: a coarse and a fine solve share one compiled loop. An accelerator takes all replicas at
     once whatever `count` is. Forward-mode derivatives only.
     """
+    nodes = jax.tree_util.tree_map(jnp.asarray, nodes)
     if jax.default_backend() != "cpu":
         values, memory = jax.vmap(f)(nodes, memory)
         return mean(values), memory

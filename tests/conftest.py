@@ -1,5 +1,14 @@
-"""The theory needs double precision; the library itself never switches it on at import."""
+"""float64 for the whole suite, and one compilation cache for it and the processes that it starts."""
 
-import jax
+import atexit
+import os
+import shutil
+import tempfile
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lorastate-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
