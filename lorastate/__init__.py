@@ -15,6 +15,7 @@ _HOME = {
     "Activation": "activation", "Softmax": "activation", "Identity": "activation", "Custom": "activation",
     "Inputs": "channel", "Fresh": "channel", "FrozenMap": "channel",
     "LearnedSpectrum": "spectrum",
+    "bayes_optimal_pretraining": "bayes", "BayesPretraining": "bayes",
     "Method": "fixed_point", "FixedPoint": "fixed_point",
     "Solution": "solution", "predict": "solution",
     "gradient": "design", "optimize": "design", "Optimum": "design",
