@@ -63,7 +63,8 @@ def _solve(kappa0, delta, alpha, n_eff):
 def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
     """Bayes-optimal limit of `pre` (its `lam` and `kappa` play no part); differentiable, and works under vmap.
 
-    Noiseless labels with more samples than unknowns give Q = Q0. Every activation but softmax is taken to hide nothing of Y, as the identity does.
+    Noiseless labels with more samples than unknowns give Q = Q0. Every activation but softmax is taken to hide
+    nothing of Y, as the identity does.
     """
     require_float64()
     t = pre.tokens

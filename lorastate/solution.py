@@ -147,7 +147,8 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
     numerics = setting.numerics.without_seed
-    out = _finetune(pre, fine, numerics, nodes, _pretrain(pre, numerics, nodes))
+    first = _pretrain(pre, numerics, nodes)
+    out = _finetune(pre, fine, numerics, nodes, first)
     map_errors, errors = _quadrature_errors(pre, fine, numerics, nodes, out.solved)
     solution = Solution(
         setting,

@@ -53,17 +53,15 @@ def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSet
     )
 
 
-def _stages(numerics: Numerics, rough: float, **fine) -> list[Stage]:
-    """One replica finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones."""
-    floor = {"floor": 10 * fine["floor"]} if fine else {}
-    return [
-        Stage.of(Method(tolerance=rough, max_steps=numerics.max_steps, **floor), 1),
-        Stage.of(
-            Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps, burn_in=0, **fine),
-            numerics.replicas,
-            exact=False,
-        ),
-    ]
+def _stages(numerics: Numerics, rough: float, floor: float = 2e-3) -> list[Stage]:
+    """One replica finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones.
+
+    In both stages inner minimisers may jump from well to well, hence the floors (see `Method`).
+    """
+    steps = numerics.max_steps
+    coarse = Method(tolerance=rough, max_steps=steps, floor=10 * floor)
+    fine = Method(tolerance=numerics.tolerance, max_steps=steps, burn_in=0, floor=floor)
+    return [Stage.of(coarse, 1), Stage.of(fine, numerics.replicas, exact=False)]
 
 
 class Solved(NamedTuple):
@@ -123,7 +121,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
 
     x0 = jnp.stack([ft.start(True), ft.start(False)])
     two = jax.tree_util.tree_map(lambda a: jnp.stack([a, a]), ft.no_memory(fine, nodes))
-    rough, refined = _stages(numerics, 1e-3, floor=2e-3)
+    rough, refined = _stages(numerics, 1e-3)
     jobs = (_stacked([rough, rough, refined, refined]), jnp.array([0, 1, 0, 1]))
     (_, jacs, memories, same), points = jax.lax.scan(job, (x0, jnp.zeros((2, 3, 3)), two, jnp.array(False)), jobs)
     final = jax.tree_util.tree_map(lambda a: a[2:], points)

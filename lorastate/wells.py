@@ -341,7 +341,10 @@ def _repeat(problem: VectorProblem, k: int) -> VectorProblem:
 
 
 def refresh(problem: VectorProblem, s: Student, inner: Inner) -> Inner:
-    """`inner` moved to a problem that is very near the one it was found for: a few Newton steps and no search."""
+    """`inner` moved to a problem that is very near the one it was found for: a few Newton steps and no search.
+
+    Nodes stay split where they were: the equation of the split holds for any point.
+    """
 
     def alone(_):
         chi = prox.polish(problem._replace(omega=s.at(s.g)), inner.chi[0])
@@ -349,23 +352,11 @@ def refresh(problem: VectorProblem, s: Student, inner: Inner) -> Inner:
 
     def split(_):
         line = _line(s, inner.e)
-
-        def closer(_, carry):
-            t, wells = carry
-            here = _repeat(problem._replace(omega=s.at(line.across + inner.e * t)), 2)
-            u = prox.polish(here, _flat(wells), 1)
-            f = here.terms(u)[0]
-            a, b = _stack(u, 2)
-            slope = s.scale / problem.v * jnp.sum(inner.e * (b - a), 0)
-            move = (f[len(t) :] - f[: len(t)]) / jnp.where(slope > 0, slope, jnp.inf)
-            return t + jnp.where(inner.rooted, jnp.clip(move, -0.3, 0.3), 0.0), jnp.stack([a, b])
-
-        t, wells = jax.lax.fori_loop(0, 3, closer, (inner.switch, inner.wells))
-        _, left, right = _points(line.own, _split_point(line, t, inner.rooted, wells))
+        _, left, right = _points(line.own, _split_point(line, inner.switch, inner.rooted, inner.wells))
         g = jnp.stack([s.g, line.across + inner.e * left, line.across + inner.e * right])
         there = _repeat(problem, 3)._replace(omega=_flat(s.base[None] + s.scale * g))
         chi = _stack(prox.polish(there, _flat(inner.chi)), 3)
-        return inner._replace(chi=chi, switch=t, wells=wells)
+        return inner._replace(chi=chi)
 
     return jax.lax.cond(inner.split, split, alone, 0.0)
 
