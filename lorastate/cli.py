@@ -268,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words == ["--version"]:
             _say(__version__)
+            sys.stdout.flush()
             return 0
         command = tyro.cli(
             _Command,
