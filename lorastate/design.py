@@ -75,7 +75,6 @@ def _value_and_slopes(objective: str, pre, fine, numerics, nodes, first):
         value = OBJECTIVES[objective](e)
         return value, (value, e.status["pretraining"]["code"], e.status["finetuning"]["code"])
 
-    # Under `combine` the static fields are back in place: the tree reads like (pre, fine).
     return jax.jacfwd(run, argnums=(0, 1), has_aux=True)(params, first.order)
 
 

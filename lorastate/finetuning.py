@@ -70,29 +70,30 @@ def label(fine: Finetuning, d: Draws):
     return fine.activation(d.fields.y0 + d.teacher[:, None] * d.teacher[None])
 
 
-def student(order: Order, d: Draws):
+def student_law(order: Order, d: Draws) -> wells.Student:
     """omega = (m/q0) chi* + noise g: jointly Gaussian with chi*, covariance [[q0, m], [m, q]]."""
-    return order.overlap / TEACHER_SIZE * d.teacher + order.noise * d.noise
+    return wells.Student(order.overlap / TEACHER_SIZE * d.teacher, order.noise, d.noise, d.side, d.teacher)
+
+
+def student(order: Order, d: Draws):
+    """omega at the draws."""
+    return student_law(order, d).at(d.noise)
 
 
 def inner_problem(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
     return VectorProblem(fine.activation, d.fields.zw, student(order, d), label(fine, d), order.response)
 
 
-def _student_law(order: Order, d: Draws) -> wells.Student:
-    return wells.Student(order.overlap / TEACHER_SIZE * d.teacher, order.noise, d.noise, d.side, d.teacher)
-
-
 def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner, cold: Any = True) -> wells.Inner:
     """Inner minimisers of one replica; where `cold` is false the descents start at the previous ones."""
     d = draws(fine, frozen, nodes)
-    return wells.locate(_at_rest(fine, order, d), _student_law(order, d), previous, cold)
+    return wells.locate(_at_rest(fine, order, d), student_law(order, d), previous, cold)
 
 
 def refresh_inner(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> wells.Inner:
     """Inner minimisers of one replica at order parameters very near those that `inner` was found for."""
     d = draws(fine, frozen, nodes)
-    return wells.refresh(_at_rest(fine, order, d), _student_law(order, d), inner)
+    return wells.refresh(_at_rest(fine, order, d), student_law(order, d), inner)
 
 
 def _at_rest(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
@@ -118,14 +119,13 @@ def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
 
 def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.Inner, use):
     """`use(draws, chi, converged, two wells)` on split nodes if any node can have two wells, else on the plain ones."""
-    law = _student_law(order, plain)
+    law = student_law(order, plain)
 
     def split(_):
         factor, g, chi = wells.samples(_at_rest(fine, order, plain), law, inner)
-        thrice = jax.tree_util.tree_map(lambda a: jnp.concatenate([a, a, a], -1), plain)
-        weight = jnp.concatenate(list(factor * plain.weight))
-        d = thrice._replace(noise=jnp.concatenate(list(g), 1), weight=weight)
-        return use(d, jnp.concatenate(list(chi), 1), inner.ok.reshape(-1), inner.two_wells.reshape(-1))
+        thrice = jax.tree_util.tree_map(lambda a: wells.flat([a] * 3), plain)
+        d = thrice._replace(noise=g, weight=factor * thrice.weight)
+        return use(d, chi, wells.flat(inner.ok), wells.flat(inner.two_wells))
 
     def single(_):
         chi = wells.plain(_at_rest(fine, order, plain), law, inner)

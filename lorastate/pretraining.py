@@ -50,7 +50,10 @@ def fields(pre: Pretraining, order: Order, nodes):
 
 
 def inner_problem(pre: Pretraining, order: Order, nodes: Nodes) -> MapProblem:
-    y, omega = fields(pre, order, nodes.normal)
+    return _problem_at(pre, order, *fields(pre, order, nodes.normal))
+
+
+def _problem_at(pre: Pretraining, order: Order, y, omega) -> MapProblem:
     return MapProblem(pre.activation, omega, pre.activation(y), order.response)
 
 
@@ -84,7 +87,7 @@ def no_inner(pre: Pretraining, nodes: Nodes) -> Inner:
 def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, cold: Any = True) -> Inner:
     """Inner minimisers of one replica; where `cold` is false the descents start at the previous ones."""
     y, omega = fields(pre, order, nodes.normal)
-    problem = inner_problem(pre, order, nodes)
+    problem = _problem_at(pre, order, y, omega)
     starts = jnp.where(cold, jnp.stack([to_coordinates(omega), to_coordinates(y)]), previous.u)
     # lax.map, not two calls: the descent is compiled once.
     u, f, ok = jax.lax.map(lambda s: locate(problem, s), starts)

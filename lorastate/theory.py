@@ -361,48 +361,34 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     """
     stop = jax.lax.stop_gradient
     pre, fine, (of_map, of_lora) = stop(pre), stop(fine), stop(solved)
-    r = numerics.replicas
-    map_x = jnp.broadcast_to(of_map.point.x, (r, 3))
     if nodes.pretraining is None or nodes.pretraining_test is None:
         order = decode(of_map.point.x)
         a = map_averages(pre, order, None, None)
         one = map_predictions(pre, order, a, _map_errors(pre, order, None))
-        map_values = {k: jnp.broadcast_to(v, (r,)) for k, v in one.items()}
+        map_x = jnp.broadcast_to(of_map.point.x, (numerics.replicas, 3))
+        map_values = {k: jnp.broadcast_to(v, (numerics.replicas,)) for k, v in one.items()}
     else:
-        map_nodes = nodes.pretraining
 
-        def map_pass(carry, _):
-            xs, inner = carry
+        def map_at(n, x, inner):
+            inner = pt.refresh_inner(pre, decode(x), n, inner)
+            return _map_replica(pre, decode(x), n, inner), inner
 
-            def one(n, x, i):
-                i = pt.refresh_inner(pre, decode(x), n, i)
-                return _map_replica(pre, decode(x), n, i), i
+        def map_image(c):
+            return pt.order_parameters(pre, c).encode()
 
-            a, inner = over_replicas(one, map_nodes, xs, inner)
-            images = jax.vmap(lambda c: pt.order_parameters(pre, c).encode())(a.conjugates)
-            return (_closer(xs, images, of_map), inner), (xs, a)
-
-        # The first pass makes the step, the second evaluates there; one compiled copy serves both.
-        _, (xs, a) = jax.lax.scan(map_pass, (map_x, of_map.inner), length=2)
-        map_x, a = jax.tree_util.tree_map(lambda v: v[-1], (xs, a))
+        map_x, a = _own_solutions(map_at, map_image, of_map, nodes.pretraining)
         errors = over_replicas(lambda n, x: _map_errors(pre, decode(x), n), nodes.pretraining_test, map_x)
         map_values = jax.vmap(lambda x, a, e: map_predictions(pre, decode(x), a, e))(map_x, a, errors)
 
-    def lora_pass(carry, _):
-        xs, inner = carry
+    def lora_at(n, x, inner, upstream):
+        frozen, order = _frozen(pre, decode(upstream)), decode(x)
+        inner = ft.refresh_inner(fine, frozen, order, n, inner)
+        return _lora_replica(fine, frozen, order, n, inner), inner
 
-        def one(n, x, upstream, i):
-            frozen, order = _frozen(pre, decode(upstream)), decode(x)
-            i = ft.refresh_inner(fine, frozen, order, n, i)
-            return _lora_replica(fine, frozen, order, n, i), i
+    def lora_image(c):
+        return ft.order_parameters(fine, c).encode()
 
-        b, inner = over_replicas(one, nodes.finetuning, xs, map_x, inner)
-        images = jax.vmap(lambda c: ft.order_parameters(fine, c).encode())(b.conjugates)
-        return (_closer(xs, images, of_lora), inner), (xs, b)
-
-    start = (jnp.broadcast_to(of_lora.point.x, (r, 3)), of_lora.inner)
-    _, (xs, b) = jax.lax.scan(lora_pass, start, length=2)
-    xs, b = jax.tree_util.tree_map(lambda v: v[-1], (xs, b))
+    xs, b = _own_solutions(lora_at, lora_image, of_lora, nodes.finetuning, map_x)
 
     def errors_at(n, x, upstream):
         return _lora_errors(fine, _frozen(pre, decode(upstream)), decode(x), n)
@@ -417,11 +403,24 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     return _standard_errors(map_values), _standard_errors(values)
 
 
-def _closer(xs, images, solved: Solved):
-    """One chord step of every replica towards its own fixed point, (R, 3), cut to 1."""
+def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, *upstream):
+    """Order parameters (R, 3) and averages of every replica at its own fixed point, to first order.
+
+    `averages_at(replica, x, inner, *upstream) -> (averages, inner)`; `image(conjugates)` is the second half-step. The
+    first pass makes one step with the common Jacobian (cut to 1), the second evaluates there: one compiled copy
+    serves both.
+    """
     gap = jnp.eye(3) - solved.jacobian
-    shift = jax.vmap(lambda f: small_solve(gap, f))(images - xs)
-    return xs + jnp.clip(shift, -1.0, 1.0)
+
+    def one_pass(carry, _):
+        xs, inner = carry
+        averages, inner = over_replicas(averages_at, nodes, xs, inner, *upstream)
+        shift = jax.vmap(lambda c, x: small_solve(gap, image(c) - x))(averages.conjugates, xs)
+        return (xs + jnp.clip(shift, -1.0, 1.0), inner), (xs, averages)
+
+    start = jnp.broadcast_to(solved.point.x, (nodes.normal.shape[0], 3)), solved.inner
+    _, passes = jax.lax.scan(one_pass, start, length=2)
+    return jax.tree_util.tree_map(lambda v: v[-1], passes)
 
 
 def _standard_errors(values: dict[str, Any]) -> dict[str, Any]:

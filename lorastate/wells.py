@@ -172,7 +172,8 @@ _JOBS = np.array(
     + _ROUNDS * [(_SWITCH, 0), (_SWITCH, 1)]
     + [(_SAMPLE + side, start) for side in (0, 1) for start in (0, 1, 2)]
 )
-_FIRST_SAMPLE, _ENOUGH = 2 + 2 * _ROUNDS, 2 + 2 * 4 - 1
+# Index of the first descent at a sample, and of the one by which a node with one well has been given four rounds.
+_FIRST_SAMPLE, _ENOUGH = 2 + 2 * _ROUNDS, 1 + 2 * 4
 #: Nodes that are split together.
 _TOGETHER = 32
 
@@ -207,8 +208,7 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = True
     def group(carry):
         inner, todo = carry
         index = jnp.nonzero(todo, size=size, fill_value=n - 1)[0]
-        take = jax.tree_util.Partial(jax.tree_util.tree_map, lambda a: a[..., index])
-        part = take(inner._replace(split=None))
+        part = jax.tree_util.tree_map(lambda a: a[..., index], inner._replace(split=None))
         some = s._replace(base=s.base[:, index], g=s.g[:, index], side=s.side[index], guess=s.guess[:, index])
         found = _locate_split(problem.take(index), some, part, h[..., index], cold)
         put = jax.tree_util.tree_map(lambda a, v: a.at[..., index].set(v), inner._replace(split=None), found)
@@ -310,34 +310,39 @@ def _attach_switch(problem: VectorProblem, along, wells, t):
 def _attach_switch_jvp(primals, tangents):
     problem, along, wells, t = primals
     t = _attach_switch(problem, along, wells, t)
-    both = attach_minimum(_repeat(problem._replace(omega=problem.omega + along * t), 2), _flat(wells))
+
+    def twice(problem, along):
+        return _repeat(problem, jnp.stack([problem.omega + along * t] * 2))
+
+    both = attach_minimum(twice(problem, along), flat(wells))
+    a, b = jnp.split(both, 2, -1)
 
     # The wells are minimisers, so their own motion does not enter the first derivative of the depths.
     def gap(problem, along):
-        f = _repeat(problem._replace(omega=problem.omega + along * t), 2).terms(both)[0]
+        f = twice(problem, along).terms(both)[0]
         return f[: len(t)] - f[len(t) :]
 
-    a, b = both[:, : len(t)], both[:, len(t) :]
     change = jax.jvp(gap, (problem, along), (tangents[0], tangents[1]))[1]
     slope = jnp.sum(along * (b - a), 0) / problem.v
     good = slope > 1e-9
     return t, jnp.where(good, -change / jnp.where(good, slope, 1.0), 0.0)
 
 
-def _flat(a):
-    """(k, T, N) -> (T, k N): the k samples of the nodes side by side, as one set of nodes."""
+def flat(a):
+    """(k, ..., N) -> (..., k N): k samples of the nodes side by side, as one set of nodes."""
     return jnp.concatenate(list(a), -1)
 
 
-def _stack(a, k: int):
-    """The inverse of `_flat`."""
-    return jnp.stack(jnp.split(a, k, -1))
+def _repeat(problem: VectorProblem, omega) -> VectorProblem:
+    """The problem on k copies of its nodes, at omega (k, T, N)."""
+    zw, target = (flat([a] * len(omega)) for a in (problem.zw, problem.target))
+    return problem._replace(zw=zw, target=target, omega=flat(omega))
 
 
-def _repeat(problem: VectorProblem, k: int) -> VectorProblem:
-    return problem._replace(
-        **{name: jnp.concatenate([getattr(problem, name)] * k, -1) for name in ("zw", "omega", "target")}
-    )
+def _three(s: Student, line: _Line, switch):
+    """p, and g (3, T, N) at the plain, the left and the right sample of a line that is split at `switch`."""
+    p, left, right = _points(line.own, switch)
+    return p, jnp.stack([s.g, line.across + line.e * left, line.across + line.e * right])
 
 
 def refresh(problem: VectorProblem, s: Student, inner: Inner) -> Inner:
@@ -352,17 +357,15 @@ def refresh(problem: VectorProblem, s: Student, inner: Inner) -> Inner:
 
     def split(_):
         line = _line(s, inner.e)
-        _, left, right = _points(line.own, _split_point(line, inner.switch, inner.rooted, inner.wells))
-        g = jnp.stack([s.g, line.across + inner.e * left, line.across + inner.e * right])
-        there = _repeat(problem, 3)._replace(omega=_flat(s.base[None] + s.scale * g))
-        chi = _stack(prox.polish(there, _flat(inner.chi)), 3)
-        return inner._replace(chi=chi)
+        _, g = _three(s, line, _split_point(line, inner.switch, inner.rooted, inner.wells))
+        chi = prox.polish(_repeat(problem, s.at(g)), flat(inner.chi))
+        return inner._replace(chi=jnp.stack(jnp.split(chi, 3, -1)))
 
     return jax.lax.cond(inner.split, split, alone, 0.0)
 
 
 def samples(problem: VectorProblem, s: Student, inner: Inner):
-    """The split nodes of one replica with derivatives: `(weight factor (3, N), g (3, T, N), chi (3, T, N))`.
+    """The split nodes of one replica with derivatives: `(weight factor (3 N,), g (T, 3 N), chi (T, 3 N))`.
 
     `problem` at omega = 0. The three parts are the plain, the left and the right samples.
     """
@@ -373,13 +376,10 @@ def samples(problem: VectorProblem, s: Student, inner: Inner):
     share = jnp.where(unit, _share(h, e), 0.0)
     on_line = problem._replace(omega=s.at(line.across))
     root = _attach_switch(on_line, s.scale * e, inner.wells, inner.switch)
-    at_root = problem._replace(omega=s.at(line.across + e * root))
-    pair = _stack(attach_minimum(_repeat(at_root, 2), _flat(inner.wells)), 2)
-    p, left, right = _points(line.own, _split_point(line, root, inner.rooted, pair))
-    g = jnp.stack([s.g, line.across + e * left, line.across + e * right])
-    there = _repeat(problem, 3)._replace(omega=_flat(s.base[None] + s.scale * g))
-    chi = _stack(attach_minimum(there, _flat(inner.chi)), 3)
-    return jnp.stack([1 - share, share * p, share * (1 - p)]), g, chi
+    pair = attach_minimum(_repeat(problem, jnp.stack([s.at(line.across + e * root)] * 2)), flat(inner.wells))
+    p, g = _three(s, line, _split_point(line, root, inner.rooted, jnp.split(pair, 2, -1)))
+    chi = attach_minimum(_repeat(problem, s.at(g)), flat(inner.chi))
+    return flat([1 - share, share * p, share * (1 - p)]), flat(g), chi
 
 
 def plain(problem: VectorProblem, s: Student, inner: Inner):
