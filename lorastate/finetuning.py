@@ -129,7 +129,7 @@ def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.I
 
     def single(_):
         chi = wells.plain(_at_rest(fine, order, plain), law, inner)
-        return use(plain, chi, inner.ok[0], jnp.zeros_like(inner.ok[0]))
+        return use(plain, chi, inner.ok[0], inner.two_wells[0])
 
     return jax.lax.cond(inner.split, split, single, 0.0)
 
@@ -199,10 +199,10 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
         def one(n, previous):
             inner = locate_inner(fine, frozen, order, n, previous.inner, cold)
             c, conjugates = potential_and_conjugates(fine, frozen, order, n, inner)
-            return (conjugates, 1.0 * inner.split), Memory(inner, c)
+            return (conjugates, 1.0 * (inner.split | inner.thorough)), Memory(inner, c)
 
-        (c, split), memory = sweep(one, nodes, memory, count)
-        return order_parameters(fine, c).encode(), memory, split == 0
+        (c, jumps), memory = sweep(one, nodes, memory, count)
+        return order_parameters(fine, c).encode(), memory, jumps == 0
 
     def jacobian(x, memory, count):
         def plain(x):

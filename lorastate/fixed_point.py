@@ -121,6 +121,10 @@ class Map(NamedTuple):
     jacobian: Callable
 
 
+#: Residual at which a solve whose map may jump is first checked by a cold evaluation.
+_CHECKED = 1e-4
+
+
 class _State(NamedTuple):
     x: Any
     image: Any
@@ -132,6 +136,10 @@ class _State(NamedTuple):
     code: Any
     done: Any
     cold: Any  # whether the next evaluation is a cold one at x itself: the last check of a solution
+    ending: Any  # the code with which the iteration ends after that check if it fails
+    target: Any  # residual at which the next check is due
+    checked: Any  # residual at the last check that failed
+    vain: Any  # checks in a row that failed by as much as the one before
     best: Any  # smallest residual so far, and how many steps ago
     since: Any
     previous: Any  # the point two accepted steps back, for cycles
@@ -189,8 +197,8 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         finite = jnp.all(jnp.isfinite(image))
         residual = _size(image - trial)
         accept = stay | use_picard | (finite & (residual < (1.0 - 1e-3 * s.length) * _size(g)))
-        reached = accept & finite & (residual <= stage.tolerance)
-        done, cold = reached & sure, reached & ~sure
+        done = accept & finite & sure & (residual <= stage.tolerance)
+        cold = accept & finite & ~sure & (residual <= jnp.maximum(s.target, stage.tolerance))
         # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
         renew = ~accept & ~s.exact
         length = jnp.where(accept, jnp.where(use_picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
@@ -206,15 +214,32 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         wanted = ((accept & newton_next) | renew | (done & ~(check & s.exact))) & jnp.all(jnp.isfinite(x))
         jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
         finite = finite & jnp.all(jnp.isfinite(jac))
-        improved = residual < 0.9 * s.best
+        # A check that fails starts the count anew, and the next one is due where it can tell more: at once if the
+        # image has changed, at the tolerance if it was only confirmed.
+        failed = check & ~done & finite
+        changed = residual > 2 * _size(g)
+        target = jnp.where(failed, jnp.where(changed, 0.1 * residual, 0.0), s.target)
+        # Jumps are felt where checks do not find less and less, twice in a row.
+        jumps = failed & changed & (residual > 0.3 * s.checked)
+        vain = jnp.where(failed, jnp.where(jumps, s.vain + 1, 0), s.vain)
+        checked = jnp.where(failed, residual, s.checked)
+        improved = (residual < 0.9 * s.best) | failed
         since = jnp.where(improved, 0, s.since + 1)
-        best = jnp.minimum(s.best, jnp.where(finite, residual, jnp.inf))
+        best = jnp.where(failed, residual, jnp.minimum(s.best, jnp.where(finite, residual, jnp.inf)))
         moved = _size(x - s.x)
         cycle = accept & (moved > 1e-6) & (_size(x - s.before) < 1e-3 * moved) & (since > 8)
-        code = jnp.where(cycle, Code.cycle, s.code)
-        code = jnp.where((since > 15 + stage.burn_in) & (stage.burn_in >= 0), Code.stalled, code)
-        stuck = ~accept & (length < 0.02) & (_size(g) < stage.floor)
-        code = jnp.where(stuck, Code.floor, code)
+        ending = jnp.where(cycle, Code.cycle, Code.ok)
+        # Below the floor a jump is the likely reason, and more steps will not help.
+        patience = jnp.where(best < stage.floor, 5, 15 + stage.burn_in)
+        ending = jnp.where((since > patience) & (stage.burn_in >= 0), Code.stalled, ending)
+        ending = jnp.where(~accept & (length < 0.02) & (_size(g) < stage.floor), Code.floor, ending)
+        # The last word has a cold evaluation, unless the last one was as good.
+        ends = (ending != Code.ok) & ~check
+        code = jnp.where(ends & sure, ending, s.code)
+        # Where the check only confirms what was known, the iteration ends; where it changed the image, it goes on.
+        code = jnp.where(failed & (s.ending != Code.ok) & ~changed, s.ending, code)
+        code = jnp.where(vain > 1, Code.stalled, code)
+        cold = cold | (ends & ~sure)
         code = jnp.where(accept & (_size(x) > stage.bound), Code.diverged, code)
         code = jnp.where(accept & ~finite, Code.nonfinite, code)
         return _State(
@@ -228,6 +253,10 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
             jnp.where(done & finite, Code.ok, code),
             done & finite,
             cold,
+            jnp.where(ends & ~sure, ending, Code.ok),
+            target,
+            checked,
+            vain,
             best,
             since,
             jnp.where(accept, s.before, s.previous),
@@ -235,17 +264,19 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         )
 
     n, dtype = x0.shape[0], x0.dtype
-    inf, no = jnp.full_like(x0, jnp.inf), jnp.array(False)
+    inf, no, far, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0)
     start = _State(
         x0, x0, memory, jac0, no, jnp.ones((), dtype), jnp.array(-1),
         jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite)),
-        no, no, jnp.array(jnp.inf, dtype), jnp.array(0), inf, inf,
+        no, no, jnp.array(int(Code.ok)), jnp.array(_CHECKED, dtype), far, zero, far, zero, inf, inf,
     )  # fmt: skip
     s = jax.lax.while_loop(cond, body, start)
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
     growth = spectral_abscissa(s.jac)
     residual = _size(s.image - s.x)
-    code = jnp.where((residual < stage.floor) & (code == Code.stalled), int(Code.floor), code)
+    below = residual < stage.floor
+    code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
+    code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)
     if require_stable:
         code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
     eye = jnp.eye(n, dtype=dtype)

@@ -53,7 +53,7 @@ def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSet
     )
 
 
-def _stages(numerics: Numerics, rough: float, floor: float = 2e-3) -> list[Stage]:
+def _stages(numerics: Numerics, rough: float, floor: float = 5e-3) -> list[Stage]:
     """One replica finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones.
 
     In both stages inner minimisers may jump from well to well, hence the floors (see `Method`).
@@ -116,6 +116,10 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         x0 = jnp.where(last & same & (k == 1), jnp.nan, xs[k])
         start = jax.tree_util.tree_map(lambda a: a[k], (jacs, memories))
         point, jac, memory = iterate(fmap, rules, True, x0, *start)
+        # What the first replica found at the end of the coarse stage decides how all of them are searched.
+        inner = memory.inner
+        found = jnp.where(last, inner.thorough, inner.needed[0])
+        memory = memory._replace(inner=inner._replace(thorough=found))
         put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(v), (xs, jacs, memories), (point.x, jac, memory))
         return (*put, same), point
 
@@ -325,6 +329,14 @@ def evaluate_finetuning(pre, fine: Finetuning, numerics: Numerics, nodes: NodeSe
     return Evaluation(first.values, values, branches, status, (first.solved, solved))
 
 
+def _lowest(code, energies):
+    """The branch of lowest free energy. One that was nearly solved counts when it lies clearly lower: the answer then is
+    that the solve failed, not the other branch."""
+    nearly = (code == Code.stalled) | (code == Code.max_steps) | (code == Code.cycle)
+    handicap = jnp.where(succeeded(code), 0.0, jnp.where(nearly, 1e-3 * (1 + jnp.abs(energies)), jnp.inf))
+    return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
+
+
 def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: NodeSets):
     """Predictions on the branch of lowest free energy among those that were solved; both branches; that solution."""
     solved, same = search_finetuning(fine, frozen, numerics, nodes.finetuning)
@@ -338,7 +350,7 @@ def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: No
 
     energies = jax.vmap(energy_at)(solved.point.x, solved.inner.potential)
     energies = jnp.where(same, energies[0], energies)
-    chosen = jnp.where(same, 0, jnp.argmin(jnp.where(succeeded(first.code), energies, jnp.inf)))
+    chosen = jnp.where(same, 0, _lowest(first.code, energies))
     best = jax.tree_util.tree_map(lambda a: a[chosen], solved)._replace(inner=None)
     inner = jax.tree_util.tree_map(lambda a: a[chosen], solved.inner.inner)
     x = jnp.where(jnp.isfinite(best.point.x), best.point.x, ft.start(True))

@@ -52,18 +52,23 @@ class Inner(NamedTuple):
     """What `locate` finds for one replica, without derivatives.
 
     `split`: whether any node is split. `chi` (3, T, N): minimisers at the plain, the left and the right samples (only
-    the first where a node is not split), with the flags `two_wells`, `ok` (3, N). `e` (T, N) softest direction,
-    `switch` (N,) t* with the `wells` (2, T, N) there, `rooted` (N,) whether it was found.
+    the first where a node is not split) and `other`, the next lowest wells found there, with the flags `two_wells`,
+    `ok` (3, N). `e` (T, N) softest direction, `switch` (N,) t* with the `wells` (2, T, N) there, `rooted` (N,) whether
+    it was found. `thorough`: whether cold searches try many starts; `needed`: whether the last such search found wells
+    that the usual starts miss or may lose.
     """
 
     split: Any
     chi: Any
+    other: Any
     two_wells: Any
     ok: Any
     e: Any
     switch: Any
     rooted: Any
     wells: Any
+    thorough: Any
+    needed: Any
 
 
 def nothing(replicas: int, tokens: int, nodes: int) -> Inner:
@@ -73,8 +78,8 @@ def nothing(replicas: int, tokens: int, nodes: int) -> Inner:
         return jnp.zeros((replicas, *shape), kind)
 
     return Inner(
-        no(kind=bool), no(3, tokens, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
-        no(tokens, nodes), no(nodes), no(nodes, kind=bool), no(2, tokens, nodes),
+        no(kind=bool), no(3, tokens, nodes), no(3, tokens, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
+        no(tokens, nodes), no(nodes), no(nodes, kind=bool), no(2, tokens, nodes), ~no(kind=bool), ~no(kind=bool),
     )  # fmt: skip
 
 
@@ -164,31 +169,39 @@ def _attach_eigenvector_jvp(primals, tangents):
 
 
 # Descents for a node that is split, in their order, (point, start): at the origin from two starts; at the switching
-# point in both wells, in a few rounds on t; at the left and the right sample in both wells and from omega.
+# point in both wells, in a few rounds on t; at the plain, the left and the right sample from their last two wells. A
+# cold search takes omega and the teacher instead of the last wells, and both wells at the switching point; a thorough
+# one +-2 along every axis as well: a row of softmax is settled by one token, and the wells that are not on the softest
+# line lie there. Nodes that are not split have the plain sample only.
 _ORIGIN, _SWITCH, _SAMPLE = 0, 1, 2
-_ROUNDS = 8
-_JOBS = np.array(
-    [(_ORIGIN, 0), (_ORIGIN, 1)]
-    + _ROUNDS * [(_SWITCH, 0), (_SWITCH, 1)]
-    + [(_SAMPLE + side, start) for side in (0, 1) for start in (0, 1, 2)]
-)
-# Index of the first descent at a sample, and of the one by which a node with one well has been given four rounds.
-_FIRST_SAMPLE, _ENOUGH = 2 + 2 * _ROUNDS, 1 + 2 * 4
-#: Nodes that are split together.
+_ROUNDS, _USUAL, _REACH = 8, 4, 2.0
+_FIRST_SAMPLE = 2 + 2 * _ROUNDS
+#: Index of the descent by which a node with one well has been given four rounds.
+_ENOUGH = 1 + 2 * 4
+#: Nodes that are searched together.
 _TOGETHER = 32
+
+
+def _jobs(tokens: int):
+    """(point, start) of every descent, and how many there are at a sample."""
+    block = _USUAL + 2 * tokens
+    samples = [(_SAMPLE + side, start) for side in range(3) for start in range(block)]
+    return np.array([(_ORIGIN, 0), (_ORIGIN, 1)] + _ROUNDS * [(_SWITCH, 0), (_SWITCH, 1)] + samples), block
 
 
 class _Work(NamedTuple):
     inner: Inner
-    u: Any  # minimisers that the descents at the present point have found, (3, T, N)
-    f: Any  # their depths, and which converged, (3, N)
+    u: Any  # minimisers that the descents at the present point have found, (2, T, N): at a sample the two lowest
+    f: Any  # their depths, and which converged, (2, N)
     ok: Any
+    improved: Any  # whether one of the additional starts went deeper than the usual ones, (N,)
 
 
 def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = True) -> Inner:
     """Finds the inner minimisers of one replica; `problem` at omega = 0. Warm (not `cold`) from the `previous` ones."""
     problem, s, previous = jax.lax.stop_gradient((problem, s, previous))
     cold = jnp.asarray(cold)
+    search = cold & previous.thorough
     n = problem.omega.shape[1]
     h = _hessian_at_rest(problem)
     # No eigenvalue in the zone: no node is split, and no eigenvectors are needed.
@@ -196,42 +209,66 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = True
     near = ldl_solve(h - _ZONE * eye, problem.omega)[1] <= 0
     omega = s.at(s.g)
     u, _, ok = prox.locate(problem._replace(omega=omega), jnp.where(cold, omega, previous.chi[0]))
+    more = jnp.where(cold, search, previous.two_wells[0]) & ~near
     inner = previous._replace(
         split=jnp.any(near),
         chi=previous.chi.at[0].set(u),
         ok=jnp.stack([ok, ~near, ~near]),
         two_wells=jnp.zeros((3, n), bool),
         rooted=previous.rooted & near & ~cold,
+        e=jnp.zeros_like(u),
     )
     size = min(n, _TOGETHER)
 
+    def per_node(inner):
+        return inner._replace(split=None, thorough=None, needed=None)
+
     def group(carry):
-        inner, todo = carry
-        index = jnp.nonzero(todo, size=size, fill_value=n - 1)[0]
-        part = jax.tree_util.tree_map(lambda a: a[..., index], inner._replace(split=None))
+        inner, improved, near, more = carry
+        whole = jnp.any(near)
+        index = jnp.nonzero(jnp.where(whole, near, more), size=size, fill_value=n - 1)[0]
+        part = jax.tree_util.tree_map(lambda a: a[..., index], per_node(inner))
         some = s._replace(base=s.base[:, index], g=s.g[:, index], side=s.side[index], guess=s.guess[:, index])
-        found = _locate_split(problem.take(index), some, part, h[..., index], cold)
-        put = jax.tree_util.tree_map(lambda a, v: a.at[..., index].set(v), inner._replace(split=None), found)
-        return put._replace(split=inner.split), todo.at[index].set(False)
+        found, better = _locate_split(problem.take(index), some, part, h[..., index], cold, search, whole)
+        # A node that only fills up the group may be of the other kind: it is left alone.
+        mine = jnp.where(whole, near, more)[index]
+        put = jax.tree_util.tree_map(
+            lambda a, v: a.at[..., index].set(jnp.where(mine, v, a[..., index])),
+            per_node(inner),
+            found,
+        )
+        put = put._replace(split=inner.split, thorough=inner.thorough, needed=inner.needed)
+        improved = improved.at[index].max(better & mine)
+        return put, improved, near.at[index].set(near[index] & ~whole), more.at[index].set(more[index] & whole)
 
-    return jax.lax.while_loop(lambda c: jnp.any(c[1]), group, (inner, near))[0]
+    inner, improved, _, _ = jax.lax.while_loop(
+        lambda c: jnp.any(c[2] | c[3]), group, (inner, jnp.zeros((n,), bool), near, more)
+    )
+    needed = jnp.any(improved | (inner.two_wells[0] & ~near))
+    return inner._replace(needed=jnp.where(search, needed, previous.needed))
 
 
-def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold) -> Inner:
-    """Both wells, the switching point and the minimisers at the split samples of a group of nodes."""
+def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold, search, whole):
+    """A group of nodes: `(inner, improved)` with both wells, the switching point and the minimisers at all samples if
+    it is to be split (`whole`), otherwise with the minimisers at the plain sample."""
     t, n = problem.omega.shape
+    jobs, block = _jobs(t)
     e = _softest(h)
     # Mirrored nodes look the other way, so that g -> -g stays an exact symmetry of the split set; otherwise the
     # direction keeps its sense from one evaluation to the next.
     e = e * jnp.where(jnp.sum(e * s.guess, 0) < 0, -1.0, 1.0) * s.side
     line = _line(s, e)
     kept = inner.rooted & ~cold
-    inner = inner._replace(e=e, switch=jnp.where(kept, inner.switch, line.plane))
+    inner = inner._replace(
+        switch=jnp.where(kept, inner.switch, line.plane),
+        wells=jnp.where(whole & kept, inner.wells, _REACH * jnp.stack([-e, e])),
+    )
+    starts_each = jnp.where(search, block, jnp.where(cold, _USUAL, 2))
 
     def job(j, w: _Work) -> _Work:
-        point, k = jnp.asarray(_JOBS)[j]
+        point, k = jnp.asarray(jobs)[j]
         inner = w.inner
-        side = jnp.clip(point - _SAMPLE, 0, 1)
+        side = jnp.clip(point - _SAMPLE, 0, 2)
 
         def origin():
             return problem.omega, jnp.where(k == 0, e, s.guess)
@@ -240,14 +277,34 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold) -> 
             return s.at(line.across + e * inner.switch), inner.wells[k & 1]
 
         def sample():
-            _, left, right = _points(line.own, _split_point(line, inner.switch, inner.rooted, inner.wells))
-            omega = s.at(line.across + e * jnp.where(side == 0, left, right))
-            last = jnp.where(cold, omega, inner.chi[1 + side])
-            return omega, jnp.where(k == 2, last, inner.wells[side ^ (k & 1)])
+            split = _split_point(line, inner.switch, inner.rooted, inner.wells)
+            omega = s.at(_three(s, line, split)[1][side])
+            axis = jax.nn.one_hot(jnp.clip(k - _USUAL, 0) // 2, t)[:, None] * jnp.where(k % 2 == 0, _REACH, -_REACH)
+            starts = [jnp.where(cold, omega, inner.chi[side]), jnp.where(cold, s.side * s.guess, inner.other[side])]
+            starts = jnp.stack([*starts, *inner.wells, jnp.broadcast_to(axis, (t, n))])
+            return omega, starts[jnp.minimum(k, _USUAL)]
 
         omega, start = jax.lax.switch(jnp.minimum(point, _SAMPLE), [origin, switch, sample])
         u, f, ok = prox.locate(problem._replace(omega=omega), start)
-        w = w._replace(u=w.u.at[k].set(u), f=w.f.at[k].set(f), ok=w.ok.at[k].set(ok))
+
+        def one_of_two():
+            return w._replace(u=w.u.at[k & 1].set(u), f=w.f.at[k & 1].set(f), ok=w.ok.at[k & 1].set(ok))
+
+        def lowest_two():
+            depth = jnp.where(k == 0, jnp.inf, w.f)
+            f_new = jnp.where(ok, f, jnp.inf)
+            lower = f_new < depth[0] - 1e-9
+            new = jnp.max(jnp.abs(u - w.u[0]), 0) > 1e-4
+            second = ~lower & new & (f_new < depth[1])
+            return _Work(
+                inner,
+                jnp.stack([jnp.where(lower, u, w.u[0]), jnp.where(lower, w.u[0], jnp.where(second, u, w.u[1]))]),
+                jnp.stack([jnp.where(lower, f, depth[0]), jnp.where(lower, depth[0], jnp.where(second, f, depth[1]))]),
+                jnp.stack([(w.ok[0] & (k > 0)) | ok] * 2),
+                w.improved | (lower & (k >= _USUAL)),
+            )
+
+        w = jax.lax.cond(point < _SAMPLE, one_of_two, lowest_two)
 
         def at_origin():
             c = jnp.where(w.f[0] < w.f[1], w.u[0], w.u[1])
@@ -256,7 +313,7 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold) -> 
             return w._replace(inner=inner._replace(wells=jnp.where(kept, inner.wells, jnp.stack([-c, c]))))
 
         def at_switch():
-            a, b = w.u[0], w.u[1]
+            a, b = w.u
             distinct = jnp.max(jnp.abs(a - b), 0) > 1e-3
             slope = s.scale / problem.v * jnp.sum(e * (b - a), 0)
             good = distinct & (slope > 0)
@@ -273,18 +330,18 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold) -> 
             return w._replace(inner=inner._replace(switch=switch, rooted=found, wells=wells))
 
         def at_sample():
-            lowest = jnp.argmin(w.f, 0)
-            best = jnp.take_along_axis(w.u, lowest[None, None], 0)[0]
-            two = jnp.max(jnp.abs(w.u[0] - w.u[1]), 0) > 1e-4
+            # No descent converged: the last place is as good as any, and `ok` says so.
+            best = jnp.where(w.ok[0], w.u[0], u)
             return w._replace(
                 inner=inner._replace(
-                    chi=inner.chi.at[1 + side].set(best),
-                    two_wells=inner.two_wells.at[1 + side].set(two),
-                    ok=inner.ok.at[1 + side].set(jnp.any(w.ok, 0)),
+                    chi=inner.chi.at[side].set(best),
+                    other=inner.other.at[side].set(jnp.where(jnp.isfinite(w.f[1]), w.u[1], best)),
+                    two_wells=inner.two_wells.at[side].set(jnp.isfinite(w.f[1])),
+                    ok=inner.ok.at[side].set(w.ok[0]),
                 )
             )
 
-        conclude = jnp.where(point < _SAMPLE, k == 1, k == 2)
+        conclude = k == jnp.where(point < _SAMPLE, 2, starts_each) - 1
         branch = jnp.where(conclude, jnp.minimum(point, _SAMPLE) + 1, 0)
         return jax.lax.switch(branch, [lambda: w, at_origin, at_switch, at_sample])
 
@@ -294,10 +351,16 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold) -> 
         w = job(j, w)
         single = jnp.max(jnp.abs(w.u[0] - w.u[1]), 0) <= 1e-3
         over = jnp.all(w.inner.rooted | (single & (j >= _ENOUGH))) & (j % 2 == 1) & (j > 1)
-        return jnp.where((j < _FIRST_SAMPLE) & over, _FIRST_SAMPLE, j + 1), w
+        k = (j - _FIRST_SAMPLE) % block
+        after = jnp.where(k == starts_each - 1, j + block - k, j + 1)
+        return jnp.where(j < _FIRST_SAMPLE, jnp.where(over, _FIRST_SAMPLE, j + 1), after), w
 
-    work = _Work(inner, jnp.zeros((3, t, n)), jnp.zeros((3, n)), jnp.zeros((3, n), bool))
-    return jax.lax.while_loop(lambda c: c[0] < len(_JOBS), one, (jnp.array(0), work))[1].inner
+    last = jnp.where(whole, len(jobs), _FIRST_SAMPLE + block)
+    false = jnp.zeros((n,), bool)
+    work = _Work(inner, jnp.zeros((2, t, n)), jnp.zeros((2, n)), jnp.zeros((2, n), bool), false)
+    start = jnp.where(whole, jnp.where(jnp.all(kept), 2, 0), _FIRST_SAMPLE)
+    _, w = jax.lax.while_loop(lambda c: c[0] < last, one, (start, work))
+    return w.inner._replace(e=jnp.where(whole, e, 0.0)), w.improved
 
 
 @jax.custom_jvp
