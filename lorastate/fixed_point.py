@@ -123,6 +123,8 @@ class Map(NamedTuple):
 
 #: Residual at which a solve whose map may jump is first checked by a cold evaluation.
 _CHECKED = 1e-4
+#: Distance over which the slope of a map that jumps is measured.
+_PROBE = 0.03
 
 
 class _State(NamedTuple):
@@ -144,6 +146,7 @@ class _State(NamedTuple):
     since: Any
     previous: Any  # the point two accepted steps back, for cycles
     before: Any
+    probe: Any  # after the end, the coordinate along which the slope is measured; -1 before
 
 
 class Stage(NamedTuple):
@@ -177,10 +180,16 @@ def _size(v):
 def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
     """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
 
-    def cond(s):
+    n, dtype = x0.shape[0], x0.dtype
+
+    def running(s):
         return ~s.done & (s.code == Code.ok) & (s.step < stage.max_steps)
 
+    def cond(s):
+        return jnp.where(s.probe < 0, running(s), s.probe < n)
+
     def body(s):
+        probing = s.probe >= 0
         g = s.image - s.x
         newton = small_solve(jnp.eye(s.x.shape[0], dtype=s.x.dtype) - s.jac, g)
         picard = (1.0 - stage.damping) * g
@@ -190,9 +199,12 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
         # The first pass evaluates at the start itself: one compiled copy of the map serves the whole loop.
         first, check = s.step < 0, s.cold
-        stay = first | check
+        stay = (first | check) & ~probing
         trial = s.x + jnp.where(stay, 0.0, jnp.where(use_picard, picard, s.length * cut * newton))
+        trial = jnp.where(probing, s.x + _PROBE * (jnp.arange(n) == s.probe), trial)
         image, memory, sure = fmap.image(trial, s.memory, stay, stage.index)
+        column = (image - s.image) / _PROBE
+        probed = s._replace(jac=s.jac.at[:, s.probe].set(column), probe=s.probe + 1)
         sure = sure | stay
         finite = jnp.all(jnp.isfinite(image))
         residual = _size(image - trial)
@@ -211,7 +223,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         usable = accept & ~stay & finite & (square > 0) & jnp.all(jnp.isfinite(secant))
         jac = jnp.where(usable, secant, s.jac)
         newton_next = (stage.burn_in >= 0) & (s.step + 1 >= stage.burn_in) & stage.exact & ~(check & s.exact)
-        wanted = ((accept & newton_next) | renew | (done & ~(check & s.exact))) & jnp.all(jnp.isfinite(x))
+        wanted = ((accept & newton_next) | renew | (done & ~(check & s.exact))) & jnp.all(jnp.isfinite(x)) & ~probing
         jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
         finite = finite & jnp.all(jnp.isfinite(jac))
         # A check that fails starts the count anew, and the next one is due where it can tell more: at once if the
@@ -242,7 +254,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         cold = cold | (ends & ~sure)
         code = jnp.where(accept & (_size(x) > stage.bound), Code.diverged, code)
         code = jnp.where(accept & ~finite, Code.nonfinite, code)
-        return _State(
+        new = _State(
             x,
             jnp.where(accept, image, s.image),
             memory,
@@ -261,14 +273,18 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
             since,
             jnp.where(accept, s.before, s.previous),
             jnp.where(accept, s.x, s.before),
+            s.probe,
         )
+        # A map that jumps changes by more than its smooth part: its slope is measured over a finite distance.
+        felt = (new.code == Code.stalled) | (new.code == Code.floor)
+        new = new._replace(probe=jnp.where(felt & check, 0, s.probe))
+        return jax.tree_util.tree_map(lambda a, b: jnp.where(probing, a, b), probed, new)
 
-    n, dtype = x0.shape[0], x0.dtype
     inf, no, far, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0)
     start = _State(
         x0, x0, memory, jac0, no, jnp.ones((), dtype), jnp.array(-1),
         jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite)),
-        no, no, jnp.array(int(Code.ok)), jnp.array(_CHECKED, dtype), far, zero, far, zero, inf, inf,
+        no, no, jnp.array(int(Code.ok)), jnp.array(_CHECKED, dtype), far, zero, far, zero, inf, inf, jnp.array(-1),
     )  # fmt: skip
     s = jax.lax.while_loop(cond, body, start)
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)

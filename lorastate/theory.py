@@ -330,8 +330,8 @@ def evaluate_finetuning(pre, fine: Finetuning, numerics: Numerics, nodes: NodeSe
 
 
 def _lowest(code, energies):
-    """The branch of lowest free energy. One that was nearly solved counts when it lies clearly lower: the answer then is
-    that the solve failed, not the other branch."""
+    """The branch of lowest free energy. One that was nearly solved counts where it lies clearly lower: then the answer
+    is that the solve failed, not the other branch."""
     nearly = (code == Code.stalled) | (code == Code.max_steps) | (code == Code.cycle)
     handicap = jnp.where(succeeded(code), 0.0, jnp.where(nearly, 1e-3 * (1 + jnp.abs(energies)), jnp.inf))
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
