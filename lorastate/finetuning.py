@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from . import wells
 from .channel import Fields, FrozenMap
-from .fixed_point import Map
+from .fixed_point import COLD, Map
 from .order import Order, decode, from_norm, slopes
 from .prox import VectorProblem
 from .quadrature import Nodes, mean, over_replicas, sweep
@@ -84,8 +84,8 @@ def inner_problem(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
     return VectorProblem(fine.activation, d.fields.zw, student(order, d), label(fine, d), order.response)
 
 
-def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner, cold: Any = True) -> wells.Inner:
-    """Inner minimisers of one replica; where `cold` is false the descents start at the previous ones."""
+def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner, cold: Any = COLD) -> wells.Inner:
+    """Inner minimisers of one replica; with `cold` = WARM the descents start at the previous ones."""
     d = draws(fine, frozen, nodes)
     return wells.locate(_at_rest(fine, order, d), student_law(order, d), previous, cold)
 
@@ -199,7 +199,7 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
         def one(n, previous):
             inner = locate_inner(fine, frozen, order, n, previous.inner, cold)
             c, conjugates = potential_and_conjugates(fine, frozen, order, n, inner)
-            return (conjugates, 1.0 * (inner.split | inner.thorough)), Memory(inner, c)
+            return (conjugates, 1.0 * (inner.split | inner.needed)), Memory(inner, c)
 
         (c, jumps), memory = sweep(one, nodes, memory, count)
         return order_parameters(fine, c).encode(), memory, jumps == 0

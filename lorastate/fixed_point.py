@@ -109,12 +109,16 @@ def spectral_abscissa(jac):
     return 16 * scale * _log_norm_of_power(total, 18)
 
 
+WARM, COLD, CHECK = 0, 1, 2
+
+
 class Map(NamedTuple):
     """A fixed-point map for `iterate`, in two functions without derivatives.
 
     `image(x, memory, cold, index) -> (F(x), memory, sure)`: `memory` (any pytree) carries what makes the next
-    evaluation cheaper, such as inner minimisers. A `cold` one does not rely on it; `sure` says that a cold one would
-    give the same. `jacobian(x, memory, index)` is dF/dx where `image` left `memory`.
+    evaluation cheaper, such as inner minimisers. `cold` is `WARM`, `COLD` (do not rely on it) or `CHECK` (nor spare any
+    effort); `sure` says that a check would give the same. `jacobian(x, memory, index)` is dF/dx where `image` left
+    `memory`.
     """
 
     image: Callable
@@ -202,7 +206,8 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         stay = (first | check) & ~probing
         trial = s.x + jnp.where(stay, 0.0, jnp.where(use_picard, picard, s.length * cut * newton))
         trial = jnp.where(probing, s.x + _PROBE * (jnp.arange(n) == s.probe), trial)
-        image, memory, sure = fmap.image(trial, s.memory, stay, stage.index)
+        cold = jnp.where(check, CHECK, jnp.where(first, COLD, WARM)) * stay
+        image, memory, sure = fmap.image(trial, s.memory, cold, stage.index)
         column = (image - s.image) / _PROBE
         probed = s._replace(jac=s.jac.at[:, s.probe].set(column), probe=s.probe + 1)
         sure = sure | stay

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from . import spectrum
 from .activation import Identity
 from .channel import field_dimension, standard_fields
-from .fixed_point import Map
+from .fixed_point import COLD, Map
 from .order import Order, decode, from_norm, slopes
 from .prox import MapProblem, attach_minimum, locate, polish
 from .quadrature import Nodes, mean, over_replicas, sweep
@@ -84,11 +84,11 @@ def no_inner(pre: Pretraining, nodes: Nodes) -> Inner:
     return Inner(jnp.zeros((r, 2, size, n)), jnp.zeros((r, 2, n)), jnp.zeros((r, n), bool))
 
 
-def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, cold: Any = True) -> Inner:
-    """Inner minimisers of one replica; where `cold` is false the descents start at the previous ones."""
+def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, cold: Any = COLD) -> Inner:
+    """Inner minimisers of one replica; with `cold` = WARM the descents start at the previous ones."""
     y, omega = fields(pre, order, nodes.normal)
     problem = _problem_at(pre, order, y, omega)
-    starts = jnp.where(cold, jnp.stack([to_coordinates(omega), to_coordinates(y)]), previous.u)
+    starts = jnp.where(jnp.asarray(cold) > 0, jnp.stack([to_coordinates(omega), to_coordinates(y)]), previous.u)
     # lax.map, not two calls: the descent is compiled once.
     u, f, ok = jax.lax.map(lambda s: locate(problem, s), starts)
     return Inner(u, f, ok[0] | ok[1])

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import theory
 from .errors import Code, SolveError, is_concrete, require_float64
+from .program import program
 from .setting import Setting
 from .spectrum import LearnedSpectrum
 
@@ -23,10 +24,10 @@ _SUMMARY = {
 _FLOOR_SHARE = 0.3
 
 
-# Three programs, not one: the compiler's memory grows with the size of a program.
-_pretrain = eqx.filter_jit(theory.evaluate_pretraining)
-_finetune = eqx.filter_jit(theory.evaluate_finetuning)
-_quadrature_errors = eqx.filter_jit(theory.quadrature_errors)
+# Three programs, not one: the compiler's memory grows with the size of a program. Most of the time is the second's.
+_pretrain = program(theory.evaluate_pretraining, quick=True)
+_finetune = program(theory.evaluate_finetuning)
+_quadrature_errors = program(theory.quadrature_errors, quick=True)
 
 
 class Solution(eqx.Module):

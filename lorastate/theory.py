@@ -118,8 +118,8 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         point, jac, memory = iterate(fmap, rules, True, x0, *start)
         # What the first replica found at the end of the coarse stage decides how all of them are searched.
         inner = memory.inner
-        found = jnp.where(last, inner.thorough, inner.needed[0])
-        memory = memory._replace(inner=inner._replace(thorough=found))
+        thorough, needed = (jnp.where(last, v, inner.needed[0]) for v in (inner.thorough, inner.needed))
+        memory = memory._replace(inner=inner._replace(thorough=thorough, needed=needed))
         put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(v), (xs, jacs, memories), (point.x, jac, memory))
         return (*put, same), point
 

@@ -29,6 +29,7 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
 from . import prox
+from .fixed_point import CHECK, COLD, WARM
 from .prox import VectorProblem, attach_minimum, ldl_solve
 
 
@@ -54,8 +55,8 @@ class Inner(NamedTuple):
     `split`: whether any node is split. `chi` (3, T, N): minimisers at the plain, the left and the right samples (only
     the first where a node is not split) and `other`, the next lowest wells found there, with the flags `two_wells`,
     `ok` (3, N). `e` (T, N) softest direction, `switch` (N,) t* with the `wells` (2, T, N) there, `rooted` (N,) whether
-    it was found. `thorough`: whether cold searches try many starts; `needed`: whether the last such search found wells
-    that the usual starts miss or may lose.
+    it was found. `needed`: whether the last thorough search, from many starts, found wells that the usual starts miss
+    or may lose (true before the first one): checks are thorough then, with `thorough` the first evaluation as well.
     """
 
     split: Any
@@ -79,7 +80,7 @@ def nothing(replicas: int, tokens: int, nodes: int) -> Inner:
 
     return Inner(
         no(kind=bool), no(3, tokens, nodes), no(3, tokens, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
-        no(tokens, nodes), no(nodes), no(nodes, kind=bool), no(2, tokens, nodes), ~no(kind=bool), ~no(kind=bool),
+        no(tokens, nodes), no(nodes), no(nodes, kind=bool), no(2, tokens, nodes), no(kind=bool), ~no(kind=bool),
     )  # fmt: skip
 
 
@@ -168,13 +169,72 @@ def _attach_eigenvector_jvp(primals, tangents):
     return e, -ldl_solve(bordered, force)[0]
 
 
+class _Pair(NamedTuple):
+    """Minimisers (2, T, N) that descents have found at one place, with their depths (2, N), and whether any converged.
+
+    Where they are collected by `meet`: the two lowest distinct ones, the second at infinite depth if there is none.
+    """
+
+    u: Any
+    f: Any
+    ok: Any
+
+    @staticmethod
+    def empty(u):
+        return _Pair(jnp.stack([u, u]), jnp.full((2, u.shape[1]), jnp.inf), jnp.zeros((u.shape[1],), bool))
+
+    def meet(self, u, f, ok):
+        f = jnp.where(ok, f, jnp.inf)
+        lower = f < self.f[0] - 1e-9
+        new = jnp.max(jnp.abs(u - self.u[0]), 0) > 1e-4
+        second = ~lower & new & (f < self.f[1])
+        u = [jnp.where(lower, u, self.u[0]), jnp.where(lower, self.u[0], jnp.where(second, u, self.u[1]))]
+        f = [jnp.where(lower, f, self.f[0]), jnp.where(lower, self.f[0], jnp.where(second, f, self.f[1]))]
+        return _Pair(jnp.stack(u), jnp.stack(f), self.ok | ok), lower
+
+    @property
+    def two(self):
+        return jnp.isfinite(self.f[1])
+
+    @property
+    def other(self):
+        return jnp.where(self.two, self.u[1], self.u[0])
+
+
+# Descents at a sample start at its last two wells. A cold search takes omega and the teacher instead, and both wells on
+# the softest line; a thorough one +-2 along every axis as well: a row of softmax is settled by one token, and the wells
+# that are not on the softest line lie there.
+_USUAL, _REACH = 4, 2.0
+
+
+def _axis(k, t: int, n: int):
+    """+-2 along every axis, k = _USUAL, ..., _USUAL + 2 T - 1."""
+    along = jax.nn.one_hot(jnp.clip(k - _USUAL, 0) // 2, t)[:, None] * jnp.where(k % 2 == 0, _REACH, -_REACH)
+    return jnp.broadcast_to(along, (t, n))
+
+
+def _search_plain(problem: VectorProblem, s: Student, h, start, search):
+    """`(pair, improved)` at the plain samples: from `start` alone or, in a thorough search, from all starts."""
+    t, n = start.shape
+    e = jax.lax.cond(search, lambda: _REACH * _softest(h), lambda: jnp.zeros_like(start))
+    usual = jnp.stack([start, s.side * s.guess, -e, e])
+
+    def one(carry):
+        k, pair, improved = carry
+        u = jnp.where(k < _USUAL, usual[jnp.minimum(k, _USUAL - 1)], _axis(k, t, n))
+        pair, lower = pair.meet(*prox.locate(problem, u))
+        return k + 1, pair, improved | (lower & (k > 0))
+
+    count = jnp.where(search, _USUAL + 2 * t, 1)
+    carry = (jnp.array(0), _Pair.empty(start), jnp.zeros((n,), bool))
+    return jax.lax.while_loop(lambda c: c[0] < count, one, carry)[1:]
+
+
 # Descents for a node that is split, in their order, (point, start): at the origin from two starts; at the switching
-# point in both wells, in a few rounds on t; at the plain, the left and the right sample from their last two wells. A
-# cold search takes omega and the teacher instead of the last wells, and both wells at the switching point; a thorough
-# one +-2 along every axis as well: a row of softmax is settled by one token, and the wells that are not on the softest
-# line lie there. Nodes that are not split have the plain sample only.
+# point in both wells, in a few rounds on t; at the plain, the left and the right sample. Nodes that are not split have
+# the plain sample only.
 _ORIGIN, _SWITCH, _SAMPLE = 0, 1, 2
-_ROUNDS, _USUAL, _REACH = 8, 4, 2.0
+_ROUNDS = 8
 _FIRST_SAMPLE = 2 + 2 * _ROUNDS
 #: Index of the descent by which a node with one well has been given four rounds.
 _ENOUGH = 1 + 2 * 4
@@ -183,53 +243,51 @@ _TOGETHER = 32
 
 
 def _jobs(tokens: int):
-    """(point, start) of every descent, and how many there are at a sample."""
+    """(point, start) of every descent, and how many there are at most at a sample."""
     block = _USUAL + 2 * tokens
     samples = [(_SAMPLE + side, start) for side in range(3) for start in range(block)]
     return np.array([(_ORIGIN, 0), (_ORIGIN, 1)] + _ROUNDS * [(_SWITCH, 0), (_SWITCH, 1)] + samples), block
 
 
-class _Work(NamedTuple):
-    inner: Inner
-    u: Any  # minimisers that the descents at the present point have found, (2, T, N): at a sample the two lowest
-    f: Any  # their depths, and which converged, (2, N)
-    ok: Any
-    improved: Any  # whether one of the additional starts went deeper than the usual ones, (N,)
-
-
-def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = True) -> Inner:
-    """Finds the inner minimisers of one replica; `problem` at omega = 0. Warm (not `cold`) from the `previous` ones."""
+def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = COLD) -> Inner:
+    """Finds the inner minimisers of one replica; `problem` at omega = 0. `cold` as in `fixed_point.Map`."""
     problem, s, previous = jax.lax.stop_gradient((problem, s, previous))
     cold = jnp.asarray(cold)
-    search = cold & previous.thorough
+    search = ((cold == COLD) & previous.thorough) | ((cold == CHECK) & previous.needed)
+    cold = cold > WARM
     n = problem.omega.shape[1]
     h = _hessian_at_rest(problem)
     # No eigenvalue in the zone: no node is split, and no eigenvectors are needed.
     eye = jnp.eye(h.shape[0])[:, :, None]
     near = ldl_solve(h - _ZONE * eye, problem.omega)[1] <= 0
     omega = s.at(s.g)
-    u, _, ok = prox.locate(problem._replace(omega=omega), jnp.where(cold, omega, previous.chi[0]))
-    more = jnp.where(cold, search, previous.two_wells[0]) & ~near
+    start = jnp.where(cold, omega, previous.chi[0])
+    pair, improved = _search_plain(problem._replace(omega=omega), s, h, start, search)
+    ok = jnp.stack([pair.ok, ~near, ~near])
     inner = previous._replace(
         split=jnp.any(near),
-        chi=previous.chi.at[0].set(u),
-        ok=jnp.stack([ok, ~near, ~near]),
-        two_wells=jnp.zeros((3, n), bool),
+        chi=previous.chi.at[0].set(jnp.where(pair.ok, pair.u[0], start)),
+        other=previous.other.at[0].set(jnp.where(cold, pair.other, previous.other[0])),
+        ok=ok,
+        two_wells=jnp.zeros((3, n), bool).at[0].set(jnp.where(cold, pair.two, previous.two_wells[0])),
         rooted=previous.rooted & near & ~cold,
-        e=jnp.zeros_like(u),
+        e=jnp.zeros_like(start),
+        needed=jnp.where(search, jnp.any(improved | (pair.two & ~near)), previous.needed),
     )
+    # Both wells of a node that is known to have two are followed.
+    more = ~cold & inner.two_wells[0] & ~near
     size = min(n, _TOGETHER)
 
     def per_node(inner):
         return inner._replace(split=None, thorough=None, needed=None)
 
     def group(carry):
-        inner, improved, near, more = carry
+        inner, near, more = carry
         whole = jnp.any(near)
         index = jnp.nonzero(jnp.where(whole, near, more), size=size, fill_value=n - 1)[0]
         part = jax.tree_util.tree_map(lambda a: a[..., index], per_node(inner))
         some = s._replace(base=s.base[:, index], g=s.g[:, index], side=s.side[index], guess=s.guess[:, index])
-        found, better = _locate_split(problem.take(index), some, part, h[..., index], cold, search, whole)
+        found = _locate_group(problem.take(index), some, part, h[..., index], cold, search, whole)
         # A node that only fills up the group may be of the other kind: it is left alone.
         mine = jnp.where(whole, near, more)[index]
         put = jax.tree_util.tree_map(
@@ -238,19 +296,19 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = True
             found,
         )
         put = put._replace(split=inner.split, thorough=inner.thorough, needed=inner.needed)
-        improved = improved.at[index].max(better & mine)
-        return put, improved, near.at[index].set(near[index] & ~whole), more.at[index].set(more[index] & whole)
+        return put, near.at[index].set(near[index] & ~whole), more.at[index].set(more[index] & whole)
 
-    inner, improved, _, _ = jax.lax.while_loop(
-        lambda c: jnp.any(c[2] | c[3]), group, (inner, jnp.zeros((n,), bool), near, more)
-    )
-    needed = jnp.any(improved | (inner.two_wells[0] & ~near))
-    return inner._replace(needed=jnp.where(search, needed, previous.needed))
+    return jax.lax.while_loop(lambda c: jnp.any(c[1] | c[2]), group, (inner, near, more))[0]
 
 
-def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold, search, whole):
-    """A group of nodes: `(inner, improved)` with both wells, the switching point and the minimisers at all samples if
-    it is to be split (`whole`), otherwise with the minimisers at the plain sample."""
+class _Work(NamedTuple):
+    inner: Inner
+    pair: _Pair
+
+
+def _locate_group(problem: VectorProblem, s: Student, inner: Inner, h, cold, search, whole) -> Inner:
+    """A group of nodes: both wells, the switching point and the minimisers at all samples if they are to be split
+    (`whole`), otherwise the minimisers at the plain sample."""
     t, n = problem.omega.shape
     jobs, block = _jobs(t)
     e = _softest(h)
@@ -259,11 +317,12 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold, sea
     e = e * jnp.where(jnp.sum(e * s.guess, 0) < 0, -1.0, 1.0) * s.side
     line = _line(s, e)
     kept = inner.rooted & ~cold
-    inner = inner._replace(
-        switch=jnp.where(kept, inner.switch, line.plane),
-        wells=jnp.where(whole & kept, inner.wells, _REACH * jnp.stack([-e, e])),
-    )
-    starts_each = jnp.where(search, block, jnp.where(cold, _USUAL, 2))
+    inner = inner._replace(switch=jnp.where(kept, inner.switch, line.plane))
+
+    def starts_at(point):
+        """How many descents there are."""
+        outer = jnp.where(search, block, jnp.where(cold, _USUAL, 2))
+        return jnp.where(point <= _SAMPLE, 2, outer)
 
     def job(j, w: _Work) -> _Work:
         point, k = jnp.asarray(jobs)[j]
@@ -279,45 +338,37 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold, sea
         def sample():
             split = _split_point(line, inner.switch, inner.rooted, inner.wells)
             omega = s.at(_three(s, line, split)[1][side])
-            axis = jax.nn.one_hot(jnp.clip(k - _USUAL, 0) // 2, t)[:, None] * jnp.where(k % 2 == 0, _REACH, -_REACH)
-            starts = [jnp.where(cold, omega, inner.chi[side]), jnp.where(cold, s.side * s.guess, inner.other[side])]
-            starts = jnp.stack([*starts, *inner.wells, jnp.broadcast_to(axis, (t, n))])
-            return omega, starts[jnp.minimum(k, _USUAL)]
+            last = ~cold | (side == 0)
+            starts = [jnp.where(last, inner.chi[side], omega), jnp.where(last, inner.other[side], s.side * s.guess)]
+            return omega, jnp.stack([*starts, *inner.wells, _axis(k, t, n)])[jnp.minimum(k, _USUAL)]
 
         omega, start = jax.lax.switch(jnp.minimum(point, _SAMPLE), [origin, switch, sample])
         u, f, ok = prox.locate(problem._replace(omega=omega), start)
 
-        def one_of_two():
-            return w._replace(u=w.u.at[k & 1].set(u), f=w.f.at[k & 1].set(f), ok=w.ok.at[k & 1].set(ok))
+        def both():
+            pair = w.pair
+            return pair._replace(u=pair.u.at[k].set(u), f=pair.f.at[k].set(f))
 
-        def lowest_two():
-            depth = jnp.where(k == 0, jnp.inf, w.f)
-            f_new = jnp.where(ok, f, jnp.inf)
-            lower = f_new < depth[0] - 1e-9
-            new = jnp.max(jnp.abs(u - w.u[0]), 0) > 1e-4
-            second = ~lower & new & (f_new < depth[1])
-            return _Work(
-                inner,
-                jnp.stack([jnp.where(lower, u, w.u[0]), jnp.where(lower, w.u[0], jnp.where(second, u, w.u[1]))]),
-                jnp.stack([jnp.where(lower, f, depth[0]), jnp.where(lower, depth[0], jnp.where(second, f, depth[1]))]),
-                jnp.stack([(w.ok[0] & (k > 0)) | ok] * 2),
-                w.improved | (lower & (k >= _USUAL)),
-            )
+        def lowest():
+            fresh = _Pair.empty(u)
+            before = jax.tree_util.tree_map(lambda a, b: jnp.where(k == 0, a, b), fresh, w.pair)
+            return before.meet(u, f, ok)[0]
 
-        w = jax.lax.cond(point < _SAMPLE, one_of_two, lowest_two)
+        w = w._replace(pair=jax.lax.cond(point < _SAMPLE, both, lowest))
+        pair = w.pair
 
         def at_origin():
-            c = jnp.where(w.f[0] < w.f[1], w.u[0], w.u[1])
+            c = jnp.where(pair.f[0] < pair.f[1], pair.u[0], pair.u[1])
             c = c * jnp.where(jnp.sum(c * e, 0) < 0, -1.0, 1.0)
             c = jnp.where(jnp.sum(c * c, 0) > 0.01, c, 0.1 * e)
-            return w._replace(inner=inner._replace(wells=jnp.where(kept, inner.wells, jnp.stack([-c, c]))))
+            return inner._replace(wells=jnp.where(kept, inner.wells, jnp.stack([-c, c])))
 
         def at_switch():
-            a, b = w.u
+            a, b = pair.u
             distinct = jnp.max(jnp.abs(a - b), 0) > 1e-3
             slope = s.scale / problem.v * jnp.sum(e * (b - a), 0)
             good = distinct & (slope > 0)
-            newton = (w.f[1] - w.f[0]) / jnp.where(good, slope, 1.0)
+            newton = (pair.f[1] - pair.f[0]) / jnp.where(good, slope, 1.0)
             # With one well only, the interval with two lies where this one's side is less favoured.
             seek = -0.4 * jnp.sign(jnp.sum(e * a, 0))
             move = jnp.where(good, jnp.clip(newton, -1.0, 1.0), seek)
@@ -327,40 +378,34 @@ def _locate_split(problem: VectorProblem, s: Student, inner: Inner, h, cold, sea
             switch = jnp.where(found, inner.switch, switch)
             reach = jnp.sqrt(jnp.sum(a * a, 0)) + 0.1
             wells = jnp.where(good, jnp.stack([a, b]), jnp.stack([-reach * e, reach * e]))
-            return w._replace(inner=inner._replace(switch=switch, rooted=found, wells=wells))
+            return inner._replace(switch=switch, rooted=found, wells=wells)
 
         def at_sample():
-            # No descent converged: the last place is as good as any, and `ok` says so.
-            best = jnp.where(w.ok[0], w.u[0], u)
-            return w._replace(
-                inner=inner._replace(
-                    chi=inner.chi.at[side].set(best),
-                    other=inner.other.at[side].set(jnp.where(jnp.isfinite(w.f[1]), w.u[1], best)),
-                    two_wells=inner.two_wells.at[side].set(jnp.isfinite(w.f[1])),
-                    ok=inner.ok.at[side].set(w.ok[0]),
-                )
+            return inner._replace(
+                chi=inner.chi.at[side].set(pair.u[0]),
+                other=inner.other.at[side].set(pair.other),
+                two_wells=inner.two_wells.at[side].set(pair.two),
+                ok=inner.ok.at[side].set(pair.ok),
             )
 
-        conclude = k == jnp.where(point < _SAMPLE, 2, starts_each) - 1
-        branch = jnp.where(conclude, jnp.minimum(point, _SAMPLE) + 1, 0)
-        return jax.lax.switch(branch, [lambda: w, at_origin, at_switch, at_sample])
+        branch = jnp.where(k == starts_at(point) - 1, jnp.minimum(point, _SAMPLE) + 1, 0)
+        return w._replace(inner=jax.lax.switch(branch, [lambda: inner, at_origin, at_switch, at_sample]))
 
     # The rounds end when every root is found, or nodes that seem to have one well only have been given some of them.
     def one(carry):
         j, w = carry
         w = job(j, w)
-        single = jnp.max(jnp.abs(w.u[0] - w.u[1]), 0) <= 1e-3
+        single = jnp.max(jnp.abs(w.pair.u[0] - w.pair.u[1]), 0) <= 1e-3
         over = jnp.all(w.inner.rooted | (single & (j >= _ENOUGH))) & (j % 2 == 1) & (j > 1)
         k = (j - _FIRST_SAMPLE) % block
-        after = jnp.where(k == starts_each - 1, j + block - k, j + 1)
+        after = jnp.where(k == starts_at(jnp.asarray(jobs)[j, 0]) - 1, j + block - k, j + 1)
         return jnp.where(j < _FIRST_SAMPLE, jnp.where(over, _FIRST_SAMPLE, j + 1), after), w
 
     last = jnp.where(whole, len(jobs), _FIRST_SAMPLE + block)
-    false = jnp.zeros((n,), bool)
-    work = _Work(inner, jnp.zeros((2, t, n)), jnp.zeros((2, n)), jnp.zeros((2, n), bool), false)
     start = jnp.where(whole, jnp.where(jnp.all(kept), 2, 0), _FIRST_SAMPLE)
-    _, w = jax.lax.while_loop(lambda c: c[0] < last, one, (start, work))
-    return w.inner._replace(e=jnp.where(whole, e, 0.0)), w.improved
+    work = _Work(inner, _Pair.empty(problem.omega))
+    w = jax.lax.while_loop(lambda c: c[0] < last, one, (start, work))[1]
+    return w.inner._replace(e=jnp.where(whole, e, 0.0))
 
 
 @jax.custom_jvp
