@@ -24,10 +24,17 @@ _SUMMARY = {
 _FLOOR_SHARE = 0.3
 
 
-# Three programs, not one: the compiler's memory grows with the size of a program. Most of the time is the second's.
+# Three programs, not one: the compiler's memory grows with the size of a program.
 _pretrain = program(theory.evaluate_pretraining, quick=True)
-_finetune = program(theory.evaluate_finetuning)
+_finetune_few = program(theory.evaluate_finetuning, quick=True)
+_finetune_many = program(theory.evaluate_finetuning)
 _quadrature_errors = program(theory.quadrature_errors, quick=True)
+
+
+def _finetune(pre, fine, numerics, *rest):
+    """Most of the time of a solve is spent here: with many nodes a slower compilation pays."""
+    run = _finetune_many if numerics.finetuning_nodes > 32768 else _finetune_few
+    return run(pre, fine, numerics, *rest)
 
 
 class Solution(eqx.Module):

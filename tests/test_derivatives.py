@@ -11,6 +11,7 @@ from lorastate import pretraining as pt
 from lorastate import theory
 from lorastate.fixed_point import attach
 from lorastate.order import decode
+from lorastate.program import program
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
 
@@ -42,7 +43,7 @@ def softmax():
     def error(u):
         return theory.evaluate(*with_lams(pre, fine, u), NUMERICS, nodes).finetuning["test_error"]
 
-    return jnp.array([0.02, 0.2]), jax.jit(error), jax.jit(jax.grad(error)), error
+    return jnp.array([0.02, 0.2]), program(error, quick=True), program(jax.grad(error), quick=True), error
 
 
 def test_reverse_mode_is_the_central_difference(softmax):
@@ -56,7 +57,7 @@ def test_reverse_mode_is_the_central_difference(softmax):
 
 def test_hessian_is_the_central_difference_of_the_gradient(softmax):
     u, _, gradient, error = softmax
-    hessian = jax.jit(jax.jacfwd(jax.jacfwd(error)))(u)
+    hessian = program(jax.jacfwd(jax.jacfwd(error)), quick=True)(u)
     np.testing.assert_allclose(hessian, hessian.T, rtol=1e-8)
     for k in range(2):
         h = 1e-4 * u[k]
@@ -99,7 +100,7 @@ def test_implicit_is_unrolled(activation):
         return jnp.concatenate([x, y])
 
     u = jnp.array([0.1 if activation == "identity" else 0.02, 0.2])
-    first, second = (jax.jit(jax.jacfwd(f))(u) for f in (implicit, unrolled))
+    first, second = (program(jax.jacfwd(f), quick=True)(u) for f in (implicit, unrolled))
     np.testing.assert_allclose(first, second, rtol=1e-7, atol=1e-9)
 
 
