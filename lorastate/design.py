@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import theory
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
-from .program import program
+from .program import Program
 from .setting import Setting
 from .setting_file import continuous_fields, get, replace
 from .solution import Solution, predict
@@ -54,7 +54,7 @@ def _split(tree):
     return eqx.partition(tree, eqx.is_inexact_array)
 
 
-@partial(program, quick=True)
+@partial(Program, quick=True)
 def _map_and_slopes(pre, numerics, nodes):
     """Pre-training, and the derivative of its order parameters with respect to every leaf of `pre`."""
     params, rest = _split(pre)
@@ -66,7 +66,7 @@ def _map_and_slopes(pre, numerics, nodes):
     return jax.jacfwd(run, has_aux=True)(params)
 
 
-@partial(program, quick=True)
+@partial(Program, quick=True)
 def _value_and_slopes(objective: str, pre, fine, numerics, nodes, first):
     """Value of the objective, its partial derivatives with respect to (pre, fine, order), and the codes."""
     params, rest = _split((pre, fine))

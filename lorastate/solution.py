@@ -10,7 +10,7 @@ import numpy as np
 
 from . import theory
 from .errors import Code, SolveError, is_concrete, require_float64
-from .program import program
+from .program import Program
 from .setting import Setting
 from .spectrum import LearnedSpectrum
 
@@ -25,16 +25,15 @@ _FLOOR_SHARE = 0.3
 
 
 # Three programs, not one: the compiler's memory grows with the size of a program.
-_pretrain = program(theory.evaluate_pretraining, quick=True)
-_finetune_few = program(theory.evaluate_finetuning, quick=True)
-_finetune_many = program(theory.evaluate_finetuning)
-_quadrature_errors = program(theory.quadrature_errors, quick=True)
+_pretrain = Program(theory.evaluate_pretraining, quick=True)
+_finetune_few = Program(theory.evaluate_finetuning, quick=True)
+_finetune_many = Program(theory.evaluate_finetuning)
+_quadrature_errors = Program(theory.quadrature_errors, quick=True)
 
 
-def _finetune(pre, fine, numerics, *rest):
+def _finetune(numerics) -> Program:
     """Most of the time of a solve is spent here: with many nodes a slower compilation pays."""
-    run = _finetune_many if numerics.finetuning_nodes > 32768 else _finetune_few
-    return run(pre, fine, numerics, *rest)
+    return _finetune_many if numerics.finetuning_nodes > 32768 else _finetune_few
 
 
 class Solution(eqx.Module):
@@ -156,7 +155,7 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     nodes = theory.node_sets(pre, fine, setting.numerics)
     numerics = setting.numerics.without_seed
     first = _pretrain(pre, numerics, nodes)
-    out = _finetune(pre, fine, numerics, nodes, first)
+    out = _finetune(numerics)(pre, fine, numerics, nodes, first)
     map_errors, errors = _quadrature_errors(pre, fine, numerics, nodes, out.solved)
     solution = Solution(
         setting,
