@@ -19,7 +19,7 @@ from lorastate.program import Program
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
 
 
-def stages(activation, tokens=2, lam=0.02, fine_lam=0.2, fine_alpha=3.0, **pre):
+def stages(activation, tokens=2, lam=0.02, fine_lam=0.6, fine_alpha=3.0, **pre):
     s = ls.Setting(
         ls.Pretraining(**{"alpha": 0.2, "lam": lam, "activation": activation, "tokens": tokens, **pre}),
         ls.Finetuning(alpha=fine_alpha, lam=fine_lam),
@@ -46,7 +46,7 @@ def softmax():
     def error(u):
         return theory.evaluate(*with_lams(pre, fine, u), NUMERICS, nodes).finetuning["test_error"]
 
-    return jnp.array([0.02, 0.2]), Program(error, quick=True), Program(jax.grad(error), quick=True), error
+    return jnp.array([0.02, 0.6]), Program(error, quick=True), Program(jax.grad(error), quick=True), error
 
 
 def test_reverse_mode_is_the_central_difference(softmax):
@@ -102,7 +102,7 @@ def test_implicit_is_unrolled(activation):
         y = iterated(lambda y: ft.step(y, (f, frozen), c), solved.point.x[0])
         return jnp.concatenate([x, y])
 
-    u = jnp.array([0.1 if activation == "identity" else 0.02, 0.2])
+    u = jnp.array([0.1 if activation == "identity" else 0.02, 0.6])
     first, second = (Program(jax.jacfwd(f), quick=True)(u) for f in (implicit, unrolled))
     np.testing.assert_allclose(first, second, rtol=1e-7, atol=1e-9)
 
@@ -125,8 +125,8 @@ def test_other_shapes(tokens, pre):
 def test_softmax_over_three_decades_of_lam(softmax):
     _, error, gradient, _ = softmax
     lams = (1e-3, 1e-2, 1e-1, 1.0)
-    values = [float(error(jnp.array([lam, 0.2]))) for lam in lams]
-    slopes = [float(gradient(jnp.array([lam, 0.2]))[0]) for lam in lams]
+    values = [float(error(jnp.array([lam, 0.6]))) for lam in lams]
+    slopes = [float(gradient(jnp.array([lam, 0.6]))[0]) for lam in lams]
     assert np.all(np.isfinite(values))
     # E' falls towards an optimum between 1e-3 and 0.1 and is flat where the map is zero.
     assert slopes[0] < 0 < slopes[2] and abs(slopes[3]) < 1e-6
