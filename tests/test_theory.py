@@ -163,6 +163,15 @@ def test_one_trace_for_many_settings(monkeypatch):
     assert len(calls) == first
 
 
+def test_prediction_under_jit_and_jvp():
+    base = setting("identity", 0.1)
+    value, slope = jax.jit(
+        lambda lam: jax.jvp(lambda x: ls.predict(ls.replace(base, "pretraining.lam", x)).test_error, (lam,), (1.0,))
+    )(0.1)
+    want, slopes = ls.gradient(base)
+    np.testing.assert_allclose([value, slope], [want, slopes["pretraining.lam"]], rtol=1e-10)
+
+
 def test_zero_map_and_failures():
     s = ls.predict(setting("identity", lam=3.0))
     assert float(s.pretraining["Q"]) == 0.0 and s.summary()["pretraining"]["overlap"] is None
