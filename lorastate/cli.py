@@ -95,6 +95,7 @@ class Predict:
             for stage in _TITLE:
                 _say(_prediction_table(stage, summary))
             _say(_status_line(summary["status"]))
+            _say(_branch_line(found.branches))
         return 0
 
 
@@ -537,6 +538,22 @@ def _status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{_TITLE[stage]} {name}, residual {_number(residual, 2)}, {steps} steps"
 
     return "; ".join(one(stage) for stage in _TITLE) + "."
+
+
+def _branch_line(branches: Any) -> str:
+    """Both branches of fine-tuning with m and free energy, and which one was taken."""
+    from .errors import Code
+    from .order import decode
+
+    parts = []
+    for k, name in enumerate(("informative", "small")):
+        energy, m = float(branches.free_energy[k]), float(decode(branches.solution.x[k]).overlap)
+        code = Code(int(branches.solution.code[k])).name
+        mark = " (taken)" if int(branches.chosen) == k else ""
+        parts.append(f"{name} start {code}, m {_number(m, 4)}, phi {_number(energy)}{mark}")
+    if parts and abs(float(branches.free_energy[0]) - float(branches.free_energy[1])) < 1e-9:
+        return "Branches: both starts lead to the same one."
+    return f"Branches: {'; '.join(parts)}."
 
 
 def _optimum_table(optimum: Any) -> str:

@@ -269,6 +269,7 @@ def test_predict_table(call, path):
         assert np.isfinite(float(rows[name][1]))
     assert float(rows["test_error"][2]) > 0
     assert "Pre-training ok" in outcome.out and "Fine-tuning ok" in outcome.out
+    assert lines[-1].startswith("Branches: ")
 
 
 def test_undefined_numbers_are_null(call, path, monkeypatch):

@@ -138,8 +138,9 @@ def test_optimum_from_three_starts_and_on_a_grid():
         ends.append([float(best.setting.pretraining.lam), float(best.setting.finetuning.lam)])
     np.testing.assert_allclose(ends, [ends[0]] * 3, rtol=0.01)
     low = best.path[-1]["value"]
-    for a in (0.8, 1.0, 1.25):
-        for b in (0.8, 1.0, 1.25):
+    ratios = (0.5, 0.7, 0.9, 1.0, 1.1, 1.4, 2.0)
+    for a in ratios:
+        for b in ratios:
             if (a, b) != (1.0, 1.0):
                 s = ls.replace(
                     ls.replace(best.setting, "pretraining.lam", a * ends[2][0]), "finetuning.lam", b * ends[2][1]
