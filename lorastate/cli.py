@@ -42,7 +42,7 @@ _MEANING = {
         "test_error": "E, noisy labels",
         "test_error_noiseless": "the same against clean labels",
         "rank_fraction": "share of nonzero eigenvalues",
-        "replicon": "replica symmetry is stable above zero",
+        "replicon": "replica symmetry is stable below one",
     },
     "finetuning": {
         "v": "response of the update",
@@ -55,7 +55,7 @@ _MEANING = {
         "test_error_frozen": "the same without the update",
         "effective_noise": "Delta_eff, label noise that the frozen map leaves",
         "free_energy": "decides between branches",
-        "replicon": "replica symmetry is stable above zero",
+        "replicon": "replica symmetry is stable below one",
         "double_well_share": "share of nodes with two wells",
     },
 }
@@ -95,6 +95,13 @@ class Predict:
             for stage in _TITLE:
                 _say(_prediction_table(stage, summary))
             _say(_status_line(summary["status"]))
+            for stage, title in _TITLE.items():
+                replicon = summary[stage]["replicon"]
+                if replicon is not None and replicon >= 1:
+                    _say(
+                        f"{title}: replica symmetry is unstable (replicon {replicon:.3g}, stable below 1): training may "
+                        "differ from these numbers."
+                    )
             _say(_branch_line(found.branches))
         return 0
 
