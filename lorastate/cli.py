@@ -95,13 +95,7 @@ class Predict:
             for stage in _TITLE:
                 _say(_prediction_table(stage, summary))
             _say(_status_line(summary["status"]))
-            for stage, title in _TITLE.items():
-                replicon = summary[stage]["replicon"]
-                if replicon is not None and replicon >= 1:
-                    _say(
-                        f"{title}: replica symmetry is unstable (replicon {replicon:.3g}, stable below 1): training may "
-                        "differ from these numbers."
-                    )
+            _say_if_unstable(summary)
             _say(_branch_line(found.branches))
         return 0
 
@@ -545,6 +539,14 @@ def _status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{_TITLE[stage]} {name}, residual {_number(residual, 2)}, {steps} steps"
 
     return "; ".join(one(stage) for stage in _TITLE) + "."
+
+
+def _say_if_unstable(summary: Mapping[str, Any]) -> None:
+    for stage, title in _TITLE.items():
+        replicon = summary[stage]["replicon"]
+        if replicon is not None and replicon >= 1:
+            unstable = f"replica symmetry is unstable (replicon {replicon:.3g}, stable below 1)"
+            _say(f"{title}: {unstable}: training may differ from these numbers.")
 
 
 def _branch_line(branches: Any) -> str:
