@@ -272,6 +272,12 @@ def test_predict_table(call, path):
     assert lines[-1].startswith("Branches: ")
 
 
+def test_unstable_replica_symmetry_is_said(capsys):
+    cli._say_if_unstable({"pretraining": {"replicon": 0.9}, "finetuning": {"replicon": 2.0}})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("Fine-tuning") and "replicon 2" in out
+
+
 def test_undefined_numbers_are_null(call, path, monkeypatch):
     summary = solution.predict(load_setting(path)).summary()
     summary["finetuning"]["overlap"] = float("nan")
