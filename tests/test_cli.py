@@ -279,10 +279,11 @@ def test_unstable_replica_symmetry_is_said(capsys):
 
 
 def test_undefined_numbers_are_null(call, path, monkeypatch):
-    summary = solution.predict(load_setting(path)).summary()
+    real = solution.predict(load_setting(path))
+    summary = real.summary()
     summary["finetuning"]["overlap"] = float("nan")
     summary["quadrature_error"]["finetuning"]["overlap"] = float("inf")
-    fake = SimpleNamespace(ok=True, summary=lambda: summary, require_ok=lambda: None)
+    fake = SimpleNamespace(ok=True, summary=lambda: summary, require_ok=lambda: None, branches=real.branches)
     monkeypatch.setattr(solution, "predict", lambda *_, **__: fake)
     data = call("predict", path, "--json").json
     assert data["finetuning"]["overlap"] is None and data["quadrature_error"]["finetuning"]["overlap"] is None
