@@ -560,7 +560,7 @@ def _branch_line(branches: Any) -> str:
         code = Code(int(branches.solution.code[k])).name
         mark = " (taken)" if int(branches.chosen) == k else ""
         parts.append(f"{name} start {code}, m {_number(m, 4)}, phi {_number(energy)}{mark}")
-    if parts and abs(float(branches.free_energy[0]) - float(branches.free_energy[1])) < 1e-9:
+    if abs(float(branches.free_energy[0]) - float(branches.free_energy[1])) < 1e-9:
         return "Branches: both starts lead to the same one."
     return f"Branches: {'; '.join(parts)}."
 

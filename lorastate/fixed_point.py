@@ -206,8 +206,8 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         stay = (first | check) & ~probing
         trial = s.x + jnp.where(stay, 0.0, jnp.where(use_picard, picard, s.length * cut * newton))
         trial = jnp.where(probing, s.x + _PROBE * (jnp.arange(n) == s.probe), trial)
-        cold = jnp.where(check, CHECK, jnp.where(first, COLD, WARM)) * stay
-        image, memory, sure = fmap.image(trial, s.memory, cold, stage.index)
+        mode = jnp.where(stay, jnp.where(check, CHECK, COLD), WARM)
+        image, memory, sure = fmap.image(trial, s.memory, mode, stage.index)
         column = (image - s.image) / _PROBE
         probed = s._replace(jac=s.jac.at[:, s.probe].set(column), probe=s.probe + 1)
         sure = sure | stay

@@ -263,12 +263,11 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = COLD
     omega = s.at(s.g)
     start = jnp.where(cold, omega, previous.chi[0])
     pair, improved = _search_plain(problem._replace(omega=omega), s, h, start, search)
-    ok = jnp.stack([pair.ok, ~near, ~near])
     inner = previous._replace(
         split=jnp.any(near),
         chi=previous.chi.at[0].set(jnp.where(pair.ok, pair.u[0], start)),
         other=previous.other.at[0].set(jnp.where(cold, pair.other, previous.other[0])),
-        ok=ok,
+        ok=jnp.stack([pair.ok, ~near, ~near]),
         two_wells=jnp.zeros((3, n), bool).at[0].set(jnp.where(cold, pair.two, previous.two_wells[0])),
         rooted=previous.rooted & near & ~cold,
         e=jnp.zeros_like(start),
