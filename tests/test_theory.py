@@ -120,6 +120,12 @@ def test_gradient_is_the_central_difference_in_every_field(kind):
             assert (up - down) / (2 * h) == pytest.approx(slopes["finetuning.alpha"], rel=1e-4 + 0.5 * h), h
 
 
+def test_three_tokens_over_three_decades_of_lam():
+    slopes = [ls.gradient(setting(lam=lam, fine_lam=0.2))[1]["pretraining.lam"] for lam in (1e-3, 1e-2, 1e-1, 1.0)]
+    assert np.all(np.isfinite(slopes))
+    assert slopes[0] < 0 < slopes[2] and abs(slopes[3]) < 1e-6
+
+
 def test_error_bars_are_honest():
     rows = []
     for seed in range(20):
