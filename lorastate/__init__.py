@@ -19,7 +19,7 @@ _HOME = {
     "Method": "fixed_point", "FixedPoint": "fixed_point",
     "Solution": "solution", "predict": "solution",
     "gradient": "design", "optimize": "design", "Optimum": "design",
-    "Simulation": "simulation", "simulate": "simulation",
+    "Simulation": "simulation", "simulate": "simulation", "SimulationInterrupted": "simulation",
     "SettingError": "errors", "SolveError": "errors", "Code": "errors",
 }  # fmt: skip
 

@@ -413,10 +413,19 @@ def _cannot_write(out: Path, error: OSError) -> str:
 def _simulate(
     setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int
 ) -> tuple[Simulation, dict[str, Any], int]:
-    """The runs, every quantity beside its prediction, and the exit code: runs that failed are left out."""
-    from .simulation import simulate
+    """The runs, every quantity beside its prediction, and the exit code.
 
-    found = simulate(setting, dimension=dimension, runs=runs, seed=seed, progress=True)
+    Runs that failed are left out; after Ctrl-C the runs that are complete are what there is.
+    """
+    from .simulation import SimulationInterrupted, simulate
+
+    status = 0
+    try:
+        found = simulate(setting, dimension=dimension, runs=runs, seed=seed, progress=True)
+    except SimulationInterrupted as stop:
+        found, status = stop.finished, INTERRUPTED
+        _warn(f"interrupted: {len(found.seeds)} of {runs} runs are complete and kept")
+        runs = len(found.seeds)
     compared: dict[str, Any] = {}
     for stage, measured in found.summary(only_converged=True).items():
         errors = theory["quadrature_error"].get(stage, {})
@@ -425,13 +434,12 @@ def _simulate(
         }
     good = {stage: int(found.converged(stage).sum()) for stage in _TITLE}
     compared |= {"dimension": dimension, "runs": runs, "seed": seed, "converged": good}
-    status = 0
     for stage, count in good.items():
         if count < runs:
             code = next(code for code in found.codes[stage] if code != 0)
             left_out = f"{runs - count} of {runs} runs failed and are left out"
             _warn(f"simulation, {stage}: {left_out} ({code.name}: {code.message})")
-            status = FAILED
+            status = status or FAILED
     return found, compared, status
 
 

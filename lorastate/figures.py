@@ -1,4 +1,5 @@
-"""Figures: solid lines are theory, squares with error bars are simulations, dashed lines mark minima.
+"""Figures: solid lines are theory (dotted where replica symmetry is unstable, replicon >= 1), squares with error bars
+are simulations, dashed lines mark minima.
 
 Every figure writes PNG, PDF and one JSON file with its data, settings, seed and error bars.
 """
@@ -23,6 +24,8 @@ from .setting import Finetuning, Numerics, Pretraining, Setting
 from .setting_file import get, replace, setting_to_dict
 from .solution import predict
 
+#: Predictions that depend on the solution of fine-tuning.
+_OF_LORA = ("test_error", "overlap")
 _LABELS = {"test_error": "$E'$", "effective_noise": r"$\Delta_{\rm eff}$", "overlap": "$o_w$"}
 
 
@@ -37,15 +40,16 @@ def _save(figure, out: Path, name: str, data: dict[str, Any]) -> list[Path]:
 
 
 def _scan(setting: Setting, path: str, values, names, bar=None) -> list[dict[str, float | None]]:
-    """Predictions `names` of the fine-tuning stage along one field; None where a solve failed."""
+    """Predictions `names` of the fine-tuning stage, and its replicon, along one field; None where a solve failed."""
     rows = []
     for x in values:
         row: dict[str, float | None] = {path: float(x)}
         solution = predict(replace(setting, path, float(x)), throw=False)
         good = solution.ok
-        for name in names:
+        for name in (*names, "replicon"):
             value = float(solution.finetuning[name])
             row[name] = value if good and math.isfinite(value) else None
+        for name in names:
             row[f"{name}_stderr"] = solution.stderr("finetuning", name) if row[name] is not None else None
         rows.append(row)
         if bar is not None:
@@ -57,7 +61,13 @@ def _line(axes, rows, path, name, color, label=None):
     x = np.array([r[path] for r in rows])
     y = np.array([np.nan if r[name] is None else r[name] for r in rows])
     e = np.array([0.0 if r[f"{name}_stderr"] is None else r[f"{name}_stderr"] for r in rows])
-    axes.plot(x, y, color=color, label=label, lw=1.8)
+    # Dotted where replica symmetry is unstable; the segment between a stable and an unstable point is dotted too.
+    unstable = np.array([name in _OF_LORA and (r["replicon"] or 0.0) >= 1 for r in rows])
+    spread = unstable.copy()
+    spread[1:] |= unstable[:-1]
+    spread[:-1] |= unstable[1:]
+    axes.plot(x, np.where(unstable, np.nan, y), color=color, label=label, lw=1.8)
+    axes.plot(x, np.where(spread, y, np.nan), color=color, lw=1.8, ls=":")
     axes.fill_between(x, y - e, y + e, color=color, alpha=0.2, lw=0)
     if np.all(np.isnan(y)):
         return None

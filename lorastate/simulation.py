@@ -378,7 +378,8 @@ def simulate(
     stage are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in their
     fine-tuning only are pre-trained once. Run r depends on (seed, r) and on the sizes, not on `runs`.
 
-    Raises `SettingError` on bad input. A training that fails does not raise here: the result marks it.
+    Raises `SettingError` on bad input. A training that fails does not raise here: the result marks it. Ctrl-C after at
+    least one run raises `SimulationInterrupted`, a KeyboardInterrupt that carries the finished runs.
     """
     require_float64()
     pre, fine = setting.pretraining, setting.finetuning_resolved
@@ -390,9 +391,28 @@ def simulate(
     sizes = _sizes(pre, fine, dimension, _whole("test_samples", test_samples, 1, 10**8))
 
     memory = {} if memory is None else memory
-    keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(runs)]
-    with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
-        outcomes = [_one_run(setting, sizes, key, starts, bar, memory) for key in keys]
+    outcomes: list[tuple[dict, dict]] = []
+    try:
+        with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
+            for run in range(runs):
+                key = jax.random.fold_in(jax.random.key(seed), run)
+                outcomes.append(_one_run(setting, sizes, key, starts, bar, memory))
+    except KeyboardInterrupt:
+        if not outcomes:
+            raise
+        raise SimulationInterrupted(_collected(setting, sizes, seed, outcomes)) from None
+    return _collected(setting, sizes, seed, outcomes)
+
+
+class SimulationInterrupted(KeyboardInterrupt):
+    """Ctrl-C after at least one run of `simulate`: `finished` is the `Simulation` of the runs that are complete."""
+
+    def __init__(self, finished: Simulation):
+        self.finished = finished
+        super().__init__(f"{len(finished.seeds)} runs are complete")
+
+
+def _collected(setting: Setting, sizes: Sizes, seed: int, outcomes: list[tuple[dict, dict]]) -> Simulation:
     rows = {stage: [outcome[i] for outcome in outcomes] for i, stage in enumerate(_NAMES)}
 
     def table(stage: str) -> dict[str, np.ndarray]:
@@ -401,7 +421,7 @@ def simulate(
     return Simulation(
         setting,
         sizes,
-        seeds=tuple((seed, run) for run in range(runs)),
+        seeds=tuple((seed, run) for run in range(len(outcomes))),
         pretraining=table("pretraining"),
         finetuning=table("finetuning"),
         eigenvalues=np.stack([row["eigenvalues"] for row in rows["pretraining"]]),

@@ -454,6 +454,22 @@ def test_simulate_one_run(call, path):
     assert "nan" not in outcome.out
 
 
+def test_interrupted_simulation_shows_the_finished_runs(call, path, monkeypatch):
+    whole = call("simulate", path, "--dimension", "20", "--runs", "2", "--json").json
+    real, count = simulation._one_run, []
+
+    def one_run(*args):
+        count.append(1)
+        if len(count) > 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(simulation, "_one_run", one_run)
+    outcome = call("simulate", path, "--dimension", "20", "--runs", "5", "--json")
+    assert outcome.code == 130 and "interrupted: 2 of 5 runs are complete and kept" in outcome.err
+    assert outcome.json["runs"] == 2 and outcome.json["finetuning"] == whole["finetuning"]
+
+
 def test_simulate_with_a_failed_run(call, path, monkeypatch):
     real = simulation.simulate
 
