@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,8 @@ class Optimize:
         _write_json(out / "result.json", result)
 
         simulation, status = None, 0
+        if optimum.inexact:
+            _warn(f"the optimum is not exact: {optimum.inexact}")
         if not optimum.converged:
             status = FAILED
             _warn(f"the descent did not converge ({optimum.message}); gradient norm {optimum.gradient_norm:.2e}")
@@ -175,7 +178,10 @@ class Gradient:
 
         setting = load_setting(self.setting, self.set)
         _check_objective("--of", self.of)
-        value, gradient = design.gradient(setting, of=self.of)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", design.InexactGradient)
+            value, gradient = design.gradient(setting, of=self.of)
+        inexact = [str(w.message) for w in caught if issubclass(w.category, design.InexactGradient)]
         value, gradient = float(value), {path: float(slope) for path, slope in gradient.items()}
         if self.json:
             _print_json(
@@ -183,6 +189,7 @@ class Gradient:
                     "value": value,
                     "gradient": gradient,
                     "of": self.of,
+                    "inexact": inexact[0] if inexact else None,
                     "setting": setting_to_dict(setting),
                     "version": __version__,
                 }
@@ -192,6 +199,8 @@ class Gradient:
             rows = [(path, _number(float(get(setting, path))), _number(slope)) for path, slope in gradient.items()]
             _say(f"{self.of} = {_number(value)}\n")
             _say(_table(("field", "value", f"d {self.of} / d field"), rows))
+        for text in inexact:
+            _warn(text)
         bad = [path for path, slope in gradient.items() if not math.isfinite(slope)]
         if bad or not math.isfinite(value):
             _warn(f"{self.of} has no finite derivative in {', '.join(bad) or 'any field'}")

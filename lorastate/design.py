@@ -7,10 +7,11 @@ coordinates.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,6 +21,7 @@ import optax
 from tqdm import tqdm
 
 from . import theory
+from .activation import Identity
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .program import Program
 from .setting import Setting
@@ -68,20 +70,20 @@ def _map_and_slopes(pre, numerics, nodes):
 
 @partial(Program, quick=True)
 def _value_and_slopes(objective: str, pre, fine, numerics, nodes, first):
-    """Value of the objective, its partial derivatives with respect to (pre, fine, order), and the codes."""
+    """Partial derivatives of the objective by (pre, fine, order); its value, the share of two wells and the codes."""
     params, rest = _split((pre, fine))
 
     def run(params, order):
         p, f = eqx.combine(params, rest)
         e = theory.evaluate_finetuning(p, f, numerics, nodes, first._replace(order=order))
-        value = OBJECTIVES[objective](e)
-        return value, (value, e.status["pretraining"]["code"], e.status["finetuning"]["code"])
+        value, share = OBJECTIVES[objective](e), e.finetuning["double_well_share"]
+        return value, (value, share, e.status["pretraining"]["code"], e.status["finetuning"]["code"])
 
     return jax.jacfwd(run, argnums=(0, 1), has_aux=True)(params, first.order)
 
 
 def _gradient(objective: str, pre, fine, numerics, nodes):
-    """(value, code, code, derivatives shaped like (pre, fine))."""
+    """(value, share of nodes with two wells, code, code, derivatives shaped like (pre, fine))."""
     by_map, first = _map_and_slopes(pre, numerics, nodes)
     (partial, by_order), aux = _value_and_slopes(objective, pre, fine, numerics, nodes, first)
     through = jax.tree_util.tree_map(lambda *d: sum(a * b for a, b in zip(by_order, d, strict=True)), *by_map)
@@ -96,31 +98,58 @@ def _objective(name: str) -> str:
     return name
 
 
-def _evaluate(setting: Setting, objective: str) -> tuple[float, dict[str, float], bool]:
-    """(value, total derivative by path, success); -overlap for the objective "overlap"."""
+class InexactGradient(UserWarning):
+    """Some nodes of softmax have wells off the line that they are split along: part of the surface term is missing."""
+
+
+#: Share of nodes with two wells from which on gradients of an activation other than the identity are warned about.
+_VISIBLE_WELLS = 1e-3
+
+
+def _inexact(setting: Setting, share: float) -> str:
+    """What to say about gradients where that share of the nodes has two wells; nothing where they are exact."""
+    if share <= _VISIBLE_WELLS or isinstance(setting.finetuning_resolved.activation, Identity):
+        return ""
+    return (
+        f"{share:.1%} of the nodes have two wells: the gradient lacks part of the surface term and can be off by "
+        "tens of per cent; compare with differences of predictions over several steps"
+    )
+
+
+class _Point(NamedTuple):
+    value: float  # -overlap for the objective "overlap"
+    slopes: dict[str, float]  # total derivatives by path
+    good: bool
+    share: float  # of nodes with two wells
+
+
+def _evaluate(setting: Setting, objective: str) -> _Point:
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
-    value, map_code, code, grads = _gradient(objective, pre, fine, setting.numerics.without_seed, nodes)
+    value, share, map_code, code, grads = _gradient(objective, pre, fine, setting.numerics.without_seed, nodes)
     slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
     # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
     for name, own in (("delta", setting.finetuning.delta), ("beta", setting.finetuning.activation)):
         if own is None and f"pretraining.{name}" in slopes and f"finetuning.{name}" in slopes:
             slopes[f"pretraining.{name}"] += slopes[f"finetuning.{name}"]
     good = bool(succeeded(map_code) & succeeded(code)) and all(map(math.isfinite, slopes.values()))
-    return float(value), slopes, good
+    return _Point(float(value), slopes, good, float(share))
 
 
 def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
     """Value of a prediction ("test_error", "effective_noise", "overlap") and its derivative by every continuous field.
 
     Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
-    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.
+    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed; warns with
+    `InexactGradient` where the inner problem of softmax has double wells of visible weight.
     """
     require_float64()
-    value, slopes, good = _evaluate(setting, _objective(of))
+    value, slopes, good, share = _evaluate(setting, _objective(of))
     if not good:
         predict(setting)  # names the stage and the code
         raise SolveError("gradient", Code.nonfinite, f"objective {of}")
+    if text := _inexact(setting, share):
+        warnings.warn(text, InexactGradient, stacklevel=2)
     sign = -1.0 if of == "overlap" else 1.0
     return sign * value, {k: sign * v for k, v in slopes.items()}
 
@@ -139,6 +168,7 @@ class Optimum:
     solves: int
     converged: bool
     message: str
+    inexact: str = ""  # what is wrong with gradients at the optimum (double wells of softmax), if anything
     path: list[dict[str, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -148,6 +178,7 @@ class Optimum:
             "minimize": self.minimize,
             "converged": self.converged,
             "message": self.message,
+            "inexact": self.inexact or None,
             "gradient_norm": self.gradient_norm,
             "solves": self.solves,
             "before": self.before.summary(),
@@ -190,7 +221,7 @@ def optimize(
         s = setting
         for p, x in zip(over, u, strict=True):
             s = replace(s, p, float(np.exp(x)))
-        value, slopes, good = _evaluate(s, objective)
+        value, slopes, good, _ = _evaluate(s, objective)
         return s, value, np.array([slopes[p] * float(np.exp(x)) for p, x in zip(over, u, strict=True)]), good
 
     before = predict(setting)
@@ -248,4 +279,6 @@ def optimize(
     converged = norm < tolerance
     if not converged and norm < 1e-5 and message.startswith("no step"):
         converged, message = True, f"gradient norm {norm:.1e}; no further decrease is resolved"
-    return Optimum(over, minimize, setting, current, before, predict(current), norm, solves, converged, message, path)
+    after = predict(current)
+    inexact = _inexact(current, float(after.finetuning["double_well_share"]))
+    return Optimum(over, minimize, setting, current, before, after, norm, solves, converged, message, inexact, path)

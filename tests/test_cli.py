@@ -496,3 +496,13 @@ def test_figure(call, tmp_path, monkeypatch):
     outcome = call("figure", "1", "--out", tmp_path, "--simulate", "--runs", "2")
     assert outcome.code == 0 and "figure1.png" in outcome.out
     assert called == [(tmp_path, {"simulate": True, "dimension": 150, "runs": 2, "progress": True})]
+
+
+def test_an_inexact_gradient_is_said_to_be(call, path, monkeypatch):
+    real = design._evaluate
+    monkeypatch.setattr(design, "_evaluate", lambda *a: real(*a)._replace(share=0.02))
+    assert call("gradient", path, "--json").json["inexact"] is None  # the identity's surface term is complete
+    softmax = path, "--set", "pretraining.activation=softmax", "finetuning.lam=0.5"
+    shown = call("gradient", *softmax)
+    assert shown.code == 0 and "2.0% of the nodes have two wells" in shown.message
+    assert "two wells" in call("gradient", *softmax, "--json").json["inexact"]
