@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from . import theory
 from .activation import Identity
+from .channel import Selected
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .program import Program
 from .setting import Setting
@@ -43,7 +44,12 @@ def _read(path: str):
 
     def where(stages):
         node = stages[index]
-        return node.activation.beta if name == "beta" else getattr(node, name)
+        if name == "beta":
+            return node.activation.beta
+        if name == "recalibration":
+            return node.recalibration.b
+        # Fields of the channel by its own names; alpha, where it follows from them, is a leaf of the stage all the same.
+        return getattr(node if hasattr(node, name) else node.inputs, name)
 
     return where
 
@@ -129,9 +135,15 @@ def _evaluate(setting: Setting, objective: str) -> _Point:
     value, share, map_code, code, grads = _gradient(objective, pre, fine, setting.numerics.without_seed, nodes)
     slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
     # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
-    for name, own in (("delta", setting.finetuning.delta), ("beta", setting.finetuning.activation)):
-        if own is None and f"pretraining.{name}" in slopes and f"finetuning.{name}" in slopes:
-            slopes[f"pretraining.{name}"] += slopes[f"finetuning.{name}"]
+    same_noise = setting.finetuning.delta is None or fine.inputs.keeps_noise
+    if same_noise:
+        slopes["pretraining.delta"] += float(grads[1].delta)
+    if setting.finetuning.activation is None and "pretraining.beta" in slopes:
+        slopes["pretraining.beta"] += slopes["finetuning.beta"]
+    if isinstance(fine.inputs, Selected):  # alpha = rho pool
+        by_alpha = float(grads[1].alpha)
+        slopes["finetuning.rho"] += by_alpha * float(fine.inputs.pool)
+        slopes["finetuning.pool"] += by_alpha * float(fine.inputs.rho)
     good = bool(succeeded(map_code) & succeeded(code)) and all(map(math.isfinite, slopes.values()))
     return _Point(float(value), slopes, good, float(share))
 

@@ -56,13 +56,32 @@ def node_dimension(fine: Finetuning) -> int:
     return 2 * fine.tokens + fine.inputs.dimension(fine.tokens, fine.activation.forgets_shift)
 
 
+def prepare(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Nodes:
+    """The nodes (all replicas) with what the channel has to search for at them; no derivative."""
+    return nodes._replace(found=over_replicas(lambda n: _found(fine, frozen, n), nodes._replace(found=None)))
+
+
+def refresh_nodes(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Nodes:
+    """The nodes of one replica, prepared for a map very near this one, brought up to date."""
+    return nodes._replace(found=_found(fine, frozen, nodes, nodes.found))
+
+
+def _found(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, previous: Any = None):
+    # The channel's coordinates are the same on a node and on its mirror image: one half is searched.
+    x = nodes.normal[2 * fine.tokens :, : nodes.normal.shape[1] // 2]
+    fine, frozen = jax.lax.stop_gradient((fine, frozen))
+    return fine.inputs.search(frozen, fine.tokens, fine.activation.forgets_shift, x, previous)
+
+
 def draws(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Draws:
-    """Plain draws from the nodes: chi* first, then g, then the channel's coordinates."""
+    """Plain draws from the nodes: chi* first, then g, then the channel's coordinates; once for each of its parts."""
     t = fine.tokens
-    x = nodes.normal
-    channel = fine.inputs.fields(frozen, fine.delta, t, fine.activation.forgets_shift, x[2 * t :])
+    x, shares = nodes.normal, fine.inputs.shares
+    found = None if nodes.found is None else jnp.concatenate([nodes.found, nodes.found], -1)
+    y0, zw = fine.inputs.fields(frozen, fine.delta, t, fine.activation.forgets_shift, x[2 * t :], found)
     teacher = jnp.sqrt(TEACHER_SIZE) * x[:t]
-    return Draws(channel, teacher, x[t : 2 * t], nodes.weight, nodes.side)
+    parts = [(teacher, x[t : 2 * t], share * nodes.weight, nodes.side) for share in shares]
+    return Draws(Fields(y0, fine.scale(frozen) * zw), *(jnp.concatenate(p, -1) for p in zip(*parts, strict=True)))
 
 
 def label(fine: Finetuning, d: Draws):
@@ -187,7 +206,7 @@ def no_memory(fine: Finetuning, nodes: Nodes) -> Memory:
     """Placeholder for all replicas, to be filled by the first evaluation."""
     r, _, n = nodes.normal.shape
     assert fine.tokens is not None
-    return Memory(wells.nothing(r, fine.tokens, n), jnp.zeros(r))
+    return Memory(wells.nothing(r, fine.tokens, n * len(fine.inputs.shares)), jnp.zeros(r))
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:

@@ -21,12 +21,14 @@ class Nodes(NamedTuple):
     """Standard normal nodes (R, dimension, n) in R replicas, with weights (R, n) that sum to one in each.
 
     The second half of each replica mirrors the first in some coordinates; `side` (R, n) is +1 and -1 on the halves.
-    Without the leading axis the same names describe one replica.
+    `found` (R, ..., n/2): what has been searched for at the nodes of the first half, if anything. Without the leading
+    axis the same names describe one replica.
     """
 
     normal: Any
     weight: Any
     side: Any
+    found: Any = None
 
 
 @functools.lru_cache(maxsize=16)

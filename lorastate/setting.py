@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
-import numpy as np
 
 from .activation import Activation, Custom, Identity, Softmax
-from .channel import Fresh, Inputs
+from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Fresh, Inputs, Moments, Recalibration
 from .errors import SettingError, is_concrete, require_float64
+from .validation import real, whole
 
 _WHY_LAM = (
     "lam > 0; zero is not allowed because below the interpolation threshold the response V grows without bound "
@@ -19,39 +19,14 @@ _WHY_LAM = (
 )
 
 
-def _real(name: str, value: Any, allowed: str, low: float, closed: bool = False):
-    """A float64 leaf, checked where its value is known; `allowed` says the range in words."""
-    if value is None or isinstance(value, bool | str | bytes):
-        raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}")
-    try:
-        out = jnp.asarray(value, dtype=jnp.float64)
-    except (TypeError, ValueError):
-        raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}") from None
-    if is_concrete(out):
-        x = np.asarray(out)
-        good = np.isfinite(x) & ((x >= low) if closed else (x > low))
-        if not np.all(good):
-            shown = float(x[~good].flat[0]) if x.ndim else float(x)
-            raise SettingError(f"{name} = {shown!r} is out of range; allowed: {allowed}, finite")
-    return out
-
-
-def _whole(name: str, value: Any, low: int, high: int):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise SettingError(f"{name} = {value!r} is not a whole number; allowed: {low} to {high}")
-    if not low <= value <= high:
-        raise SettingError(f"{name} = {value} is out of range; allowed: {low} to {high}")
-    return int(value)
-
-
 def as_activation(name: str, value: Any, beta: Any = None) -> Activation:
     """An `Activation` from one, from the name "softmax" or "identity", or from a callable on T x T matrices."""
     if isinstance(value, Activation):
         if isinstance(value, Softmax):
-            _real(f"{name}.beta", value.beta, "beta > 0", 0.0)
+            real(f"{name}.beta", value.beta, "beta > 0", 0.0)
         return value
     if value == "softmax":
-        return Softmax(_real(f"{name.rsplit('.', 1)[0]}.beta", 1.0 if beta is None else beta, "beta > 0", 0.0))
+        return Softmax(real(f"{name.rsplit('.', 1)[0]}.beta", 1.0 if beta is None else beta, "beta > 0", 0.0))
     if value == "identity":
         if beta is not None:
             raise SettingError(
@@ -82,13 +57,13 @@ class Pretraining(eqx.Module):
 
     def __init__(self, alpha, lam, kappa0=1.0, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None):
         require_float64()
-        self.alpha = _real("pretraining.alpha", alpha, "alpha > 0", 0.0)
-        self.lam = _real("pretraining.lam", lam, _WHY_LAM, 0.0)
-        self.kappa0 = _real("pretraining.kappa0", kappa0, "kappa0 > 0", 0.0)
-        self.kappa = _real("pretraining.kappa", kappa, "kappa > 0", 0.0)
-        self.delta = _real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
+        self.alpha = real("pretraining.alpha", alpha, "alpha > 0", 0.0)
+        self.lam = real("pretraining.lam", lam, _WHY_LAM, 0.0)
+        self.kappa0 = real("pretraining.kappa0", kappa0, "kappa0 > 0", 0.0)
+        self.kappa = real("pretraining.kappa", kappa, "kappa > 0", 0.0)
+        self.delta = real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
         self.activation = as_activation("pretraining.activation", activation, beta)
-        self.tokens = _whole("pretraining.tokens", tokens, 2, 8)
+        self.tokens = whole("pretraining.tokens", tokens, 2, 8)
 
     @property
     def Q0(self):
@@ -101,12 +76,21 @@ class Pretraining(eqx.Module):
         return self.Q0 + self.delta / 2
 
 
+class SettingWarning(UserWarning):
+    """A setting that is accepted, with something in it replaced."""
+
+
 class Finetuning(eqx.Module):
     """Rank-one LoRA update on the frozen map.
 
     `alpha` = N' / D (samples: a sample ratio, not LoRA's `lora_alpha`), `lam` = ridge on w, `delta` = variance of the
-    label noise, `inputs` = where the fine-tuning inputs come from ("fresh" or an `Inputs` object). `delta`,
-    `activation` and `tokens` left at None follow the pre-training ones (`Setting.finetuning_resolved`).
+    label noise. `delta`, `activation` and `tokens` left at None follow the pre-training ones
+    (`Setting.finetuning_resolved`).
+
+    `inputs` = where the fine-tuning inputs come from: an `Inputs` object, or its name with its options beside it:
+    "fresh"; "reused" (`label_noise` "same" or "fresh"); "mixed" (`reused_fraction`, `label_noise`); "selected" (`rho`,
+    `pool`, `score` "frobenius" or "without_shift"; alpha is then rho pool); "bayes_optimal". `recalibration` = the factor
+    b on the frozen map, or "noise" (the b that minimises Delta_eff) or "error" (the b that minimises E').
     """
 
     alpha: Any
@@ -115,23 +99,93 @@ class Finetuning(eqx.Module):
     activation: Any = None
     tokens: Any = eqx.field(static=True, default=None)
     inputs: Inputs = Fresh()
+    recalibration: Recalibration = FixedScale(1.0)
 
-    def __init__(self, alpha, lam, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None):
+    def __init__(
+        self, alpha=None, lam=None, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None,
+        recalibration: Any = 1.0, **options,
+    ):  # fmt: skip
         require_float64()
-        self.alpha = _real("finetuning.alpha", alpha, "alpha > 0", 0.0)
-        self.lam = _real("finetuning.lam", lam, _WHY_LAM.split(";")[0] + "; zero is not allowed because "
-                         "the response v = 1/(l' + 2 lam) then has no bound", 0.0)  # fmt: skip
-        self.delta = None if delta is None else _real("finetuning.delta", delta, "delta >= 0", 0.0, closed=True)
+        self.inputs = _as_inputs(inputs, options)
+        follows = getattr(self.inputs, "alpha", None)
+        if follows is not None:
+            if alpha is not None and _differ(alpha, follows):
+                warnings.warn(
+                    f"finetuning.alpha = {float(alpha):g} is replaced by rho * pool = {float(follows):g}, which it is on "
+                    "selected inputs",
+                    SettingWarning,
+                    stacklevel=2,
+                )
+            alpha = follows
+        self.alpha = real("finetuning.alpha", alpha, "alpha > 0", 0.0)
+        self.lam = real("finetuning.lam", lam, _WHY_LAM.split(";")[0] + "; zero is not allowed because "
+                        "the response v = 1/(l' + 2 lam') then has no bound", 0.0)  # fmt: skip
+        self.delta = None if delta is None else real("finetuning.delta", delta, "delta >= 0", 0.0, closed=True)
         if activation is None and beta is not None:
             raise SettingError(f"finetuning.beta = {beta!r} needs an activation; allowed: with softmax only")
         self.activation = None if activation is None else as_activation("finetuning.activation", activation, beta)
-        self.tokens = None if tokens is None else _whole("finetuning.tokens", tokens, 2, 8)
-        if isinstance(inputs, Inputs):
-            self.inputs = inputs
-        elif inputs == "fresh":
-            self.inputs = Fresh()
-        else:
-            raise SettingError(f'finetuning.inputs = {inputs!r} is unknown; allowed: "fresh"')
+        self.tokens = None if tokens is None else whole("finetuning.tokens", tokens, 2, 8)
+        self.recalibration = _as_recalibration(recalibration)
+
+    @property
+    def _drops(self) -> bool:
+        return self.activation.forgets_shift
+
+    def moments(self, frozen) -> Moments:
+        """Second moments of (Y0, Z_W) on the fine-tuning inputs, before recalibration."""
+        return self.inputs.moments(frozen, self.delta, self.tokens, self._drops)
+
+    def scale(self, frozen):
+        """b, the factor on the frozen map."""
+        return self.recalibration.factor(self.moments(frozen))
+
+    def effective_noise(self, frozen):
+        """Delta_eff, the variance of Y0 - b Z_W on the fine-tuning inputs."""
+        return self.moments(frozen).effective_noise(self.scale(frozen))
+
+
+def _differ(given, follows) -> bool:
+    try:
+        known = is_concrete(given) and is_concrete(follows)
+        return known and abs(float(given) - float(follows)) > 1e-9 * abs(float(follows))
+    except (TypeError, ValueError):
+        return False
+
+
+def _as_inputs(inputs: Any, options: dict[str, Any]) -> Inputs:
+    given = {key: value for key, value in options.items() if value is not None}
+    name = inputs.name if isinstance(inputs, Inputs) else inputs
+    known = {key for kind in CHANNELS.values() for key in kind.options}
+    for key in options:
+        if key not in known:
+            raise TypeError(f"Finetuning got an unexpected keyword argument {key!r}")
+    if not isinstance(name, str) or (name not in CHANNELS and not isinstance(inputs, Inputs)):
+        allowed = ", ".join(f'"{kind}"' for kind in CHANNELS)
+        raise SettingError(f"finetuning.inputs = {inputs!r} is unknown; allowed: {allowed}")
+    if isinstance(inputs, Inputs) and not given:
+        return inputs
+    kind = CHANNELS[name]
+    for key in given:
+        if key not in kind.options:
+            homes = " or ".join(f'"{k.name}"' for k in CHANNELS.values() if key in k.options)
+            raise SettingError(f'finetuning.{key} = {given[key]!r} has no meaning on "{name}" inputs; allowed: on {homes} ones')
+    for key in kind.numbers:
+        if key not in given:
+            raise SettingError(f'finetuning.{key} is missing; allowed: {_MISSING[key]}, which "{name}" inputs need')
+    return kind(**given)
+
+
+_MISSING = {"reused_fraction": "0 to 1", "rho": "0 < rho <= 1", "pool": "pool > 0 (inputs in the pool / D)"}
+
+
+def _as_recalibration(value: Any) -> Recalibration:
+    if isinstance(value, Recalibration):
+        return value
+    if isinstance(value, str):
+        if value in RECALIBRATIONS:
+            return RECALIBRATIONS[value]()
+        raise SettingError(f'finetuning.recalibration = {value!r} is unknown; allowed: a number >= 0, "noise", "error"')
+    return FixedScale(real("finetuning.recalibration", value, 'a number >= 0, "noise", "error"', 0.0, closed=True))
 
 
 class Numerics(eqx.Module):
@@ -150,17 +204,17 @@ class Numerics(eqx.Module):
     max_steps: int = eqx.field(static=True, default=200)
 
     def __init__(self, nodes=16384, finetuning_nodes=None, replicas=32, seed=0, tolerance=1e-10, max_steps=200):
-        self.nodes = _whole("numerics.nodes", nodes, 256, 2**22)
+        self.nodes = whole("numerics.nodes", nodes, 256, 2**22)
         finetuning_nodes = 4 * nodes if finetuning_nodes is None else finetuning_nodes
-        self.finetuning_nodes = _whole("numerics.finetuning_nodes", finetuning_nodes, 256, 2**22)
-        self.replicas = _whole("numerics.replicas", replicas, 2, 64)
-        self.seed = _whole("numerics.seed", seed, 0, 2**31 - 1)
+        self.finetuning_nodes = whole("numerics.finetuning_nodes", finetuning_nodes, 256, 2**22)
+        self.replicas = whole("numerics.replicas", replicas, 2, 64)
+        self.seed = whole("numerics.seed", seed, 0, 2**31 - 1)
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
             raise SettingError(f"numerics.tolerance = {tolerance!r} is not a number; allowed: 1e-13 to 1e-3")
         if not 1e-13 <= tolerance <= 1e-3:
             raise SettingError(f"numerics.tolerance = {tolerance!r} is out of range; allowed: 1e-13 to 1e-3")
         self.tolerance = float(tolerance)
-        self.max_steps = _whole("numerics.max_steps", max_steps, 1, 10**6)
+        self.max_steps = whole("numerics.max_steps", max_steps, 1, 10**6)
         for name in ("nodes", "finetuning_nodes"):
             per = getattr(self, name) / self.replicas
             if per < 32 or math.log2(per) % 1:
@@ -186,11 +240,14 @@ class Setting(eqx.Module):
     def finetuning_resolved(self) -> Finetuning:
         """The fine-tuning stage with `delta`, `activation` and `tokens` filled in from pre-training."""
         pre, fine = self.pretraining, self.finetuning
-        return Finetuning(
+        resolved = Finetuning(
             fine.alpha,
             fine.lam,
             delta=pre.delta if fine.delta is None else fine.delta,
             activation=pre.activation if fine.activation is None else fine.activation,
             tokens=pre.tokens if fine.tokens is None else fine.tokens,
             inputs=fine.inputs,
+            recalibration=fine.recalibration,
         )
+        resolved.inputs.check(pre, resolved)
+        return resolved

@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 
 from .activation import Softmax
+from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs
 from .errors import SettingError
 from .setting import Finetuning, Numerics, Pretraining, Setting
 
 #: Sections and keys of a settings file.
 KEYS: dict[str, tuple[str, ...]] = {
     "pretraining": ("activation", "beta", "tokens", "alpha", "kappa0", "kappa", "delta", "lam"),
-    "finetuning": ("alpha", "lam", "delta", "activation", "beta", "tokens", "inputs"),
+    "finetuning": ("alpha", "lam", "delta", "activation", "beta", "tokens", "inputs", "label_noise", "reused_fraction",
+                   "rho", "pool", "score", "recalibration"),
     "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps"),
-}
-_CONTINUOUS = {
-    "pretraining": ("alpha", "kappa0", "kappa", "delta", "lam", "beta"),
-    "finetuning": ("alpha", "lam", "delta", "beta"),
-}
+}  # fmt: skip
+_CONTINUOUS = ("alpha", "kappa0", "kappa", "delta", "lam", "beta")
 _REQUIRED = {"pretraining": ("alpha", "lam"), "finetuning": ("alpha", "lam")}
+#: Keys of the channel, which are fields of its `Inputs` object.
+_CHANNEL = tuple(dict.fromkeys(key for kind in CHANNELS.values() for key in kind.options))
 _BARE_WORD = re.compile(r"[A-Za-z_][\w-]*")
 
 
@@ -45,7 +46,8 @@ def setting_from_dict(data: Mapping[str, Any], overrides: Iterable[str] = ()) ->
     _override(sections, overrides)
     for name, keys in _REQUIRED.items():
         for key in keys:
-            if key not in sections[name]:
+            selected = name == "finetuning" and key == "alpha" and sections[name].get("inputs") == "selected"
+            if key not in sections[name] and not selected:
                 raise SettingError(f"{name}.{key} is missing; allowed: {key} > 0")
     pre = Pretraining(**sections["pretraining"])
     fine = sections["finetuning"]
@@ -65,34 +67,56 @@ def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
         out[name] = {"activation": stage.activation.name}
         if isinstance(stage.activation, Softmax):
             out[name]["beta"] = _plain(stage.activation.beta)
-        out[name] |= {key: _plain(getattr(stage, key)) for key in KEYS[name] if key not in _OBJECTS}
+        out[name] |= {key: _plain(getattr(stage, key)) for key in KEYS[name] if key not in (*_OBJECTS, *_CHANNEL)}
     out["finetuning"]["inputs"] = fine.inputs.name
+    out["finetuning"] |= {key: _plain(getattr(fine.inputs, key)) for key in fine.inputs.options}
+    out["finetuning"]["recalibration"] = _plain(_recalibration(fine))
     out["numerics"] = {key: getattr(setting.numerics, key) for key in KEYS["numerics"]}
     return out
 
 
-_OBJECTS = ("activation", "beta", "inputs")
+_OBJECTS = ("activation", "beta", "inputs", "recalibration")
+
+
+def _recalibration(fine: Finetuning) -> Any:
+    """b, or "noise" or "error"."""
+    how = fine.recalibration
+    if isinstance(how, FixedScale):
+        return how.b
+    return next(name for name, kind in RECALIBRATIONS.items() if isinstance(how, kind))
 
 
 def continuous_fields(setting: Setting) -> tuple[str, ...]:
-    """Paths of all numbers that predictions are differentiable in; `beta` only where there is a softmax."""
-    stages = {"pretraining": setting.pretraining, "finetuning": setting.finetuning_resolved}
-    return tuple(
-        f"{name}.{key}"
-        for name, stage in stages.items()
-        for key in _CONTINUOUS[name]
-        if key != "beta" or isinstance(stage.activation, Softmax)
-    )
+    """Paths of all numbers that predictions are differentiable in.
+
+    `beta` only where there is a softmax; on selected inputs `rho` and `pool` instead of `alpha`; no fine-tuning `delta`
+    where reused labels keep the noise of pre-training.
+    """
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+
+    def softmax(stage):
+        return ("beta",) if isinstance(stage.activation, Softmax) else ()
+
+    own = () if hasattr(fine.inputs, "alpha") else ("alpha",)
+    own += ("lam", *(() if fine.inputs.keeps_noise else ("delta",)), *softmax(fine), *fine.inputs.numbers)
+    own += ("recalibration",) if isinstance(fine.recalibration, FixedScale) else ()
+    theirs = tuple(key for key in _CONTINUOUS if key != "beta") + softmax(pre)
+    return tuple(f"pretraining.{key}" for key in theirs) + tuple(f"finetuning.{key}" for key in own)
 
 
 def get(setting: Setting, path: str) -> Any:
     """The value of one field; a fine-tuning field that follows pre-training gives the value it follows."""
     name, key = _split(path)
     stage = setting.finetuning_resolved if name == "finetuning" else getattr(setting, name)
-    if key != "beta":
-        return getattr(stage, key)
-    _needs_softmax(path, stage)
-    return stage.activation.beta
+    if key == "beta":
+        _needs_softmax(path, stage)
+        return stage.activation.beta
+    if key == "recalibration":
+        return _recalibration(stage)
+    if key in _CHANNEL:
+        _needs_channel(key, stage.inputs)
+        return getattr(stage.inputs, key)
+    return getattr(stage, key)
 
 
 def replace(setting: Setting, path: str, value: Any) -> Setting:
@@ -106,7 +130,7 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
     if name == "numerics":
         kwargs = {k: getattr(stage, k) for k in KEYS[name]} | {key: value}
         return Setting(setting.pretraining, setting.finetuning, Numerics(**kwargs))
-    kwargs = {k: getattr(stage, k) for k in KEYS[name] if k != "beta"}
+    kwargs = {k: getattr(stage, k) for k in KEYS[name] if k not in ("beta", *_CHANNEL)}
     if key == "beta":
         if value is None:
             raise SettingError(f"{path} = None is not a number; allowed: beta > 0")
@@ -116,7 +140,21 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
         kwargs[key] = value
     if name == "pretraining":
         return Setting(Pretraining(**kwargs), setting.finetuning, setting.numerics)
+    if hasattr(stage.inputs, "alpha") and key != "inputs":
+        if key == "alpha":
+            raise SettingError("finetuning.alpha is rho * pool on selected inputs; allowed: replace rho or pool")
+        del kwargs["alpha"]
+    if key in _CHANNEL:
+        _needs_channel(key, stage.inputs)
+        kwargs |= {k: getattr(stage.inputs, k) for k in stage.inputs.options} | {key: value}
+        kwargs["inputs"] = stage.inputs.name
     return Setting(setting.pretraining, Finetuning(**kwargs), setting.numerics)
+
+
+def _needs_channel(key: str, inputs: Inputs) -> None:
+    if key not in inputs.options:
+        homes = " or ".join(f'"{kind.name}"' for kind in CHANNELS.values() if key in kind.options)
+        raise SettingError(f'finetuning.{key} has no meaning on "{inputs.name}" inputs; allowed: on {homes} ones')
 
 
 def _needs_softmax(path: str, stage: Any) -> None:
@@ -125,7 +163,7 @@ def _needs_softmax(path: str, stage: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, int) else np.asarray(value).tolist()
+    return value if isinstance(value, int | str) else np.asarray(value).tolist()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -246,7 +246,8 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
         "train_error": fine.alpha * a.potential - c.qhat * order.response / 2,
         "test_error": errors[0],
         "test_error_frozen": errors[1],
-        "effective_noise": fine.inputs.effective_noise(frozen, fine.delta),
+        "effective_noise": fine.effective_noise(frozen),
+        "recalibration": fine.scale(frozen),
         "free_energy": phi,
         "replicon": fine.alpha * a.susceptibility,
         "double_well_share": a.two_wells,
@@ -263,6 +264,8 @@ def _map_errors(pre, order, nodes):
 
 
 def _lora_errors(fine, frozen, order, nodes):
+    # Test inputs are fresh, whatever the fine-tuning inputs were; the factor on the map stays.
+    frozen = frozen.scaled(fine.scale(frozen))
     size = frozen.Q0 + fine.delta / 2
     common = (fine.activation, fine.tokens, size, frozen.overlap, frozen.norm)
     return finetuning_error(*common, order, nodes), finetuning_error(*common, None, nodes)
@@ -271,10 +274,6 @@ def _lora_errors(fine, frozen, order, nodes):
 def _averaged(f, nodes):
     """Mean over replicas of `f(replica)`; `f(None)` where a closed form needs no nodes."""
     return f(None) if nodes is None else mean(over_replicas(f, nodes))
-
-
-def _frozen(pre: Pretraining, order: Order) -> FrozenMap:
-    return FrozenMap(order.overlap, order.norm(pre.label_size), pre.Q0)
 
 
 # ---- everything ------------------------------------------------------------------------------------------------
@@ -296,7 +295,7 @@ class Evaluation(NamedTuple):
     finetuning: dict[str, Any]
     branches: Branches
     status: dict[str, dict[str, Any]]
-    solved: tuple[Solved, Solved]
+    solved: tuple[Solved, Solved, Any]  # of both stages, and what the channel searched for
 
 
 def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets) -> Evaluation:
@@ -321,12 +320,12 @@ def evaluate_pretraining(pre: Pretraining, numerics: Numerics, nodes: NodeSets) 
 
 def evaluate_finetuning(pre, fine: Finetuning, numerics: Numerics, nodes: NodeSets, first: FirstStage) -> Evaluation:
     """Second half of `evaluate`."""
-    values, branches, solved = _finetune(fine, _frozen(pre, first.order), numerics, nodes)
+    values, branches, solved, prepared = _finetune(fine, fine.inputs.freeze(pre, first.order), numerics, nodes)
     code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), solved.point.code)
     code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     values = {k: nan_slope(v, succeeded(code)) for k, v in values.items()}
     status = {"pretraining": first.status, "finetuning": {**solved.point._asdict(), "code": code}}
-    return Evaluation(first.values, values, branches, status, (first.solved, solved))
+    return Evaluation(first.values, values, branches, status, (first.solved, solved, prepared.found))
 
 
 def _lowest(code, energies):
@@ -339,7 +338,8 @@ def _lowest(code, energies):
 
 def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: NodeSets):
     """Predictions on the branch of lowest free energy among those that were solved; both branches; that solution."""
-    solved, same = search_finetuning(fine, frozen, numerics, nodes.finetuning)
+    prepared = ft.prepare(fine, frozen, nodes.finetuning)
+    solved, same = search_finetuning(fine, frozen, numerics, prepared)
     # Where the second start found nothing new it stands for the first.
     first = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), solved.point)
     stop = jax.lax.stop_gradient(fine)
@@ -354,11 +354,11 @@ def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: No
     best = jax.tree_util.tree_map(lambda a: a[chosen], solved)._replace(inner=None)
     inner = jax.tree_util.tree_map(lambda a: a[chosen], solved.inner.inner)
     x = jnp.where(jnp.isfinite(best.point.x), best.point.x, ft.start(True))
-    order = decode(attach(ft.step, x, (fine, frozen), (nodes.finetuning, inner)))
-    b = mean(lora_averages(fine, frozen, order, nodes.finetuning, inner))
+    order = decode(attach(ft.step, x, (fine, frozen), (prepared, inner)))
+    b = mean(lora_averages(fine, frozen, order, prepared, inner))
     errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
     values = lora_predictions(fine, frozen, order, b, errors)
-    return values, Branches(first, energies, chosen), best._replace(inner=inner)
+    return values, Branches(first, energies, chosen), best._replace(inner=inner), prepared
 
 
 # ---- error bars ------------------------------------------------------------------------------------------------
@@ -372,7 +372,8 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     solve. What its pre-training does to its fine-tuning is carried along.
     """
     stop = jax.lax.stop_gradient
-    pre, fine, (of_map, of_lora) = stop(pre), stop(fine), stop(solved)
+    pre, fine, (of_map, of_lora, found) = stop(pre), stop(fine), stop(solved)
+    prepared = nodes.finetuning._replace(found=found)
     if nodes.pretraining is None or nodes.pretraining_test is None:
         order = decode(of_map.point.x)
         a = map_averages(pre, order, None, None)
@@ -393,23 +394,24 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
         map_values = jax.vmap(lambda x, a, e: map_predictions(pre, decode(x), a, e))(map_x, a, errors)
 
     def lora_at(n, x, inner, upstream):
-        frozen, order = _frozen(pre, decode(upstream)), decode(x)
+        frozen, order = fine.inputs.freeze(pre, decode(upstream)), decode(x)
+        n = ft.refresh_nodes(fine, frozen, n)
         inner = ft.refresh_inner(fine, frozen, order, n, inner)
         return _lora_replica(fine, frozen, order, n, inner), inner
 
     def lora_image(c):
         return ft.order_parameters(fine, c).encode()
 
-    xs, b = _own_solutions(lora_at, lora_image, of_lora, nodes.finetuning, map_x)
+    xs, b = _own_solutions(lora_at, lora_image, of_lora, prepared, map_x)
 
     def errors_at(n, x, upstream):
-        return _lora_errors(fine, _frozen(pre, decode(upstream)), decode(x), n)
+        return _lora_errors(fine, fine.inputs.freeze(pre, decode(upstream)), decode(x), n)
 
     if nodes.finetuning_test is None:
         errors = jax.vmap(lambda x, u: errors_at(None, x, u))(xs, map_x)
     else:
         errors = over_replicas(errors_at, nodes.finetuning_test, xs, map_x)
-    values = jax.vmap(lambda x, u, b, e: lora_predictions(fine, _frozen(pre, decode(u)), decode(x), b, e))(
+    values = jax.vmap(lambda x, u, b, e: lora_predictions(fine, fine.inputs.freeze(pre, decode(u)), decode(x), b, e))(
         xs, map_x, b, errors
     )
     return _standard_errors(map_values), _standard_errors(values)
