@@ -83,7 +83,7 @@ class Moments(NamedTuple):
 
 
 def standard_fields(normal, tokens: int, drop_shift: bool, count: int = 2):
-    """Independent GOE(T) fields of entry variance (1 + delta_ab), (T, T, N) each, from (count n_eff, N) normal nodes."""
+    """`count` independent GOE(T) fields of entry variance (1 + delta_ab), (T, T, N), from (count n_eff, N) nodes."""
     e = complement(tokens, drop_shift)
     n = len(e)
     # sqrt(2) times orthonormal standard-normal coordinates is GOE(T) of variance 1.
@@ -207,19 +207,19 @@ class Reused(Inputs):
     def check(self, pre, fine):
         if fine.tokens != pre.tokens:
             raise SettingError(
-                f"finetuning.tokens = {fine.tokens} differs from pretraining.tokens = {pre.tokens} on {self.name} inputs; "
-                "allowed: the same"
+                f"finetuning.tokens = {fine.tokens} differs from pretraining.tokens = {pre.tokens} although inputs are "
+                "reused; allowed: the same"
             )
         if isinstance(pre.activation, Custom) and fine.activation.forgets_shift:
             raise SettingError(
-                f"finetuning.activation = {fine.activation.name!r} cannot be combined with a pre-training activation of "
-                f"your own on {self.name} inputs; allowed: one that keeps the common shift"
+                f"finetuning.activation = {fine.activation.name!r} cannot follow a pre-training activation of your own "
+                "where inputs are reused; allowed: one that keeps the common shift"
             )
         known = is_concrete(pre.delta) and is_concrete(fine.delta)
         if self.keeps_noise and known and float(pre.delta) != float(fine.delta):
             raise SettingError(
-                f"finetuning.delta = {float(fine.delta)!r} differs from pretraining.delta = {float(pre.delta)!r} although "
-                'the labels keep their noise; allowed: leave delta out, or label_noise = "fresh"'
+                f"finetuning.delta = {float(fine.delta)!r} differs from pretraining.delta = {float(pre.delta)!r} "
+                'although the labels keep their noise; allowed: leave delta out, or label_noise = "fresh"'
             )
 
     def dimension(self, tokens, drop_shift):
@@ -234,7 +234,9 @@ class Reused(Inputs):
             return y, y, frozen.overlap / frozen.label_size * y + noise * fields[1]
         clean = jnp.sqrt(frozen.Q0) * fields[0]
         omega = frozen.overlap / frozen.Q0 * clean + _root(frozen.norm - frozen.overlap**2 / frozen.Q0) * fields[1]
-        old, new = (_root(size) * g for size, g in zip((frozen.label_size - frozen.Q0, delta / 2), fields[2:], strict=True))
+        old, new = (
+            _root(size) * g for size, g in zip((frozen.label_size - frozen.Q0, delta / 2), fields[2:], strict=True)
+        )
         return clean + new, clean + old, omega
 
     def _problem(self, frozen, y, omega) -> MapProblem:
@@ -322,7 +324,7 @@ class Mixed(Inputs):
 
 
 class Selected(Inputs):
-    """Active fine-tuning: of a pool of `pool` D inputs (fresh ones) the fraction `rho` with the lowest score is labelled.
+    """Active fine-tuning: of a pool of `pool` D fresh inputs the fraction `rho` with the lowest score is labelled.
 
     alpha' = rho pool. `score` "frobenius": ||Z_W||_F^2 / (2 Q), chi-squared with n = T(T+1)/2 degrees of freedom;
     "without_shift" (softmax): without the component along 11^T, which softmax forgets, n - 1 of them. Z_W has a

@@ -55,6 +55,7 @@ _MEANING = {
         "test_error": "E', noisy labels",
         "test_error_frozen": "the same without the update",
         "effective_noise": "Delta_eff, label noise that the frozen map leaves",
+        "recalibration": "b, factor on the frozen map",
         "free_energy": "decides between branches",
         "replicon": "replica symmetry is stable below one",
         "double_well_share": "share of nodes with two wells",

@@ -1,7 +1,7 @@
 """Gradients of a prediction with respect to every continuous input, and descent over any of them.
 
 All derivatives go through both fixed points by the implicit function theorem; positive inputs are descended in log
-coordinates.
+coordinates, shares between 0 and 1 in those of the logistic function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import theory
 from .activation import Identity
-from .channel import Selected
+from .channel import LeastError, Selected
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .program import Program
 from .setting import Setting
@@ -48,7 +48,7 @@ def _read(path: str):
             return node.activation.beta
         if name == "recalibration":
             return node.recalibration.b
-        # Fields of the channel by its own names; alpha, where it follows from them, is a leaf of the stage all the same.
+        # Fields of the channel by its own names; an alpha that follows from them is a leaf of the stage all the same.
         return getattr(node if hasattr(node, name) else node.inputs, name)
 
     return where
@@ -156,7 +156,15 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
     `InexactGradient` where the inner problem of softmax has double wells of visible weight.
     """
     require_float64()
-    value, slopes, good, share = _evaluate(setting, _objective(of))
+    objective = _objective(of)
+    if searches_scale(setting):
+        # E' is stationary in b: there is no need to differentiate the search.
+        _only_of_error(of)
+        setting = with_best_scale(setting)
+        value, slopes, good, share = _evaluate(setting, objective)
+        slopes.pop("finetuning.recalibration")
+    else:
+        value, slopes, good, share = _evaluate(setting, objective)
     if not good:
         predict(setting)  # names the stage and the code
         raise SolveError("gradient", Code.nonfinite, f"objective {of}")
@@ -164,6 +172,35 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
         warnings.warn(text, InexactGradient, stacklevel=2)
     sign = -1.0 if of == "overlap" else 1.0
     return sign * value, {k: sign * v for k, v in slopes.items()}
+
+
+def searches_scale(setting: Setting) -> bool:
+    """Whether the recalibration is "error": a b that has to be searched for."""
+    return isinstance(setting.finetuning.recalibration, LeastError)
+
+
+def _only_of_error(objective: str) -> None:
+    if objective != "test_error":
+        raise SettingError(
+            f"finetuning.recalibration = 'error' goes with the objective test_error only, not with {objective}; "
+            'allowed: a number or "noise"'
+        )
+
+
+_SCALE = "finetuning.recalibration"
+
+
+def _high(path: str) -> float:
+    """Largest value of a positive input: one for a share, otherwise none."""
+    return 1.0 if path.endswith((".rho", ".reused_fraction")) else math.inf
+
+
+def with_best_scale(setting: Setting) -> Setting:
+    """The setting with recalibration "error" replaced by the b that minimises E', found by descent from b = 1."""
+    best = optimize(replace(setting, _SCALE, 1.0), over=(_SCALE,), tolerance=1e-7)
+    if not best.converged:
+        raise SolveError("recalibration", Code.stalled, f"the search for the b that minimises E': {best.message}")
+    return best.setting
 
 
 @dataclass
@@ -210,42 +247,61 @@ def optimize(
 ) -> Optimum:
     """Minimises E' ("test_error"), Delta_eff ("effective_noise") or -o_w ("overlap") over continuous fields.
 
-    L-BFGS directions (optax) in u = log(field), with backtracking; a trial whose solve fails is shortened. Stops when
-    the norm of the gradient in u is below `tolerance`; anything else is `converged = False` with a message. Raises
-    `SettingError` for an unknown field and `SolveError` when the starting point itself cannot be solved.
+    L-BFGS directions (optax) in u = log(field), or log(x/(1 - x)) for a share x (rho, reused_fraction), with
+    backtracking; a trial whose solve fails is shortened. Stops when the norm of the gradient in u is below `tolerance`;
+    anything else is `converged = False` with a message. Recalibration "error" joins the descent. Raises `SettingError`
+    for an unknown field and `SolveError` when the starting point itself cannot be solved.
     """
     require_float64()
     objective = _objective(minimize)
-    known, over = continuous_fields(setting), tuple(dict.fromkeys(over))
+    over = tuple(dict.fromkeys(over))
+    if searches_scale(setting):
+        # Both searches minimise E': they are one.
+        _only_of_error(minimize)
+        setting, over = replace(setting, _SCALE, 1.0), (*over, _SCALE)
+    known = continuous_fields(setting)
     for p in over:
         if p not in known:
             raise SettingError(f"over = {p!r} is not a continuous field; allowed: {', '.join(known)}")
-        if not float(get(setting, p)) > 0:
-            raise SettingError(f"{p} = {float(get(setting, p))!r} is out of range; allowed: > 0 when it is descended")
+        x, high = float(get(setting, p)), _high(p)
+        if not 0 < x < high:
+            allowed = "> 0" if high == math.inf else f"above 0 and below {high:g}"
+            raise SettingError(f"{p} = {x!r} is out of range; allowed: {allowed} when it is descended")
     if not over:
         raise SettingError("over = () is empty; allowed: at least one continuous field")
 
     solves = 0
 
+    def fields(u):
+        """The inputs from the coordinates: u = log x, or log(x / (1 - x)) for a share."""
+        return [
+            float(np.exp(x)) if _high(p) == math.inf else float(1 / (1 + np.exp(-x)))
+            for p, x in zip(over, u, strict=True)
+        ]
+
     def at(u):
         nonlocal solves
         solves += 1
         s = setting
-        for p, x in zip(over, u, strict=True):
-            s = replace(s, p, float(np.exp(x)))
+        for p, x in zip(over, fields(u), strict=True):
+            s = replace(s, p, x)
         value, slopes, good, _ = _evaluate(s, objective)
-        return s, value, np.array([slopes[p] * float(np.exp(x)) for p, x in zip(over, u, strict=True)]), good
+        # dx/du = x (1 - x / high)
+        slope = [slopes[p] * x * (1 - x / _high(p)) for p, x in zip(over, fields(u), strict=True)]
+        return s, value, np.array(slope), good
 
     before = predict(setting)
-    u = np.log([float(get(setting, p)) for p in over])
+    start = np.array([float(get(setting, p)) for p in over])
+    u = np.log(start) - np.log1p(-start / np.array([_high(p) for p in over]))
     current, value, slope, good = at(u)
     if not good:
         raise SolveError("optimize", Code.nonfinite, "the gradient at the starting point is not finite")
     path: list[dict[str, float]] = []
 
     def record():
-        fields = {p: float(np.exp(x)) for p, x in zip(over, u, strict=True)}
-        path.append({**fields, "value": value, "gradient_norm": float(np.linalg.norm(slope))})
+        path.append(
+            {**dict(zip(over, fields(u), strict=True)), "value": value, "gradient_norm": float(np.linalg.norm(slope))}
+        )
 
     record()
     memory = optax.scale_by_lbfgs(memory_size=8)

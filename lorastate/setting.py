@@ -89,8 +89,8 @@ class Finetuning(eqx.Module):
 
     `inputs` = where the fine-tuning inputs come from: an `Inputs` object, or its name with its options beside it:
     "fresh"; "reused" (`label_noise` "same" or "fresh"); "mixed" (`reused_fraction`, `label_noise`); "selected" (`rho`,
-    `pool`, `score` "frobenius" or "without_shift"; alpha is then rho pool); "bayes_optimal". `recalibration` = the factor
-    b on the frozen map, or "noise" (the b that minimises Delta_eff) or "error" (the b that minimises E').
+    `pool`, `score` "frobenius" or "without_shift"; alpha is then rho pool); "bayes_optimal". `recalibration` = the
+    factor b on the frozen map, or "noise" (the b that minimises Delta_eff) or "error" (the b that minimises E').
     """
 
     alpha: Any
@@ -111,8 +111,8 @@ class Finetuning(eqx.Module):
         if follows is not None:
             if alpha is not None and _differ(alpha, follows):
                 warnings.warn(
-                    f"finetuning.alpha = {float(alpha):g} is replaced by rho * pool = {float(follows):g}, which it is on "
-                    "selected inputs",
+                    f"finetuning.alpha = {float(alpha):g} is replaced by rho * pool = {float(follows):g}, "
+                    "which it is on selected inputs",
                     SettingWarning,
                     stacklevel=2,
                 )
@@ -168,7 +168,9 @@ def _as_inputs(inputs: Any, options: dict[str, Any]) -> Inputs:
     for key in given:
         if key not in kind.options:
             homes = " or ".join(f'"{k.name}"' for k in CHANNELS.values() if key in k.options)
-            raise SettingError(f'finetuning.{key} = {given[key]!r} has no meaning on "{name}" inputs; allowed: on {homes} ones')
+            raise SettingError(
+                f'finetuning.{key} = {given[key]!r} has no meaning on "{name}" inputs; allowed: on {homes} ones'
+            )
     for key in kind.numbers:
         if key not in given:
             raise SettingError(f'finetuning.{key} is missing; allowed: {_MISSING[key]}, which "{name}" inputs need')

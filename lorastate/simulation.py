@@ -17,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ._lbfgs import Minimum, minimise
-from .channel import Fresh
+from .channel import FixedScale, Fresh, Mixed, Reused, Selected
 from .errors import Code, SettingError, SolveError, is_concrete, require_float64
 from .setting import Finetuning, Pretraining, Setting
+from .setting_file import replace
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "pretraining": ("M", "Q", "overlap", "train_loss", "train_error", "test_error", "test_error_noiseless",
@@ -123,8 +124,38 @@ def _fresh(world: _World, fine: Finetuning, samples: int) -> _Batch:
     return _draw_batch(*keys, world.base, fine.delta, fine.tokens, samples)
 
 
+def _reused(world: _World, fine: Finetuning, samples: int, kind: Reused | None = None) -> _Batch:
+    inputs, labels = world.pretraining.inputs[:samples], world.pretraining.labels[..., :samples]
+    if not (kind or fine.inputs).keeps_noise:
+        noise = label_noise(_key(world.key, "lora_noise"), fine.delta / 2, inputs.shape[1], samples)
+        labels = preactivation(inputs, world.base) + noise
+    return _Batch(inputs, labels)
+
+
+def _mixed(world: _World, fine: Finetuning, samples: int) -> _Batch:
+    assert isinstance(fine.inputs, Mixed)
+    many = round(float(fine.inputs.reused_fraction) * samples)
+    old, new = _reused(world, fine, many, fine.inputs.reused), _fresh(world, fine, samples)
+    inputs = jnp.concatenate([old.inputs, new.inputs[many:]])
+    return _Batch(inputs, jnp.concatenate([old.labels, new.labels[..., many:]], -1))
+
+
+def _selected(world: _World, fine: Finetuning, samples: int) -> _Batch:
+    assert isinstance(fine.inputs, Selected)
+    size = max(round(float(fine.inputs.pool) * world.base.shape[0]), samples)
+    pool = _fresh(world, fine, size)
+    zw = preactivation(pool.inputs, world.learned)
+    score = jnp.sum(zw**2, (0, 1))
+    if fine.inputs.score == "without_shift":
+        score = score - jnp.sum(zw, (0, 1)) ** 2 / zw.shape[0] ** 2
+    chosen = jnp.argsort(score)[:samples]
+    return _Batch(pool.inputs[chosen], pool.labels[..., chosen])
+
+
 #: For each kind of fine-tuning inputs, what draws them and their labels Y0.
-_BATCHES: dict[type, Callable[[_World, Finetuning, int], _Batch]] = {Fresh: _fresh}
+_BATCHES: dict[type, Callable[[_World, Finetuning, int], _Batch]] = {
+    Fresh: _fresh, Reused: _reused, Mixed: _mixed, Selected: _selected,
+}  # fmt: skip
 
 
 def _pretrain(key, batch: _Batch, pre: Any, sizes: Sizes) -> tuple[Minimum, dict[str, Any]]:
@@ -139,7 +170,7 @@ def _finetune(world: _World, fine: Any, sizes: Sizes, starts: int) -> tuple[Mini
     """The lowest of several descents: from w*, then from random w of |w|^2/D = 0.01, 1, 0.01, ..."""
     batch = _BATCHES[type(fine.inputs)](world, fine, sizes.lora_samples)
     target = fine.activation(batch.labels + lora_update(batch.inputs, world.teacher))
-    frozen = preactivation(batch.inputs, world.learned)
+    frozen = fine.recalibration.b * preactivation(batch.inputs, world.learned)
     data = (batch.inputs, frozen, target, fine.lam, fine.activation)
     points = jax.random.normal(_key(world.key, "lora_start"), (starts, sizes.dimension))
     points = points.at[1::2].multiply(0.1).at[0].set(world.teacher)
@@ -226,7 +257,8 @@ def _fingerprint(pre, sizes: Sizes, key) -> tuple:
 
 def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar, memory: dict) -> tuple[dict, dict]:
     """The rows of both stages: what `_NAMES` lists, and how the training went."""
-    pre, fine, D = setting.pretraining, setting.finetuning_resolved, sizes.dimension
+    pre, D = setting.pretraining, sizes.dimension
+    fine: Any = setting.finetuning_resolved
     began = time.perf_counter()
     bar.set_postfix_str("pre-training")
     name = _fingerprint(pre, sizes, key)
@@ -245,7 +277,13 @@ def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar, memory: dict
     m, lora_row["q"], cosine = _overlaps(w, teacher, D)
     lora_row["m"], lora_row["overlap"] = abs(m), abs(cosine)
     lora_row["test_error"], lora_row["test_error_frozen"] = _test(
-        _key(key, "lora_test"), fine, base, learned, (teacher, w), fine.tokens, sizes.test_samples
+        _key(key, "lora_test"),
+        fine,
+        base,
+        fine.recalibration.b * learned,
+        (teacher, w),
+        fine.tokens,
+        sizes.test_samples,
     )
     bar.update()
     row |= {"code": found.code, "steps": found.steps, "seconds": time.perf_counter() - began}
@@ -344,7 +382,8 @@ def _sizes(pre: Pretraining, fine: Any, D: int, test_samples: int) -> Sizes:
         return rounded
 
     def memory(d: int) -> float:
-        inputs = max(pre.tokens * float(pre.alpha) * d**3, fine.tokens * float(fine.alpha) * d**2)
+        drawn = float(fine.inputs.pool if isinstance(fine.inputs, Selected) else fine.alpha)
+        inputs = max(pre.tokens * float(pre.alpha) * d**3, fine.tokens * drawn * d**2)
         return 24 * inputs + 400 * float(pre.kappa) * d**2  # inputs, two temporaries; L-BFGS history of W
 
     if memory(D) > _MEMORY:
@@ -352,6 +391,11 @@ def _sizes(pre: Pretraining, fine: Any, D: int, test_samples: int) -> Sizes:
         raise SettingError(
             f"dimension = {D} needs {memory(D) / 2**30:.0f} GiB of memory here; allowed: up to "
             f"{_MEMORY >> 30} GiB, dimension <= {fits} (or a smaller alpha)"
+        )
+    if not isinstance(fine.inputs, (Fresh, Selected)) and float(fine.alpha) * D > float(pre.alpha) * D**2:
+        raise SettingError(
+            f"finetuning.alpha = {float(fine.alpha):g} needs more samples than pre-training has to reuse at dimension "
+            f"{D}; allowed: up to {float(pre.alpha) * D:g}"
         )
     ranks = count("pretraining.kappa0", pre.kappa0, D), count("pretraining.kappa", pre.kappa, D)
     samples = count("pretraining.alpha", pre.alpha, D**2), count("finetuning.alpha", fine.alpha, D)
@@ -389,6 +433,12 @@ def simulate(
     dimension, runs = _whole("dimension", dimension, 10, 10_000), _whole("runs", runs, 1, 10_000)
     seed, starts = _whole("seed", seed, 0, 2**32 - 1), _whole("starts", starts, 1, 100)
     sizes = _sizes(pre, fine, dimension, _whole("test_samples", test_samples, 1, 10**8))
+    if not isinstance(fine.recalibration, FixedScale):
+        from .solution import predict
+
+        # The b that the theory recommends, as a practitioner would take it.
+        b = float(predict(setting).finetuning["recalibration"])
+        setting = replace(setting, "finetuning.recalibration", b)
 
     memory = {} if memory is None else memory
     outcomes: list[tuple[dict, dict]] = []

@@ -9,6 +9,7 @@ import equinox as eqx
 import numpy as np
 
 from . import theory
+from .channel import LeastError
 from .errors import Code, SolveError, is_concrete, require_float64
 from .program import Program
 from .setting import Setting
@@ -18,7 +19,7 @@ _SUMMARY = {
     "pretraining": ("V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
                     "rank_fraction", "replicon"),
     "finetuning": ("v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
-                   "free_energy", "replicon", "double_well_share"),
+                   "recalibration", "free_energy", "replicon", "double_well_share"),
 }  # fmt: skip
 #: Error above which a solve that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
 _FLOOR_SHARE = 0.3
@@ -64,7 +65,10 @@ class Solution(eqx.Module):
 
     @property
     def effective_noise(self):
-        """Delta_eff = delta'/2 + Q0 - 2 M + Q (fresh inputs): all that LoRA sees of pre-training for the identity."""
+        """Delta_eff = Var(Y0 - b Z_W) on the fine-tuning inputs: all that LoRA sees of pre-training for the identity.
+
+        Fresh inputs: delta'/2 + Q0 - 2 b M + b^2 Q. For softmax on reused inputs, the formula of the identity.
+        """
         return self.finetuning["effective_noise"]
 
     @property
@@ -151,6 +155,11 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     and the derivative of a failed solve is NaN.
     """
     require_float64()
+    asked = setting
+    if isinstance(setting.finetuning.recalibration, LeastError):
+        from .design import with_best_scale  # which predicts at every step of its search
+
+        setting = with_best_scale(setting)
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
     numerics = setting.numerics.without_seed
@@ -158,7 +167,7 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     out = _finetune(numerics)(pre, fine, numerics, nodes, first)
     map_errors, errors = _quadrature_errors(pre, fine, numerics, nodes, out.solved)
     solution = Solution(
-        setting,
+        asked,
         out.pretraining,
         out.finetuning,
         {"pretraining": map_errors, "finetuning": errors},

@@ -41,7 +41,7 @@ replicas = 4
 PRETRAINING = {"V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error", "rank_fraction",
                "replicon"}  # fmt: skip
 FINETUNING = {"v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
-              "free_energy", "replicon", "double_well_share"}  # fmt: skip
+              "recalibration", "free_energy", "replicon", "double_well_share"}  # fmt: skip
 
 
 @pytest.fixture
