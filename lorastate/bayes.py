@@ -1,6 +1,6 @@
-"""Bayes-optimal pre-training: the best that any estimator of S* can do with the pre-training data.
+"""Bayes-optimal limits: the best that any estimator can do with the pre-training, and with the fine-tuning data.
 
-With the signal-to-noise of a free matrix S* observed through N = alpha D^2 noisy quadratic forms,
+Pre-training. With the signal-to-noise of a free matrix S* observed through N = alpha D^2 noisy quadratic forms,
 
     delta^2 = (Delta/2 + Q0 - Q) / (alpha n_eff),   Q = Q0 - MMSE(delta^2)
     MMSE(s) = s - (4 pi^2 / 3) s^2 int rho_s(x)^3 dx,   rho_s the density of S* + sqrt(s) Z
@@ -8,19 +8,39 @@ With the signal-to-noise of a free matrix S* observed through N = alpha D^2 nois
 n_eff = T (T+1) for the identity and T (T+1) - 2 for softmax, which hides the common shift of Z (arXiv:2509.24914). The
 noise is inside the activation, so the label reveals Y up to that and the formula is exact. No nodes: the integral is
 a spectral quadrature on each band.
+
+Fine-tuning on fresh inputs. With Delta_eff = Delta'/2 + Q0 - Q the label reveals
+R = P(chi* chi*^T + sqrt(Delta_eff) GOE), P = 1, or for softmax the projection orthogonal to 11^T. With
+chi* = omega + sqrt(s) g, omega ~ N(0, (1 - s) I), s = 1 - q,
+
+    q' = alpha' E |<chi> - omega|^2 / s^2,    q = q'/(1 + q'),
+    <.>: weights exp(-||P(R - chi chi^T)||_F^2 / (4 Delta_eff)) on chi = omega + sqrt(s) xi, xi ~ N(0, I)
+
+Among the stable solutions the one of largest free entropy counts,
+
+    (r - log(1 + r))/2 - r q/2 + alpha' E log E_xi exp(-||P(R - chi chi^T)||^2 / (4 Delta_eff)),    r = q/(1 - q)
+
+and the errors are those of the posterior mean of the label, E = E || sigma(Y1) - sigma(Y2) ||^2 / 2 with two
+independent draws from the posterior.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import brentq
 
 from . import spectrum
-from .errors import require_float64
+from .activation import Activation, Custom, Identity
+from .errors import Code, SettingError, SolveError, is_concrete, require_float64, succeeded
 from .fixed_point import Method, fixed_point
-from .setting import Pretraining
+from .quadrature import Nodes, gaussian_nodes
+from .setting import Finetuning, Pretraining, Setting
+from .symmetric import complement, to_matrix
 
 _SMALL = 1e-8  # delta^2 at which the noiseless problem is tested for perfect recovery
 
@@ -72,3 +92,208 @@ def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
     s, code = _solve(pre.kappa0, pre.delta, pre.alpha, n_eff)
     Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
     return BayesPretraining(Q, jnp.sqrt(Q / pre.Q0), s, code)
+
+
+# ---- fine-tuning -----------------------------------------------------------------------------------------------
+
+
+class BayesFinetuning(NamedTuple):
+    """`q` = E <w>.w*/D, `overlap` = sqrt(q), `effective_noise` Delta_eff, and the standard error of q."""
+
+    q: float
+    overlap: float
+    effective_noise: float
+    q_stderr: float
+
+
+_REPLICAS, _OUTER, _INNER = 8, 8192, 512
+
+
+def _posterior(log_s, noise, normal, weight, xi, tokens: int, shift: bool):
+    """(E |<xi>|^2, E log Z) at s for one replica of nodes: omega, g (T each), then the label noise."""
+    t, s = tokens, jnp.exp(log_s)
+    e = complement(tokens, shift)
+    g, n = normal[t : 2 * t], to_matrix(e.T @ normal[2 * t : 2 * t + len(e)])
+    teacher = jnp.sqrt(jnp.maximum(1 - s, 0.0)) * normal[:t] + jnp.sqrt(s) * g
+
+    def one(c, g, n):
+        # chi = c + d; D = chi chi^T - c c^T enters as ||P D||^2 - 2 sqrt(2 noise) <n, D>: exact also for small noise.
+        d = jnp.sqrt(s) * (xi - g)
+        along, size, sums = d @ c, jnp.sum(d * d, 1), jnp.sum(d, 1)
+        square = 2 * (c @ c) * size + 2 * along**2 + 4 * along * size + size**2
+        if shift:
+            square = square - (2 * jnp.sum(c) * sums + sums**2) ** 2 / t**2
+        cross = 2 * d @ (n @ c) + jnp.sum((d @ n) * d, 1)
+        log = (2 * jnp.sqrt(2 * noise) * cross - square) / (4 * noise)
+        top = jnp.max(log)
+        w = jnp.exp(log - top)
+        mean = w @ xi / jnp.sum(w)
+        return mean @ mean, top + jnp.log(jnp.mean(w))
+
+    size, log = jax.lax.map(lambda x: one(*x), (teacher.T, g.T, jnp.moveaxis(n, -1, 0)), batch_size=256)
+    return jnp.sum(weight * size), jnp.sum(weight * log)
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "shift"))
+def _response(log_s, noise, alpha, nodes: Nodes, xi, tokens: int, shift: bool):
+    """(log of the new s, free entropy without the part of s) for all replicas, (R,) each, at one log s."""
+
+    def one(x):
+        size, log = _posterior(log_s, noise, x[0], x[1], xi, tokens, shift)
+        return -jnp.log1p(alpha * size / jnp.exp(log_s)), alpha * log
+
+    return jax.lax.map(one, (jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)))
+
+
+def _nodes(tokens: int, shift: bool):
+    """Nodes of (omega, g, label noise), and samples (S, T) of xi that come in pairs of opposite sign."""
+    half = gaussian_nodes(tokens, _INNER, 2, 1).normal[0]
+    outer = gaussian_nodes(2 * tokens + len(complement(tokens, shift)), _OUTER, _REPLICAS, 0)
+    return outer, jnp.asarray(np.concatenate([half, -half], 1).T)
+
+
+def root_between(f, a: float, b: float, xtol: float = 1e-10) -> float:
+    """Root of a function that changes sign between a and b."""
+    found: Any = brentq(f, a, b, xtol=xtol)
+    return float(found)
+
+
+def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesFinetuning:
+    """Bayes-optimal limit of `fine` on fresh inputs with this Delta_eff (`lam` plays no part).
+
+    `fine` with tokens and activation filled in (`Setting.finetuning_resolved`). Outside of JAX transformations only.
+    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift.
+    """
+    require_float64()
+    t, shift = fine.tokens, _shift(fine.activation)
+    alpha, noise = float(fine.alpha), float(effective_noise)
+    if noise <= 1e-9:  # noiseless labels and a perfectly known map: any two samples settle w up to its sign
+        return BayesFinetuning(1.0, 1.0, max(noise, 0.0), 0.0)
+    nodes, xi = _nodes(t, shift)
+
+    def at(log_s):
+        new, log = (np.asarray(v) for v in _response(log_s, noise, alpha, nodes, xi, t, shift))
+        return new, log
+
+    def excess(log_s):
+        return float(np.log(np.mean(np.exp(at(log_s)[0])))) - log_s
+
+    low = np.log(1e-2 * min(1.0, noise / (4 * alpha * t)))
+    grid = np.concatenate([np.linspace(low, np.log(0.5), 10), np.log([0.7, 0.85, 0.95, 0.99])])
+    heights = [excess(x) for x in grid]
+    # A stable solution is where the new s passes s from above; q = 0 is one if it does so at the end.
+    solutions = [
+        root_between(excess, float(a), float(b))
+        for a, b, up, down in zip(grid, grid[1:], heights, heights[1:], strict=False)
+        if up > 0 >= down
+    ]
+    if heights[-1] > 0 or not solutions:
+        solutions.append(0.0)
+
+    def entropy(log_s):
+        q = 1 - np.exp(log_s)
+        r = q / (1 - q)
+        return (r - np.log1p(r)) / 2 - r * q / 2 + float(np.mean(at(log_s)[1]))
+
+    best = max(solutions, key=entropy) if len(solutions) > 1 else solutions[0]
+    if best == 0.0:
+        return BayesFinetuning(0.0, 0.0, noise, 0.0)
+    q, h = 1 - float(np.exp(best)), 1e-3
+    slope = (excess(best + h) - excess(best - h)) / (2 * h)
+    spread = float(np.std(at(best)[0], ddof=1) / np.sqrt(_REPLICAS)) / abs(slope)
+    return BayesFinetuning(q, float(np.sqrt(q)), noise, (1 - q) * spread)
+
+
+def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
+    """alpha'_c of the Bayes-optimal estimator: below it q = 0 is stable, and no better than nothing.
+
+    q' is proportional to alpha' at given q, so that alpha'_c = lim q / (q'/alpha') as q -> 0; no search is needed.
+    """
+    require_float64()
+    t, shift = fine.tokens, _shift(fine.activation)
+    nodes, xi = _nodes(t, shift)
+    q = 1e-3
+    new, _ = _response(np.log1p(-q), float(effective_noise), 1.0, nodes, xi, t, shift)
+    return q / float(np.mean(np.expm1(-np.asarray(new))))
+
+
+def _shift(activation: Activation) -> bool:
+    if isinstance(activation, Custom):
+        raise SettingError(
+            "the Bayes-optimal limit of an activation of your own is not known; allowed: softmax and identity"
+        )
+    return activation.forgets_shift
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "lora"))
+def _posterior_error(activation: Activation, norm, noise, q, nodes: Nodes, tokens: int, lora: bool):
+    """E || sigma(Y1) - sigma(Y2) ||^2 / 2 of every replica: Y = Z + sqrt(noise) GOE + chi chi^T given Z and omega."""
+    t = tokens
+
+    def one(x, weight):
+        scale = jnp.ones((t, 1)).at[0].set(jnp.sqrt(2.0))  # a row of a GOE field: its diagonal entry varies twice
+        z, first, second = (scale * x[k * t : (k + 1) * t] for k in range(3))
+        rows = []
+        for k, g in enumerate((first, second)):
+            y = jnp.sqrt(norm) * z + jnp.sqrt(noise) * g
+            if lora:
+                own = x[(4 + k) * t : (5 + k) * t]
+                chi = jnp.sqrt(q) * x[3 * t : 4 * t] + jnp.sqrt(jnp.maximum(1 - q, 0.0)) * own
+                y = y + chi[:1] * chi
+            rows.append(activation.row(y))
+        return t * jnp.sum(weight * jnp.sum((rows[0] - rows[1]) ** 2, 0)) / 2
+
+    return jax.lax.map(lambda n: one(*n), (jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)))
+
+
+def _error(activation, tokens, norm, noise, q=None) -> tuple[float, float]:
+    """(error, its standard error) for a map of size `norm`; `q` of fine-tuning, None for pre-training."""
+    if isinstance(activation, Identity):
+        lora = 0.0 if q is None else 1 - q**2
+        return (1 + 1 / tokens) * (noise + lora), 0.0
+    lora = q is not None
+    nodes = gaussian_nodes((6 if lora else 3) * tokens, 2**16, _REPLICAS, 2)
+    values = np.asarray(_posterior_error(activation, norm, noise, q if lora else 0.0, nodes, tokens, lora))
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(_REPLICAS))
+
+
+class BayesLimits(NamedTuple):
+    """{"pretraining": Q, overlap, test_error} and {"finetuning": q, overlap, test_error, effective_noise}, on fresh
+    inputs with noisy labels; and the quadrature standard errors under the same names."""
+
+    pretraining: dict[str, float]
+    finetuning: dict[str, float]
+    errors: dict[str, dict[str, float]]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Plain numbers for JSON."""
+        return {"pretraining": dict(self.pretraining), "finetuning": dict(self.finetuning)}
+
+
+def bayes_optimal(setting: Setting) -> BayesLimits:
+    """Bayes-optimal limits of both stages, E_BO and E'_BO included: below every trained model on fresh inputs.
+
+    Raises `SettingError` for activations of one's own and `SolveError` if pre-training cannot be solved.
+    """
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    for stage in (pre, fine):
+        _shift(stage.activation)
+    best = bayes_optimal_pretraining(pre)
+    if not is_concrete(best.code) or not succeeded(best.code):
+        raise SolveError("bayes_optimal", Code(int(best.code)))
+    Q, Q0 = float(best.Q), float(pre.Q0)
+    error, bar = _error(pre.activation, pre.tokens, Q, float(pre.delta) / 2 + Q0 - Q)
+    noise = float(fine.delta) / 2 + Q0 - Q
+    lora = bayes_optimal_finetuning(fine, noise)
+    below, lora_bar = _error(fine.activation, fine.tokens, Q, max(noise, 0.0), lora.q)
+    if lora.q_stderr:  # what the error of q does to E'
+        shifted, _ = _error(fine.activation, fine.tokens, Q, noise, lora.q - min(lora.q_stderr, lora.q))
+        lora_bar = float(np.hypot(lora_bar, shifted - below))
+    return BayesLimits(
+        {"Q": Q, "overlap": float(best.overlap), "test_error": error},
+        {"q": lora.q, "overlap": lora.overlap, "test_error": below, "effective_noise": noise},
+        {"pretraining": {"test_error": bar}, "finetuning": {"q": lora.q_stderr, "test_error": lora_bar}},
+    )

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,8 +88,12 @@ class Predict:
         from .setting_file import load_setting, setting_to_dict
 
         setting = load_setting(self.setting, self.set)
-        found = solution.predict(setting, throw=False)
+        with ThreadPoolExecutor(1) as pool:  # compiles beside the other
+            limits = pool.submit(_limits, setting)
+            found = solution.predict(setting, throw=False)
+            limits = limits.result()
         summary = found.summary()
+        summary["bayes_optimal"] = limits.summary() if limits else None
         if self.json:
             _print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
         found.require_ok()
@@ -96,6 +101,8 @@ class Predict:
             _say(_describe(setting))
             for stage in _TITLE:
                 _say(_prediction_table(stage, summary))
+            if limits:
+                _say(_limits_table(limits))
             _say(_status_line(summary["status"]))
             _say_if_unstable(summary)
             _say(_branch_line(found.branches))
@@ -546,6 +553,26 @@ def _prediction_table(stage: str, summary: Mapping[str, Any]) -> str:
         (name, _number(value), _bar(errors.get(name)), meaning.get(name, "")) for name, value in summary[stage].items()
     ]
     return _table((_TITLE[stage], "value", "+- quadrature", ""), rows)
+
+
+def _limits(setting: Setting) -> Any:
+    """Bayes-optimal limits; None where there is no formula (activations of one's own) or the solve failed."""
+    from .bayes import bayes_optimal
+    from .errors import SettingError, SolveError
+
+    try:
+        return bayes_optimal(setting)
+    except (SettingError, SolveError):
+        return None
+
+
+def _limits_table(limits: Any) -> str:
+    rows = [
+        (f"{stage} {name}", _number(value), _bar(limits.errors[stage].get(name)))
+        for stage, values in limits.summary().items()
+        for name, value in values.items()
+    ]
+    return _table(("Bayes-optimal, fresh inputs", "value", "+- quadrature"), rows)
 
 
 def _status_line(status: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import equinox as eqx
 import numpy as np
 
 from . import theory
+from .bayes import BayesLimits, bayes_optimal
 from .channel import LeastError
 from .errors import Code, SolveError, is_concrete, require_float64
 from .program import Program
@@ -92,6 +94,11 @@ class Solution(eqx.Module):
         c, pre = self.pretraining, self.setting.pretraining
         lam = pre.lam * pre.kappa**0.5
         return LearnedSpectrum(c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.kappa0)
+
+    @functools.cached_property
+    def bayes_optimal(self) -> BayesLimits:
+        """The best that any estimator can do with the same data, on fresh inputs: E_BO, E'_BO and the overlaps."""
+        return bayes_optimal(self.setting)
 
     def stderr(self, stage: str, name: str) -> float:
         """Quadrature standard error of a prediction, e.g. `stderr("finetuning", "test_error")`."""
