@@ -106,7 +106,7 @@ class BayesFinetuning(NamedTuple):
     q_stderr: float
 
 
-_REPLICAS, _OUTER, _INNER = 8, 8192, 512
+_REPLICAS, _OUTER, _INNER = 8, 4096, 256  # replicas, nodes, samples from the prior (and as many around the peaks)
 
 
 def _posterior(log_s, noise, normal, weight, xi, tokens: int, shift: bool):
@@ -114,24 +114,62 @@ def _posterior(log_s, noise, normal, weight, xi, tokens: int, shift: bool):
     t, s = tokens, jnp.exp(log_s)
     e = complement(tokens, shift)
     g, n = normal[t : 2 * t], to_matrix(e.T @ normal[2 * t : 2 * t + len(e)])
-    teacher = jnp.sqrt(jnp.maximum(1 - s, 0.0)) * normal[:t] + jnp.sqrt(s) * g
+    omega = jnp.sqrt(jnp.maximum(1 - s, 0.0)) * normal[:t]
+    teacher = omega + jnp.sqrt(s) * g
 
-    def one(c, g, n):
+    def one(c, omega, n):
+        # Importance sampling: half of the samples from the prior, half around the two peaks +c and -c of the posterior
+        # (its width there is known, and doubled in variance), weighted by the density of the mixture.
+        precision = (jnp.sum(c * c) * jnp.eye(t) + jnp.outer(c, c)) / noise + jnp.eye(t) / s
+        if shift:
+            precision = precision - 2 * jnp.sum(c) ** 2 / (t**2 * noise)
+        low = _cholesky(precision / 2)
+        around = _solve_transposed(low, xi[::2].T).T  # covariance 2 / precision
+        chi = jnp.concatenate([omega + jnp.sqrt(s) * xi, c + around, -c + around])
+        from_prior = -jnp.sum((chi - omega) ** 2, 1) / (2 * s) - t / 2 * jnp.log(s)
+        log_det = jnp.sum(jnp.log(jnp.diag(low)))
+
+        def peak(center):
+            return log_det - jnp.sum(((chi - center) @ low) ** 2, 1) / 2
+
+        log_mixture = jax.nn.logsumexp(
+            jnp.stack([from_prior + jnp.log(0.5), peak(c) + jnp.log(0.25), peak(-c) + jnp.log(0.25)]), 0
+        )
         # chi = c + d; D = chi chi^T - c c^T enters as ||P D||^2 - 2 sqrt(2 noise) <n, D>: exact also for small noise.
-        d = jnp.sqrt(s) * (xi - g)
+        d = chi - c
         along, size, sums = d @ c, jnp.sum(d * d, 1), jnp.sum(d, 1)
         square = 2 * (c @ c) * size + 2 * along**2 + 4 * along * size + size**2
         if shift:
             square = square - (2 * jnp.sum(c) * sums + sums**2) ** 2 / t**2
         cross = 2 * d @ (n @ c) + jnp.sum((d @ n) * d, 1)
-        log = (2 * jnp.sqrt(2 * noise) * cross - square) / (4 * noise)
+        log = (2 * jnp.sqrt(2 * noise) * cross - square) / (4 * noise) + from_prior - log_mixture
         top = jnp.max(log)
         w = jnp.exp(log - top)
-        mean = w @ xi / jnp.sum(w)
-        return mean @ mean, top + jnp.log(jnp.mean(w))
+        mean = w @ (chi - omega) / jnp.sum(w)
+        return mean @ mean / s, top + jnp.log(jnp.mean(w))
 
-    size, log = jax.lax.map(lambda x: one(*x), (teacher.T, g.T, jnp.moveaxis(n, -1, 0)), batch_size=256)
+    size, log = jax.lax.map(lambda x: one(*x), (teacher.T, omega.T, jnp.moveaxis(n, -1, 0)), batch_size=256)
     return jnp.sum(weight * size), jnp.sum(weight * log)
+
+
+def _cholesky(a):
+    """Lower triangular L with L L^T = a, for a few rows, without LAPACK."""
+    n = a.shape[0]
+    low: list[list[Any]] = [[jnp.zeros(())] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(i + 1):
+            rest = a[i, j] - sum((low[i][k] * low[j][k] for k in range(j)), jnp.zeros(()))
+            low[i][j] = jnp.sqrt(rest) if i == j else rest / low[j][j]
+    return jnp.stack([jnp.stack(row) for row in low])
+
+
+def _solve_transposed(low, b):
+    """x with L^T x = b."""
+    n = low.shape[0]
+    x: list[Any] = [None] * n
+    for i in reversed(range(n)):
+        x[i] = (b[i] - sum((low[k, i] * x[k] for k in range(i + 1, n)), jnp.zeros(()))) / low[i, i]
+    return jnp.stack(x)
 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "shift"))
@@ -147,9 +185,9 @@ def _response(log_s, noise, alpha, nodes: Nodes, xi, tokens: int, shift: bool):
 
 def _nodes(tokens: int, shift: bool):
     """Nodes of (omega, g, label noise), and samples (S, T) of xi that come in pairs of opposite sign."""
-    half = gaussian_nodes(tokens, _INNER, 2, 1).normal[0]
+    pairs = gaussian_nodes(tokens, 2 * _INNER, 2, 1).normal[0]
     outer = gaussian_nodes(2 * tokens + len(complement(tokens, shift)), _OUTER, _REPLICAS, 0)
-    return outer, jnp.asarray(np.concatenate([half, -half], 1).T)
+    return outer, jnp.asarray(pairs.T)
 
 
 def root_between(f, a: float, b: float, xtol: float = 1e-10) -> float:
@@ -255,7 +293,7 @@ def _error(activation, tokens, norm, noise, q=None) -> tuple[float, float]:
         lora = 0.0 if q is None else 1 - q**2
         return (1 + 1 / tokens) * (noise + lora), 0.0
     lora = q is not None
-    nodes = gaussian_nodes((6 if lora else 3) * tokens, 2**16, _REPLICAS, 2)
+    nodes = gaussian_nodes((6 if lora else 3) * tokens, 2**17, _REPLICAS, 2)
     values = np.asarray(_posterior_error(activation, norm, noise, q if lora else 0.0, nodes, tokens, lora))
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(_REPLICAS))
 

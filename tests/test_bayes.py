@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import theory
-from lorastate.bayes import bayes_optimal_pretraining, mmse
+from lorastate import bayes, theory
+from lorastate.bayes import bayes_optimal_finetuning, bayes_optimal_pretraining, mmse, weak_recovery_threshold
 from lorastate.order import decode
+from lorastate.quadrature import gaussian_nodes
+from lorastate.symmetric import complement, to_matrix
 
 
 def pre(**kw):
@@ -74,3 +76,78 @@ def test_derivative():
 
     slope = jax.grad(Q)(0.1)
     assert float(slope) == pytest.approx(float(Q(0.1 + 1e-6) - Q(0.1 - 1e-6)) / 2e-6, rel=1e-6)
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("q", [1e-3, 0.6])
+def test_posterior_averages_against_a_grid(q, shift):
+    t, noise, s = 2, 0.4, 1 - q
+    e = complement(t, shift)
+    x = np.random.default_rng(0).normal(size=(2 * t + len(e), 12))
+    _, xi = bayes._nodes(t, shift)
+    got = [
+        [float(v) for v in bayes._posterior(np.log(s), noise, x[:, [k]], np.ones(1), xi, t, shift)] for k in range(12)
+    ]
+    axis = np.linspace(-6, 6, 601)
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"))  # of chi
+    project = np.eye(4) - (np.full((4, 4), 0.25) if shift else 0)
+    want = []
+    for k in range(12):
+        omega = np.sqrt(q) * x[:t, k]
+        star = omega + np.sqrt(s) * x[t : 2 * t, k]
+        n = np.asarray(to_matrix(e.T @ x[2 * t :, k]))
+        gap = np.outer(star, star)[:, :, None, None] - grid[:, None] * grid[None]
+        R = project @ (gap.reshape(4, -1) + np.sqrt(2 * noise) * n.reshape(4, 1))
+        base = -np.sum((np.sqrt(2 * noise) * (project @ n.reshape(4))) ** 2)
+        log = -(np.sum(R**2, 0) + base) / (4 * noise)
+        prior = -np.sum((grid - omega[:, None, None]) ** 2, 0).ravel() / (2 * s)
+        w = np.exp(log + prior)
+        mean = (grid.reshape(2, -1) @ w) / w.sum()
+        want.append([np.sum((mean - omega) ** 2) / s, np.log(w.sum() * 0.02**2 / (2 * np.pi * s))])
+    got, want = np.array(got), np.array(want)
+    np.testing.assert_allclose(got[:, 0], want[:, 0], atol=0.03 * max(1.0, want[:, 0].max()))
+    np.testing.assert_allclose(got[:, 1], want[:, 1], atol=0.1)
+
+
+def test_bayes_optimal_is_below_every_trained_model():
+    for activation in ("identity", "softmax"):
+        pre = ls.Pretraining(0.1, 0.02, activation=activation, tokens=2)
+        limits = None
+        for fine in ({"lam": 0.2}, {"lam": 1.0, "recalibration": 0.8}, {"lam": 0.05}):
+            numerics = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
+            solution = ls.predict(ls.Setting(pre, ls.Finetuning(2.0, **fine), numerics))
+            limits = limits or solution.bayes_optimal
+            p, f = solution.pretraining, solution.finetuning
+            assert limits.pretraining["test_error"] < p["test_error"]
+            assert limits.finetuning["test_error"] < f["test_error"]
+            assert limits.finetuning["overlap"] > f["overlap"] and limits.pretraining["overlap"] > p["overlap"]
+            assert limits.finetuning["effective_noise"] < f["effective_noise"]
+
+
+def test_bayes_optimal_identity_error():
+    # Two draws from the posterior differ by what the closed form says.
+    sigma, noise, q, norm = ls.Identity(), 0.4, 0.7, 1.3
+    nodes = gaussian_nodes(18, 2**15, 8, 2)
+    got = np.asarray(bayes._posterior_error(sigma, norm, noise, q, nodes, 3, True))
+    want, _ = bayes._error(sigma, 3, norm, noise, q)
+    assert np.mean(got) == pytest.approx(want, abs=5 * float(np.std(got)) / 8**0.5)
+    assert want == pytest.approx(4 / 3 * (noise + 1 - q**2))
+
+
+def test_bayes_optimal_limits_of_much_and_no_data():
+    fine = ls.Finetuning(5.0, 1.0, delta=0.5, activation="identity", tokens=2)
+    assert bayes_optimal_finetuning(fine, 0.0).q == 1.0
+    assert bayes_optimal_finetuning(fine, 1e-4).q > 0.999
+    few = ls.Finetuning(0.01, 1.0, delta=0.5, activation="identity", tokens=2)
+    assert bayes_optimal_finetuning(few, 0.5).q == 0.0
+    threshold = weak_recovery_threshold(few, 0.5)
+    below, above = (
+        bayes_optimal_finetuning(ls.Finetuning(f * threshold, 1.0, delta=0.5, activation="identity", tokens=2), 0.5).q
+        for f in (0.9, 1.3)
+    )
+    assert below < 0.03 < above
+    with pytest.raises(ls.SettingError, match="activation of your own"):
+        bayes_optimal_finetuning(ls.Finetuning(1.0, 1.0, delta=0.5, activation=jnp.tanh, tokens=2), 0.5)

@@ -1,0 +1,172 @@
+"""Thresholds: where fine-tuning starts to recover w*, where its branches cross, where pre-training can interpolate.
+
+    alpha'_c       m = 0 is always a fixed point; d m_out / d m there grows with alpha' and passes one at alpha'_c
+    alpha_interp   J_1(d, 0) / (2 d n_eff),  d from  Q0 + Delta/2 = J(d, 0) - (d/2) J_1(d, 0),  J_1 = dJ/d delta
+
+All are roots found on the host. Source: arXiv:2606.05899, arXiv:2509.24914.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import finetuning as ft
+from . import spectrum, theory
+from .bayes import bayes_optimal_pretraining, root_between
+from .bayes import weak_recovery_threshold as bayes_threshold
+from .errors import Code, SettingError, SolveError, require_float64, succeeded
+from .fixed_point import Method, Stage, iterate
+from .order import decode, from_norm
+from .program import Program
+from .setting import Pretraining, Setting
+from .setting_file import replace
+from .solution import Solution, predict
+
+
+def interpolation_threshold(pre: Pretraining) -> float:
+    """alpha_interp: as lam -> 0 the training loss of pre-training vanishes below it, and V grows without bound.
+
+    n_eff = T (T+1), or T (T+1) - 2 for softmax, which forgets the common shift. Infinite where there is no solution.
+    """
+    require_float64()
+    kappa0, size = pre.kappa0, float(pre.label_size)
+
+    def slope(d):
+        return jax.grad(lambda x: spectrum.J(x, 0.0, kappa0))(d)
+
+    def excess(log_d):
+        d = jnp.exp(log_d)
+        return float(spectrum.J(d, 0.0, kappa0) - d / 2 * slope(d)) - size
+
+    # J - (d/2) J_1 = E[lambda_+ S*] is Q0 at d = 0 and grows with d.
+    low, high = np.log(1e-4), np.log(1e4)
+    if excess(low) > 0:
+        return float("inf")
+    d = jnp.exp(root_between(excess, low, high))
+    n_eff = pre.tokens * (pre.tokens + 1) - (2 if pre.activation.forgets_shift else 0)
+    return float(slope(d)) / (2 * float(d) * n_eff)
+
+
+def _at_rest(fine, frozen, numerics, nodes):
+    """The fixed point with m = 0, and d m_out / d m there."""
+    fine, frozen = jax.lax.stop_gradient((fine, frozen))
+    nodes = ft.prepare(fine, frozen, nodes)
+    method = Method(tolerance=1e-7, max_steps=numerics.max_steps, floor=5e-3, require_stable=False)
+    start = from_norm(jnp.array(0.3), jnp.array(0.0), jnp.array(0.5), ft.TEACHER_SIZE).encode()
+    stage = Stage.of(method, numerics.replicas)
+    point, jacobian, _ = iterate(
+        ft.state_evolution(fine, frozen, nodes), stage, False, start, jnp.zeros((3, 3)), ft.no_memory(fine, nodes)
+    )
+    return point, jacobian[1, 1]
+
+
+_solve_at_rest = Program(_at_rest, quick=True)
+
+
+def recovery_slope(setting: Setting, solution: Solution | None = None) -> float:
+    """d m_out / d m at the fixed point m = 0: above one w* is found from any start, below one m = 0 is stable."""
+    fine = setting.finetuning_resolved
+    first = solution or predict(setting, throw=False)
+    point, slope = _solve_at_rest(fine, _frozen_of(setting, first), *_numerics(setting))
+    if not bool(succeeded(point.code)):
+        raise SolveError("finetuning at m = 0", Code(int(point.code)), f"alpha = {float(fine.alpha):g}")
+    return float(slope)
+
+
+def _numerics(setting: Setting):
+    nodes = theory.node_sets(setting.pretraining, setting.finetuning_resolved, setting.numerics).finetuning
+    return setting.numerics.without_seed, nodes
+
+
+def _frozen_of(setting: Setting, solution: Solution):
+    pre, p = setting.pretraining, solution.pretraining
+    if not bool(succeeded(solution.status["pretraining"]["code"])):
+        raise SolveError("pretraining", Code(int(solution.status["pretraining"]["code"])))
+    order = from_norm(p["V"], p["M"], p["Q"], pre.label_size)
+    return setting.finetuning_resolved.inputs.freeze(pre, order)
+
+
+def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) -> float:
+    """alpha'_c of the trained update: the number of samples (per D) from which m = 0 is unstable.
+
+    Found by root finding on `recovery_slope` over alpha' (over the pool, on selected inputs) between 0.01 and 100.
+    Raises `SettingError` if the root is not in that range. `solution` of the same setting saves one solve.
+    """
+    first = solution or predict(setting, throw=False)
+    path = "finetuning.pool" if "pool" in setting.finetuning.inputs.options else "finetuning.alpha"
+    unit = float(getattr(setting.finetuning.inputs, "rho", 1.0))
+
+    def excess(log_alpha):
+        return np.log(max(recovery_slope(replace(setting, path, float(np.exp(log_alpha)) / unit), first), 1e-12))
+
+    # The slope grows with alpha': step outwards from the guess n_eff alpha' ~ 1 until it passes one.
+    low = high = np.log(0.3)
+    below = above = excess(low)
+    while below > 0 and low > np.log(0.01):
+        high, above = low, below
+        low -= 0.7
+        below = excess(low)
+    while above < 0 and high < np.log(100):
+        low, below = high, above
+        high += 0.7
+        above = excess(high)
+    if below > 0 or above < 0:
+        raise SettingError(
+            f"finetuning.alpha has no weak-recovery threshold between 0.01 and 100 (slope {np.exp(below):.3g} at "
+            f"{np.exp(low):.3g}); allowed: settings that have one"
+        )
+    return float(np.exp(root_between(excess, low, high, xtol=1e-4)))
+
+
+def bayes_recovery_threshold(setting: Setting) -> float:
+    """alpha'_c of the Bayes-optimal estimator on the Bayes-optimal map (fresh inputs)."""
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    return bayes_threshold(fine, float(fine.delta / 2 + pre.Q0 - bayes_optimal_pretraining(pre).Q))
+
+
+class BranchPair(NamedTuple):
+    """Both branches of fine-tuning: m, q, free energy and code of the informative and the small start."""
+
+    m: tuple[float, float]
+    q: tuple[float, float]
+    free_energy: tuple[float, float]
+    code: tuple[Code, Code]
+    distinct: bool
+
+
+def branches(solution: Solution) -> BranchPair:
+    """Both branches of a solution; they are distinct where the two starts lead to different solutions."""
+    b = solution.branches
+    orders = [decode(b.solution.x[k]) for k in (0, 1)]
+    m, q = ([float(v) for v in row] for row in zip(*((o.overlap, o.norm(1.0)) for o in orders), strict=True))
+    energy = [float(e) for e in b.free_energy]
+    codes = [Code(int(c)) for c in b.solution.code]
+    return BranchPair(_pair(m), _pair(q), _pair(energy), _pair(codes), abs(abs(m[0]) - abs(m[1])) > 1e-3)
+
+
+def _pair(values: list) -> Any:
+    return values[0], values[1]
+
+
+def branch_crossing(setting: Setting, alphas: Any = None) -> float | None:
+    """alpha' at which the free energies of two coexisting branches cross; None where they never coexist.
+
+    Looks on `alphas` (default: 9 values from 0.05 to 3), then closes in by root finding.
+    """
+    grid = np.geomspace(0.05, 3.0, 9) if alphas is None else np.asarray(alphas)
+
+    def difference(alpha):
+        pair = branches(predict(replace(setting, "finetuning.alpha", float(alpha)), throw=False))
+        return pair.free_energy[0] - pair.free_energy[1] if pair.distinct else np.nan
+
+    found = [(a, difference(a)) for a in grid]
+    both = [(a, d) for a, d in found if np.isfinite(d)]
+    for (a, up), (b, down) in itertools.pairwise(both):
+        if up * down < 0:
+            return root_between(lambda x: difference(x) if np.isfinite(difference(x)) else 0.0, a, b, xtol=1e-3)
+    return None

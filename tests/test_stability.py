@@ -1,0 +1,52 @@
+"""Thresholds against direct solves on both sides, closed forms and the response V."""
+
+import numpy as np
+import pytest
+
+import lorastate as ls
+from lorastate import stability
+from lorastate.setting_file import replace
+
+
+def setting(**fine):
+    return ls.Setting(
+        ls.Pretraining(alpha=0.1, lam=0.1, activation="identity", tokens=2),
+        ls.Finetuning(**{"alpha": 0.5, "lam": 0.5, **fine}),
+        ls.Numerics(nodes=1024, finetuning_nodes=4096, replicas=4),
+    )
+
+
+def test_weak_recovery_threshold_separates_direct_solves():
+    s = setting()
+    threshold = stability.weak_recovery_threshold(s)
+    below, above = (ls.predict(replace(s, "finetuning.alpha", f * threshold), throw=False) for f in (0.93, 1.07))
+    assert abs(float(below.finetuning["m"])) < 1e-4 < 0.05 < abs(float(above.finetuning["m"]))
+    assert stability.recovery_slope(replace(s, "finetuning.alpha", 0.93 * threshold)) < 1
+    # The Bayes-optimal estimator needs less.
+    assert stability.bayes_recovery_threshold(s) < threshold
+    pair = stability.branches(above)
+    assert pair.free_energy[0] <= pair.free_energy[1] + 1e-9  # the small start may stay at m = 0, which is unstable
+    assert stability.branch_crossing(s, [1.5 * threshold, 2 * threshold]) is None
+
+
+@pytest.mark.parametrize("kappa0", [0.5, 1.0])
+def test_interpolation_threshold_is_where_the_loss_lifts(kappa0):
+    def loss(factor, lam):
+        pre = ls.Pretraining(factor * threshold, lam, kappa0, activation="identity", tokens=2)
+        found = ls.predict(ls.Setting(pre, ls.Finetuning(1.0, 1.0), numerics), throw=False)
+        return float(found.pretraining["train_error"]), float(found.pretraining["V"])
+
+    numerics = ls.Numerics(nodes=256, finetuning_nodes=256, replicas=2)
+    threshold = stability.interpolation_threshold(ls.Pretraining(1.0, 1.0, kappa0, activation="identity", tokens=2))
+    (low, v), (smaller, larger) = loss(0.8, 1e-5), loss(0.8, 1e-6)
+    assert smaller < 0.02 * low and larger > 5 * v  # interpolates: the loss falls as lam^2, V grows as 1/lam
+    (high, v), (same, bounded) = loss(1.25, 1e-5), loss(1.25, 1e-6)
+    assert same == pytest.approx(high, rel=0.1) and bounded < 1.5 * v
+    softmax = stability.interpolation_threshold(ls.Pretraining(1.0, 1.0, kappa0, tokens=2))
+    assert softmax == pytest.approx(threshold * 6 / 4)  # T (T+1) against T (T+1) - 2
+
+
+def test_no_threshold_in_reach():
+    with pytest.raises(ls.SettingError, match="no weak-recovery threshold"):
+        stability.weak_recovery_threshold(setting(lam=1e4))
+    assert np.isfinite(stability.interpolation_threshold(setting().pretraining))
