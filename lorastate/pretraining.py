@@ -185,7 +185,11 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     return Map(image, jacobian)
 
 
-def start(pre: Pretraining):
-    """(V, M, Q) = (1, Q0/2, Q0/2), from which the damped iteration reaches the global minimiser's branch."""
-    half = pre.Q0 / 2
-    return from_norm(jnp.ones_like(half), half, half, pre.label_size).encode()
+def start(pre: Pretraining, weak_ridge: bool = False):
+    """(V, M, Q) = (1, Q0/2, Q0/2), from which the damped iteration reaches the global minimiser's branch.
+
+    With a weak ridge and fewer samples than the interpolation threshold V grows as 1/lam and that start can be too far:
+    then (0.1/lam, 0.9 Q0, 0.9 Q0).
+    """
+    share, V = (0.9, 0.1 / pre.lam) if weak_ridge else (0.5, jnp.ones_like(pre.lam))
+    return from_norm(V, share * pre.Q0, share * pre.Q0, pre.label_size).encode()

@@ -6,6 +6,7 @@ touch (`lorastate.solution`, `lorastate.design`) is a view of it. It is jitted o
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -73,21 +74,34 @@ class Solved(NamedTuple):
 
 
 def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None) -> Solved:
-    """Fixed point of pre-training (no derivative)."""
+    """Fixed point of pre-training (no derivative), from the usual start or, where that fails, that of weak ridges."""
     pre = jax.lax.stop_gradient(pre)
-    x0, jac0 = pt.start(pre), jnp.zeros((3, 3))
     if nodes is None:
-        method = Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps)
-        return Solved(*iterate(plain_map(pt.step, pre), Stage.of(method), True, x0, jac0, None))
-    fmap = pt.state_evolution(pre, nodes)
+        fmap, memory = plain_map(pt.step, pre), None
+        rules = [Stage.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))]
+    else:
+        fmap, memory = pt.state_evolution(pre, nodes), pt.no_inner(pre, nodes)
+        rules = _stages(numerics, 1e-4)
+    # The first stage twice, from either start; the second time only if the first has failed: NaN stops at once.
+    rules = _stacked([rules[0], *rules])
+    last = jnp.full(3, jnp.nan)  # goes on where the stage before ended
+    starts = jnp.stack([pt.start(pre), pt.start(pre, weak_ridge=True), last][: len(rules[0])])
+    index = jnp.arange(len(starts))
 
-    def stage(carry, rules):
-        point, jac, inner = iterate(fmap, rules, True, *carry)
-        return (point.x, jac, inner), point
+    def stage(carry, job):
+        x, solved, *kept = carry
+        rules, start, k = job
+        x0 = jnp.where(k < 2, jnp.where(solved, jnp.nan, start), x)
+        point, *found = iterate(fmap, rules, True, x0, *kept)
+        skip = (k == 1) & (solved | ~succeeded(point.code))
+        keep = functools.partial(jax.tree_util.tree_map, lambda a, b: jnp.where(skip, a, b))
+        return (keep(x, point.x), skip | succeeded(point.code), *keep(kept, found)), (point, skip)
 
-    carry, points = jax.lax.scan(stage, (x0, jac0, pt.no_inner(pre, nodes)), _stacked(_stages(numerics, 1e-4)))
-    last = jax.tree_util.tree_map(lambda a: a[-1], points)
-    return Solved(last._replace(steps=points.steps.sum()), carry[1], carry[2])
+    first = (starts[0], jnp.array(False), jnp.zeros((3, 3)), memory)
+    carry, (points, skipped) = jax.lax.scan(stage, first, (rules, starts, index))
+    taken = jnp.max(jnp.where(skipped, 0, index))
+    chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
+    return Solved(chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps))), carry[2], carry[3])
 
 
 def _stacked(trees):
