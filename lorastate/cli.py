@@ -1,4 +1,4 @@
-"""The command line: `lorastate predict | optimize | gradient | simulate | figure`.
+"""The command line: `lorastate predict | optimize | gradient | explain | simulate | figure`.
 
 Results go to stdout; messages and progress bars to stderr. Exit codes: 0 when the answer is right, 2 for bad
 input, 3 for a solve that failed. Whatever imports JAX is imported inside the commands: `--help` is fast.
@@ -217,6 +217,28 @@ class Gradient:
 
 
 @dataclass
+class Explain:
+    """One page about a setting: what LoRA sees of pre-training, what to change, how far it can be trusted."""
+
+    setting: _SettingPath
+    set: _Set = ()
+    json: _Json = False
+
+    def __call__(self) -> int:
+        from . import report
+        from .setting_file import load_setting
+
+        setting = load_setting(self.setting, self.set)
+        facts = report.explain(setting)
+        if self.json:
+            _print_json({**facts, "version": __version__})
+        else:
+            _say(_describe(setting))
+            _say(report.page(facts))
+        return 0
+
+
+@dataclass
 class Simulate:
     """Train the finite-size model and compare it with the theory."""
 
@@ -245,11 +267,11 @@ class Simulate:
 
 @dataclass
 class Figure:
-    """Reproduce a figure of arXiv:2606.05899."""
+    """Reproduce a figure of arXiv:2606.05899, or draw the learned spectrum or the phase diagram."""
 
-    number: Annotated[Positional[int], arg(metavar="NUMBER", help="Which figure: 1.")]
+    which: Annotated[Positional[str], arg(metavar="WHICH", help="1 to 6, spectrum, phase, or all.")]
     simulate: Annotated[bool, arg(help="Add finite-size simulations to the theory lines.")] = False
-    dimension: _Dimension = 150
+    dimension: Annotated[int | None, arg(help="D of the simulated model (150; 300 for the spectrum).")] = None
     runs: _Runs = 4
     out: Annotated[Path, arg(help="Directory for the figure.")] = Path("results")
 
@@ -257,18 +279,20 @@ class Figure:
         from . import figures
         from .errors import SettingError
 
-        if self.number != 1:
-            raise SettingError(f"figure {self.number} is not available; allowed: 1")
+        names = list(figures.FIGURES) if self.which == "all" else [self.which]
+        if not set(names) <= set(figures.FIGURES):
+            raise SettingError(f"figure {self.which} is not available; allowed: {', '.join(figures.FIGURES)}, all")
         if self.simulate:
-            _check_sizes(self.dimension, self.runs)
+            _check_sizes(150 if self.dimension is None else self.dimension, self.runs)
         out = _directory(self.out)
-        try:
-            written = figures.figure1(
-                out, simulate=self.simulate, dimension=self.dimension, runs=self.runs, progress=True
-            )
-        except OSError as error:
-            raise SettingError(_cannot_write(out, error)) from None
-        _say("written: " + ", ".join(str(path) for path in written))
+        for name in names:
+            usual = 300 if name == "spectrum" else 150
+            training = figures.Training(self.dimension or usual, self.runs) if self.simulate else None
+            try:
+                written = figures.FIGURES[name](out, training, progress=True)
+            except OSError as error:
+                raise SettingError(_cannot_write(out, error)) from None
+            _say("written: " + ", ".join(str(path) for path in written))
         return 0
 
 
@@ -276,6 +300,7 @@ _Command = (
     Annotated[Predict, subcommand("predict")]
     | Annotated[Optimize, subcommand("optimize")]
     | Annotated[Gradient, subcommand("gradient")]
+    | Annotated[Explain, subcommand("explain")]
     | Annotated[Simulate, subcommand("simulate")]
     | Annotated[Figure, subcommand("figure")]
 )

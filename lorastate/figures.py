@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ._version import __version__
+from .bayes import bayes_optimal
 from .errors import SolveError
 from .setting import Finetuning, Numerics, Pretraining, Setting
 from .setting_file import get, replace, setting_to_dict
@@ -57,7 +59,7 @@ def _scan(setting: Setting, path: str, values, names, bar=None) -> list[dict[str
     return rows
 
 
-def _line(axes, rows, path, name, color, label=None):
+def _line(axes, rows, path, name, color, label=None, mark=True, style="-"):
     x = np.array([r[path] for r in rows])
     y = np.array([np.nan if r[name] is None else r[name] for r in rows])
     e = np.array([0.0 if r[f"{name}_stderr"] is None else r[f"{name}_stderr"] for r in rows])
@@ -66,10 +68,10 @@ def _line(axes, rows, path, name, color, label=None):
     spread = unstable.copy()
     spread[1:] |= unstable[:-1]
     spread[:-1] |= unstable[1:]
-    axes.plot(x, np.where(unstable, np.nan, y), color=color, label=label, lw=1.8)
+    axes.plot(x, np.where(unstable, np.nan, y), color=color, label=label, lw=1.8, ls=style)
     axes.plot(x, np.where(spread, y, np.nan), color=color, lw=1.8, ls=":")
     axes.fill_between(x, y - e, y + e, color=color, alpha=0.2, lw=0)
-    if np.all(np.isnan(y)):
+    if np.all(np.isnan(y)) or not mark:
         return None
     k = int(np.nanargmin(y))
     inside = 0 < k < len(x) - 1
@@ -164,6 +166,297 @@ def _squares(axes, setting, grid, ridges, colors, dimension, runs, progress):
                      "runs": runs, "seed": 0}
                 )  # fmt: skip
     return found
+
+
+# ---- figures 2 to 6 --------------------------------------------------------------------------------------------
+
+#: Numerics of the figures: a quadrature error of about half a per cent.
+_NUMERICS = Numerics(nodes=8192, finetuning_nodes=16384, replicas=16)
+
+
+@dataclass
+class Curve:
+    """One theory line: predictions along `path`; `marked` are the values that a simulation is made at."""
+
+    label: str
+    setting: Setting
+    path: str
+    grid: np.ndarray
+    color: str
+    marked: tuple[float, ...] = ()
+    bayes: bool = False
+    style: str = "-"
+
+
+@dataclass
+class Training:
+    """How simulation markers are made."""
+
+    dimension: int = 150
+    runs: int = 4
+    memory: dict = field(default_factory=dict)
+
+
+def _draw(panels: dict[str, Any], curves: list[Curve], training: Training | None, progress: bool) -> list[dict]:
+    """Draws every curve into the panel of every prediction (name -> axes); returns the data."""
+    total = sum(len(c.grid) for c in curves)
+    bar = tqdm(total=total, desc="theory", unit="solve", disable=not progress)
+    data = []
+    for c in curves:
+        rows = _scan(c.setting, c.path, c.grid, tuple(panels), bar)
+        entry: dict[str, Any] = {"label": c.label, "setting": setting_to_dict(c.setting), "path": c.path, "rows": rows}
+        for name, axes in panels.items():
+            _line(axes, rows, c.path, name, c.color, c.label, mark=False, style=c.style)
+        if c.bayes:
+            entry["bayes_optimal"] = _bayes(panels, c, progress)
+        if training is not None and c.marked:
+            entry["simulation"] = _mark(panels, c, training, progress)
+        data.append(entry)
+    bar.close()
+    for axes in panels.values():
+        axes.legend(fontsize=7.5)
+    return data
+
+
+def _bayes(panels, c: Curve, progress: bool) -> list[dict]:
+    """Bayes-optimal limits along a curve, dashed."""
+    rows = []
+    for x in tqdm(c.grid, desc="Bayes-optimal", unit="solve", disable=not progress):
+        limits = bayes_optimal(replace(c.setting, c.path, float(x)))
+        rows.append(
+            {c.path: float(x), **limits.finetuning, "test_error_stderr": limits.errors["finetuning"]["test_error"]}
+        )
+    for name, axes in panels.items():
+        axes.plot(c.grid, [row[name] for row in rows], color=c.color, ls="--", lw=1.2)
+    return rows
+
+
+def _mark(panels, c: Curve, training: Training, progress: bool) -> list[dict]:
+    """Simulation markers with error bars; a training that did not converge is left out, never averaged."""
+    from .simulation import simulate
+
+    found = []
+    for x in tqdm(c.marked, desc="simulation", disable=not progress):
+        here = replace(c.setting, c.path, float(x))
+        result = simulate(here, dimension=training.dimension, runs=training.runs, memory=training.memory)
+        row: dict[str, Any] = {c.path: float(x), "dimension": training.dimension, "runs": training.runs, "seed": 0}
+        for name, axes in panels.items():
+            try:
+                mean, err = result.mean("finetuning", name), result.stderr("finetuning", name)
+            except SolveError:
+                continue
+            axes.errorbar(x, mean, err, fmt="s", ms=4.5, mfc="white", color=c.color, capsize=2)
+            row |= {name: mean, f"{name}_stderr": err if math.isfinite(err) else None}
+        found.append(row)
+    return found
+
+
+def _finish(figure, panels: dict[str, Any], out, name: str, xlabel: str, title: str, data, log: bool = True):
+    for key, axes in panels.items():
+        axes.set(xlabel=xlabel, ylabel=_LABELS[key])
+        if log:
+            axes.set_xscale("log")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    return _save(figure, Path(out), name, data)
+
+
+def _against_samples(number: int, activation: str, out, training, progress):
+    """E' and o_w against the fine-tuning data alpha', for three sizes of the pre-training set."""
+    grid, lam = np.geomspace(0.25, 10, 9), 0.02 if activation == "softmax" else 0.1
+    curves = [
+        Curve(
+            rf"$\alpha={alpha:g}$",
+            Setting(Pretraining(alpha, lam, activation=activation), Finetuning(1.0, 0.5), _NUMERICS),
+            "finetuning.alpha", grid, color, (1.0, 5.0), bayes=True,
+        )
+        for alpha, color in ((0.03, "C0"), (0.1, "C1"), (0.3, "C2"))
+    ]  # fmt: skip
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    panels = {"test_error": left, "overlap": right}
+    data = {"figure": number, "curves": _draw(panels, curves, training, progress)}
+    title = rf"{activation}, $T=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda={lam:g}$, $\lambda'=0.5$"
+    title += "; dashed: Bayes-optimal"
+    return _finish(figure, panels, out, f"figure{number}", r"fine-tuning data $\alpha'$", title, data)
+
+
+def figure2(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """What pre-training does to fine-tuning, softmax: E' and o_w against alpha', Bayes-optimal limits dashed."""
+    return _against_samples(2, "softmax", out, training, progress)
+
+
+def figure5(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Figure 2 for the rescaled identity."""
+    return _against_samples(5, "identity", out, training, progress)
+
+
+def figure3(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Fine-tuning inputs from the pre-training set against fresh ones: E' and o_w against lam, and where each is best."""
+    pre = Pretraining(0.2, 0.01, kappa0=0.5, tokens=2)
+    kinds = (("fresh", {}, "C0"), ("reused", {"inputs": "reused"}, "C1"))
+    curves = [
+        Curve(label, Setting(pre, Finetuning(3.0, 0.3, **kind), _NUMERICS), "pretraining.lam",
+              np.geomspace(2e-3, 0.5, 15), color, (0.01, 0.1))
+        for label, kind, color in kinds
+    ]  # fmt: skip
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    panels = {"test_error": left, "overlap": right}
+    data = {"figure": 3, "curves": _draw(panels, curves, training, progress)}
+    for (name, axes), best in zip(panels.items(), (np.nanargmin, np.nanargmax), strict=True):
+        for curve, (_, _, color) in zip(data["curves"], kinds, strict=True):
+            values = np.array([np.nan if r[name] is None else r[name] for r in curve["rows"]])
+            k = int(best(values))
+            if 0 < k < len(values) - 1:
+                axes.axvline(curve["rows"][k]["pretraining.lam"], color=color, ls="--", lw=0.8)
+    title = (
+        r"softmax, $T=2$, $\alpha=0.2$, $\alpha'=3$, $\kappa_0=0.5$, $\kappa=1$, $\Delta=0.5$, $\lambda'=0.3$; "
+        "dashed: least $E'$, largest $o_w$"
+    )
+    return _finish(figure, panels, out, "figure3", r"pre-training regularisation $\lambda$", title, data)
+
+
+def figure4(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Active fine-tuning: E' and o_w against lam' for selected inputs (solid) and uniform ones (dash-dotted)."""
+    pre, grid = Pretraining(0.1, 0.01, delta=0.0), np.geomspace(0.05, 2.0, 9)
+    curves = []
+    for rho, color in ((0.04, "C0"), (0.02, "C1"), (0.015, "C2")):
+        for label, kind, style in (
+            (rf"selected, $\rho={rho:g}$", Finetuning(None, 0.5, inputs="selected", rho=rho, pool=100.0), "-"),
+            (rf"uniform, $\alpha'={100 * rho:g}$", Finetuning(100 * rho, 0.5), "-."),
+        ):
+            marked = (0.2, 1.0) if style == "-" else ()
+            setting = Setting(pre, kind, _NUMERICS)
+            curves.append(Curve(label, setting, "finetuning.lam", grid, color, marked, style=style))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    panels = {"test_error": left, "overlap": right}
+    data = {"figure": 4, "curves": _draw(panels, curves, training, progress)}
+    title = (
+        r"softmax, $T=3$, $\alpha=0.1$, $\lambda=0.01$, $\Delta=0$, pool $\alpha'_{\rm pool}=100$, score $\|Z_W\|_F^2$"
+    )
+    return _finish(figure, panels, out, "figure4", r"fine-tuning regularisation $\lambda'$", title, data)
+
+
+def figure6(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Recalibration of the frozen map, Z_W -> b Z_W: E' against b (left), and against lam with and without (right)."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    base = {
+        name: Setting(Pretraining(0.1, 0.1, activation=name), Finetuning(3.0, 0.5), _NUMERICS)
+        for name in ("softmax", "identity")
+    }
+    left = [
+        Curve(name, setting, "finetuning.recalibration", np.linspace(0.2, 2.0, 13), color, (0.6, 1.4))
+        for (name, setting), color in zip(base.items(), ("C0", "C1"), strict=True)
+    ]
+    data = {"figure": 6, "against_b": _draw({"test_error": axes[0]}, left, training, progress)}
+    for curve, row in zip(left, data["against_b"], strict=True):
+        noise = predict(replace(curve.setting, curve.path, "noise"), throw=False)
+        row["least_noise"] = {"b": float(noise.finetuning["recalibration"]), "test_error": float(noise.test_error)}
+        axes[0].plot(*row["least_noise"].values(), "*", color=curve.color, ms=12)
+    axes[0].axvline(1.0, color="0.6", lw=0.8)
+    right = [
+        Curve(f"{name}, {label}", replace(setting, "finetuning.recalibration", b), "pretraining.lam",
+              np.geomspace(0.01, 0.5, 9), color, (0.1,) if b == 1.0 else (), style=style)
+        for (name, setting), color in zip(base.items(), ("C0", "C1"), strict=True)
+        for label, b, style in (("$b=1$", 1.0, "-"), ("$b=M/Q$", "noise", "-."))
+    ]  # fmt: skip
+    data["against_lam"] = _draw({"test_error": axes[1]}, right, training, progress)
+    axes[0].set(xlabel="factor $b$ on the frozen map (star: $M/Q$)", ylabel="$E'$")
+    axes[1].set(xlabel=r"pre-training regularisation $\lambda$", ylabel="$E'$", xscale="log")
+    figure.suptitle(
+        r"$T=3$, $\alpha=0.1$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda'=0.5$; left: $\lambda=0.1$",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    return _save(figure, Path(out), "figure6", data)
+
+
+def spectrum(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Predicted density of the learned map, over the eigenvalues of trained ones (D = 300 or as asked)."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8))
+    data: dict[str, Any] = {"figure": "spectrum", "panels": []}
+    for axes, (name, lam) in zip(panels, (("identity", 0.1), ("softmax", 0.01)), strict=True):
+        setting = Setting(Pretraining(0.1, lam, activation=name), Finetuning(3.0, 0.5), _NUMERICS)
+        law = predict(setting).spectrum
+        edges = np.asarray(law.edges)
+        x = np.linspace(1e-3, float(np.nanmax(edges)) * 1.05, 300)
+        density = np.asarray(law.density(x))
+        panel: dict[str, Any] = {
+            "setting": setting_to_dict(setting), "x": x.tolist(), "density": density.tolist(),
+            "atom": float(law.atom), "moments": [float(law.moment1), float(law.moment2)],
+        }  # fmt: skip
+        axes.plot(x, density, "k", lw=1.8, label=f"theory, atom at 0: {float(law.atom):.3f}")
+        if training is not None:
+            from .simulation import simulate
+
+            found = simulate(setting, dimension=training.dimension, runs=training.runs, progress=progress)
+            values = found.eigenvalues.ravel()
+            zero = np.mean(values < 1e-3 * values.max())
+            panel["simulation"] = {"dimension": training.dimension, "runs": training.runs, "seed": 0,
+                                   "atom": float(zero), "moments": [float(values.mean()), float(np.mean(values**2))]}  # fmt: skip
+            shown = values[values > 1e-3 * values.max()]
+            axes.hist(shown, bins=40, weights=np.full(len(shown), 1 / len(values) / ((shown.max() - shown.min()) / 40)),
+                      color="C0", alpha=0.45, label=f"trained, D = {training.dimension}, atom {zero:.3f}")  # fmt: skip
+        axes.set(xlabel="eigenvalue of $S$", ylabel="density", title=rf"{name}, $\lambda={lam:g}$", ylim=(0, None))
+        axes.legend(fontsize=8)
+        data["panels"].append(panel)
+    figure.suptitle(r"$T=3$, $\alpha=0.1$, $\kappa_0=\kappa=1$, $\Delta=0.5$", fontsize=9)
+    figure.tight_layout()
+    return _save(figure, Path(out), "spectrum", data)
+
+
+def phase(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """o_w over alpha' and Delta_eff, identity (which sees the channel through Delta_eff alone); thresholds overlaid."""
+    from .bayes import weak_recovery_threshold as bayes_threshold
+    from .stability import weak_recovery_threshold
+
+    numerics = Numerics(nodes=1024, finetuning_nodes=4096, replicas=8)
+    base = Setting(Pretraining(0.3, 0.05, activation="identity", delta=0.01), Finetuning(1.0, 0.5, delta=0.0), numerics)
+    gap = float(predict(base).effective_noise)
+    noises, alphas = gap + np.geomspace(0.05, 4.0, 9), np.geomspace(0.08, 3.0, 13)
+    overlaps = np.full((len(noises), len(alphas)), np.nan)
+    learned, best = [], []
+    bar = tqdm(total=overlaps.size, desc="theory", unit="solve", disable=not progress)
+    for i, noise in enumerate(noises):
+        here = replace(base, "finetuning.delta", 2 * float(noise - gap))
+        for j, alpha in enumerate(alphas):
+            solution = predict(replace(here, "finetuning.alpha", float(alpha)), throw=False)
+            if solution.ok:
+                value = float(solution.finetuning["overlap"])
+                overlaps[i, j] = abs(value) if math.isfinite(value) else 0.0
+            bar.update()
+        if i % 2 == 0:
+            learned.append((float(noise), weak_recovery_threshold(here)))
+            best.append((float(noise), bayes_threshold(here.finetuning_resolved, float(noise))))
+    bar.close()
+    figure, axes = plt.subplots(figsize=(6.2, 4.4))
+    mesh = axes.pcolormesh(alphas, noises, overlaps, shading="gouraud", cmap="viridis", vmin=0, vmax=1)
+    figure.colorbar(mesh, label="$o_w$")
+    for rows, style, label in (
+        (learned, "w-", "weak recovery, trained"),
+        (best, "w--", "weak recovery, Bayes-optimal"),
+    ):
+        axes.plot([r[1] for r in rows], [r[0] for r in rows], style, lw=1.6, label=label)
+    axes.set(xscale="log", xlabel=r"fine-tuning data $\alpha'$", ylabel=r"$\Delta_{\rm eff}$",
+             xlim=(alphas[0], alphas[-1]), ylim=(noises[0], noises[-1]),
+             title=r"identity, $T=3$, $\lambda'=0.5$")  # fmt: skip
+    axes.legend(fontsize=8, loc="upper right", facecolor="0.4", labelcolor="w")
+    figure.tight_layout()
+    data = {
+        "figure": "phase", "setting": setting_to_dict(base), "alpha": alphas.tolist(), "effective_noise": noises.tolist(),
+        "overlap": [[None if np.isnan(v) else float(v) for v in row] for row in overlaps],
+        "weak_recovery": learned, "weak_recovery_bayes_optimal": best,
+    }  # fmt: skip
+    return _save(figure, Path(out), "phase", data)
+
+
+#: Figures by name; each takes (out, training, progress).
+FIGURES: dict[str, Any] = {
+    "1": lambda out, training=None, progress=True: figure1(
+        out, training is not None, progress=progress, **({} if training is None else
+        {"dimension": training.dimension, "runs": training.runs})
+    ),
+    "2": figure2, "3": figure3, "4": figure4, "5": figure5, "6": figure6, "spectrum": spectrum, "phase": phase,
+}  # fmt: skip
 
 
 def optimization(optimum, out: Path | str, simulation=None, points: int = 21) -> list[Path]:

@@ -72,7 +72,7 @@ def recovery_slope(setting: Setting, solution: Solution | None = None) -> float:
     """d m_out / d m at the fixed point m = 0: above one w* is found from any start, below one m = 0 is stable."""
     fine = setting.finetuning_resolved
     first = solution or predict(setting, throw=False)
-    point, slope = _solve_at_rest(fine, _frozen_of(setting, first), *_numerics(setting))
+    point, slope = _solve_at_rest(fine, frozen_map(first, setting), *_numerics(setting))
     if not bool(succeeded(point.code)):
         raise SolveError("finetuning at m = 0", Code(int(point.code)), f"alpha = {float(fine.alpha):g}")
     return float(slope)
@@ -83,7 +83,9 @@ def _numerics(setting: Setting):
     return setting.numerics.without_seed, nodes
 
 
-def _frozen_of(setting: Setting, solution: Solution):
+def frozen_map(solution: Solution, setting: Setting | None = None):
+    """The frozen map of a solution, as the fine-tuning inputs of `setting` (default: its own) see it."""
+    setting = setting or solution.setting
     pre, p = setting.pretraining, solution.pretraining
     if not bool(succeeded(solution.status["pretraining"]["code"])):
         raise SolveError("pretraining", Code(int(solution.status["pretraining"]["code"])))

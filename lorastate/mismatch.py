@@ -1,0 +1,122 @@
+"""The mismatch regime: the ridge lam that is best for the test error is not the one that is best for the overlap.
+
+On reused inputs the overlap o_w follows the reduced noise of training inputs while E' pays that of fresh ones. The
+disagreement is  log(lam_o / lam_E),  lam_E = argmin E', lam_o = argmax o_w; by the implicit function theorem
+
+    d log lam_E / d theta = - (d2 E' / d log lam d theta) / (d2 E' / d log lam^2)
+
+where second derivatives are central differences of exact gradients along log lam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from .design import gradient, optimize
+from .errors import Code, SettingError, SolveError
+from .setting import Setting
+from .setting_file import continuous_fields, get, replace
+
+_LAM = "pretraining.lam"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where E' is least (`lam_error`) and where o_w is largest (`lam_overlap`), at the setting's other inputs.
+
+    `disagreement` = log(lam_overlap / lam_error); `price` = E' at `lam_overlap` less the least E'; `slopes` =
+    d disagreement / d log of each field of `over`.
+    """
+
+    setting: Setting
+    lam_error: float
+    lam_overlap: float
+    disagreement: float
+    price: float
+    slopes: dict[str, float]
+    path: list[dict[str, float]] = field(default_factory=list)
+
+
+def _best(setting: Setting, objective: str, over: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """lam at the optimum and d log lam / d log field for the fields of `over`."""
+    found = optimize(setting, over=(_LAM,), minimize=objective, tolerance=1e-6)
+    if not found.converged:
+        raise SolveError("mismatch", Code.stalled, f"no best lam for {objective}: {found.message}")
+    lam, h = float(found.setting.pretraining.lam), 0.02
+
+    def slope(x, paths):
+        here = replace(found.setting, _LAM, lam * math.exp(x))
+        slopes = gradient(here, of=objective)[1]
+        return np.array([slopes[p] * float(get(here, p)) for p in paths])
+
+    paths = (_LAM, *over)
+    # d (d objective / d log field) / d log lam; its first entry is the curvature.
+    mixed = (slope(h, paths) - slope(-h, paths)) / (2 * h)
+    return lam, dict(zip(over, -mixed[1:] / mixed[0], strict=True))
+
+
+def mismatch(setting: Setting, over: Sequence[str] = ()) -> Mismatch:
+    """The two best lam of a setting, and how their disagreement changes with the fields of `over`.
+
+    Raises `SettingError` for unknown fields and `SolveError` where one of the two has no interior optimum.
+    """
+    known = continuous_fields(setting)
+    for path in over:
+        if path not in known or path == _LAM:
+            allowed = ", ".join(p for p in known if p != _LAM)
+            raise SettingError(f"over = {path!r} is not a continuous field beside {_LAM}; allowed: {allowed}")
+    lam_error, by_error = _best(setting, "test_error", over)
+    lam_overlap, by_overlap = _best(setting, "overlap", over)
+    errors = [gradient(replace(setting, _LAM, lam))[0] for lam in (lam_overlap, lam_error)]
+    slopes = {path: by_overlap[path] - by_error[path] for path in over}
+    return Mismatch(setting, lam_error, lam_overlap, math.log(lam_overlap / lam_error), errors[0] - errors[1], slopes)
+
+
+def find_mismatch(
+    setting: Setting, over: Sequence[str] = ("pretraining.delta", "finetuning.alpha"), steps: int = 8,
+    reach: float = 1.5, progress: bool = False,
+) -> Mismatch:  # fmt: skip
+    """Goes by gradient ascent to where the two best lam disagree most, within a factor e^reach of the start.
+
+    Each step follows d |disagreement| / d log field, at most 0.5 in any field, halved while it does not help. Returns
+    the best `Mismatch`, its `path` with every accepted one.
+    """
+    start = np.log([float(get(setting, p)) for p in over])
+    current = mismatch(setting, over)
+    path = [_row(current, over)]
+    for _ in tqdm(range(steps), desc="ascent", disable=not progress):
+        u = np.log([float(get(current.setting, p)) for p in over])
+        direction = np.sign(current.disagreement) * np.array([current.slopes[p] for p in over])
+        if np.max(np.abs(direction)) < 1e-3:
+            break
+        length = 0.5 / np.max(np.abs(direction))
+        better = None
+        for _ in range(4):
+            trial = np.clip(u + length * direction, start - reach, start + reach)
+            here = setting
+            for p, x in zip(over, trial, strict=True):
+                here = replace(here, p, float(np.exp(x)))
+            try:
+                found = mismatch(here, over)
+            except SolveError:
+                found = None
+            if found is not None and abs(found.disagreement) > abs(current.disagreement) + 1e-6:
+                better = found
+                break
+            length /= 2
+        if better is None:
+            break
+        current = better
+        path.append(_row(current, over))
+    return Mismatch(**{**vars(current), "path": path})
+
+
+def _row(found: Mismatch, over: Sequence[str]) -> dict[str, float]:
+    fields = {p: float(get(found.setting, p)) for p in over}
+    return {**fields, "lam_error": found.lam_error, "lam_overlap": found.lam_overlap,
+            "disagreement": found.disagreement, "price": found.price}  # fmt: skip

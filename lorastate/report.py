@@ -1,0 +1,185 @@
+"""One readable page about a setting: what LoRA sees of pre-training, what to change, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from . import stability
+from .bayes import bayes_optimal
+from .errors import SettingError, SolveError
+from .setting import Setting
+from .setting_file import replace, setting_to_dict
+from .solution import Solution, predict
+
+_OBJECTIVES: dict[str, Callable[[Solution], Any]] = {
+    "effective_noise": lambda s: s.effective_noise,
+    "pretraining_test_error": lambda s: s.pretraining["test_error"],
+    "test_error": lambda s: s.test_error,
+    "overlap": lambda s: -abs(s.overlap),
+}
+
+
+def noise_decomposition(solution: Solution) -> dict[str, float]:
+    """Delta_eff = (what Z_W cannot explain of Y0, label noise apart) + label noise + miscalibration.
+
+    With yy, yz, zz the second moments of (Y0, Z_W): label noise delta'/2; unexplained yy - yz^2/zz - delta'/2 (on
+    fresh inputs Q0 - M^2/Q); miscalibration zz (b - yz/zz)^2, which the best b = yz/zz (M/Q) takes away.
+    """
+    fine, frozen = solution.setting.finetuning_resolved, stability.frozen_map(solution)
+    moments, b = fine.moments(frozen), float(solution.finetuning["recalibration"])
+    yy, yz, zz = (float(v) for v in moments)
+    best = float(moments.best_scale) if zz > 1e-12 else 1.0
+    # Reused labels keep their noise, part of which Z_W has learned: what is left of it is not told apart.
+    label = 0.0 if fine.inputs.keeps_noise else float(fine.delta) / 2
+    return {
+        "label_noise": label,
+        "unexplained": yy - best * yz - label,
+        "miscalibration": zz * (b - best) ** 2,
+        "total": float(moments.effective_noise(b)),
+        "best_scale": best,
+    }
+
+
+def best_ridges(setting: Setting) -> dict[str, float | None]:
+    """lam that minimises Delta_eff, E, E' and -o_w, all else as in the setting; None where it runs out of range.
+
+    A grid over two and a half decades around the setting's lam, then Brent's method in the bracket.
+    """
+    memory: dict[float, Solution] = {}
+
+    def at(log_lam: float) -> Solution:
+        if log_lam not in memory:
+            memory[log_lam] = predict(replace(setting, "pretraining.lam", float(np.exp(log_lam))), throw=False)
+        return memory[log_lam]
+
+    center = float(np.log(float(setting.pretraining.lam)))
+    grid = center + np.linspace(-3.0, 3.0, 11)
+    out: dict[str, float | None] = {}
+    for name, value in _OBJECTIVES.items():
+
+        def f(x, value=value):
+            solution = at(float(x))
+            return float(value(solution)) if solution.ok else np.inf
+
+        heights = [f(x) for x in grid]
+        k = int(np.argmin(np.where(np.isfinite(heights), heights, np.inf)))
+        if not 0 < k < len(grid) - 1 or not np.isfinite(heights[k]):
+            out[name] = None
+            continue
+        found: Any = minimize_scalar(f, bracket=tuple(grid[k - 1 : k + 2]), method="brent", options={"xtol": 1e-3})
+        out[name] = float(np.exp(found.x))
+    return out
+
+
+def explain(setting: Setting) -> dict[str, Any]:
+    """Everything that `lorastate explain` prints, as plain numbers; None where something does not exist here."""
+    solution = predict(setting)
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+
+    def attempt(f: Callable[[], Any]) -> Any:
+        try:
+            value = f()
+        except (SettingError, SolveError):
+            return None
+        return value if not isinstance(value, float) or np.isfinite(value) else None
+
+    ridges = best_ridges(setting)
+    scales = {"effective_noise": noise_decomposition(solution)["best_scale"]}
+    scales["test_error"] = attempt(
+        lambda: float(predict(replace(setting, "finetuning.recalibration", "error")).finetuning["recalibration"])
+    )
+    pair = stability.branches(solution)
+    limits = attempt(lambda: bayes_optimal(setting))
+    return {
+        "setting": setting_to_dict(setting),
+        "predictions": solution.summary(),
+        "decomposition": noise_decomposition(solution),
+        "best_lam": ridges,
+        "best_scale": scales,
+        "bayes_optimal": limits.summary() if limits else None,
+        "stability": {
+            "replicon": {s: solution.summary()[s]["replicon"] for s in ("pretraining", "finetuning")},
+            "interpolation_threshold": attempt(lambda: stability.interpolation_threshold(pre)),
+            "weak_recovery_threshold": attempt(lambda: stability.weak_recovery_threshold(setting, solution)),
+            "weak_recovery_threshold_bayes_optimal": attempt(lambda: stability.bayes_recovery_threshold(setting)),
+            "branches": {"m": pair.m, "free_energy": pair.free_energy, "distinct": pair.distinct},
+        },
+        "alpha": {"pretraining": float(pre.alpha), "finetuning": float(fine.alpha)},
+    }
+
+
+def page(facts: dict[str, Any]) -> str:
+    """`explain` as text."""
+    f, d, r, s = facts["predictions"]["finetuning"], facts["decomposition"], facts["best_lam"], facts["stability"]
+
+    def show(x, digits=4):
+        return "out of range" if x is None else f"{x:.{digits}g}"
+
+    lam = facts["setting"]["pretraining"]["lam"]
+    names = {
+        "effective_noise": "Delta_eff",
+        "pretraining_test_error": "E",
+        "test_error": "E'",
+        "overlap": "o_w (largest)",
+    }
+    lines = [
+        "What LoRA sees of pre-training",
+        f"  Delta_eff = {show(d['total'])} on {facts['setting']['finetuning']['inputs']} inputs, b = {f['recalibration']:g}",
+        f"    label noise      {show(d['label_noise'])}",
+        f"    not explained    {show(d['unexplained'])}",
+        f"    miscalibration   {show(d['miscalibration'])}   (none at b = {show(d['best_scale'])})",
+        f"  E' = {show(f['test_error'])} (without the update {show(f['test_error_frozen'])}), o_w = {show(f['overlap'])}",
+        "",
+        f"Which lambda is best, all else as it is (now {lam:g})",
+        *(f"  for {title:<14} lambda = {show(r[name])}" for name, title in names.items()),
+        "  " + _verdict(r),
+        "",
+        "Which factor b on the frozen map is best",
+        f"  for Delta_eff  b = {show(facts['best_scale']['effective_noise'])}",
+        f"  for E'         b = {show(facts['best_scale']['test_error'])}",
+        "",
+        "How far from the best possible (fresh inputs)",
+    ]
+    limits = facts["bayes_optimal"]
+    if limits is None:
+        lines.append("  not known for this activation")
+    else:
+        p = facts["predictions"]["pretraining"]
+        lines += [
+            f"  E   {show(p['test_error'])}, Bayes-optimal {show(limits['pretraining']['test_error'])}",
+            f"  E'  {show(f['test_error'])}, Bayes-optimal {show(limits['finetuning']['test_error'])}",
+        ]
+    alpha = facts["alpha"]
+    lines += [
+        "",
+        "Stability and thresholds",
+        f"  replicon (stable below 1): pre-training {show(s['replicon']['pretraining'])}, "
+        f"fine-tuning {show(s['replicon']['finetuning'])}",
+        f"  pre-training interpolates (lambda -> 0) below alpha = {show(s['interpolation_threshold'])}; "
+        f"here {alpha['pretraining']:g}",
+        f"  m = 0 is unstable from alpha' = {show(s['weak_recovery_threshold'])} "
+        f"(Bayes-optimal {show(s['weak_recovery_threshold_bayes_optimal'])}); here {alpha['finetuning']:g}",
+        "  " + _branches(s["branches"]),
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(ridges: dict[str, float | None]) -> str:
+    known = [x for x in ridges.values() if x is not None]
+    if len(known) < 2:
+        return "No two of them have an optimum within reach."
+    spread = max(known) / min(known)
+    if spread < 1.1:
+        return "They agree within 10 %: minimising Delta_eff is the right prescription here."
+    return f"They differ by up to a factor {spread:.2g}: minimising Delta_eff is not all that counts here."
+
+
+def _branches(branches: dict[str, Any]) -> str:
+    if not branches["distinct"]:
+        return "one branch: both starts lead to the same solution"
+    (a, b), (e, g) = branches["m"], branches["free_energy"]
+    return f"two branches: m = {a:.4g} (free energy {e:.6g}) and m = {b:.4g} ({g:.6g}); the lower one counts"
