@@ -22,7 +22,7 @@ _HOME = {
     "Solution": "solution", "predict": "solution",
     "explain": "report", "noise_decomposition": "report",
     "weak_recovery_threshold": "stability", "interpolation_threshold": "stability", "branches": "stability",
-    "mismatch": "mismatch", "find_mismatch": "mismatch", "Mismatch": "mismatch",
+    "measure_mismatch": "mismatch", "find_mismatch": "mismatch", "Mismatch": "mismatch",
     "gradient": "design", "optimize": "design", "Optimum": "design",
     "Simulation": "simulation", "simulate": "simulation", "SimulationInterrupted": "simulation",
     "SettingError": "errors", "SolveError": "errors", "Code": "errors",

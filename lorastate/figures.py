@@ -291,7 +291,7 @@ def figure5(out, training: Training | None = None, progress: bool = True) -> lis
 
 
 def figure3(out, training: Training | None = None, progress: bool = True) -> list[Path]:
-    """Fine-tuning inputs from the pre-training set against fresh ones: E' and o_w against lam, and where each is best."""
+    """Fine-tuning inputs from the pre-training set against fresh ones: E' and o_w against lam, best values dashed."""
     pre = Pretraining(0.2, 0.01, kappa0=0.5, tokens=2)
     kinds = (("fresh", {}, "C0"), ("reused", {"inputs": "reused"}, "C1"))
     curves = [
@@ -392,7 +392,8 @@ def spectrum(out, training: Training | None = None, progress: bool = True) -> li
             values = found.eigenvalues.ravel()
             zero = np.mean(values < 1e-3 * values.max())
             panel["simulation"] = {"dimension": training.dimension, "runs": training.runs, "seed": 0,
-                                   "atom": float(zero), "moments": [float(values.mean()), float(np.mean(values**2))]}  # fmt: skip
+                                   "atom": float(zero),
+                                   "moments": [float(values.mean()), float(np.mean(values**2))]}  # fmt: skip
             shown = values[values > 1e-3 * values.max()]
             axes.hist(shown, bins=40, weights=np.full(len(shown), 1 / len(values) / ((shown.max() - shown.min()) / 40)),
                       color="C0", alpha=0.45, label=f"trained, D = {training.dimension}, atom {zero:.3f}")  # fmt: skip
@@ -442,7 +443,8 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     axes.legend(fontsize=8, loc="upper right", facecolor="0.4", labelcolor="w")
     figure.tight_layout()
     data = {
-        "figure": "phase", "setting": setting_to_dict(base), "alpha": alphas.tolist(), "effective_noise": noises.tolist(),
+        "figure": "phase", "setting": setting_to_dict(base), "alpha": alphas.tolist(),
+        "effective_noise": noises.tolist(),
         "overlap": [[None if np.isnan(v) else float(v) for v in row] for row in overlaps],
         "weak_recovery": learned, "weak_recovery_bayes_optimal": best,
     }  # fmt: skip

@@ -60,7 +60,7 @@ def _best(setting: Setting, objective: str, over: Sequence[str]) -> tuple[float,
     return lam, dict(zip(over, -mixed[1:] / mixed[0], strict=True))
 
 
-def mismatch(setting: Setting, over: Sequence[str] = ()) -> Mismatch:
+def measure_mismatch(setting: Setting, over: Sequence[str] = ()) -> Mismatch:
     """The two best lam of a setting, and how their disagreement changes with the fields of `over`.
 
     Raises `SettingError` for unknown fields and `SolveError` where one of the two has no interior optimum.
@@ -87,7 +87,7 @@ def find_mismatch(
     the best `Mismatch`, its `path` with every accepted one.
     """
     start = np.log([float(get(setting, p)) for p in over])
-    current = mismatch(setting, over)
+    current = measure_mismatch(setting, over)
     path = [_row(current, over)]
     for _ in tqdm(range(steps), desc="ascent", disable=not progress):
         u = np.log([float(get(current.setting, p)) for p in over])
@@ -102,7 +102,7 @@ def find_mismatch(
             for p, x in zip(over, trial, strict=True):
                 here = replace(here, p, float(np.exp(x)))
             try:
-                found = mismatch(here, over)
+                found = measure_mismatch(here, over)
             except SolveError:
                 found = None
             if found is not None and abs(found.disagreement) > abs(current.disagreement) + 1e-6:

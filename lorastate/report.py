@@ -119,7 +119,7 @@ def page(facts: dict[str, Any]) -> str:
     def show(x, digits=4):
         return "out of range" if x is None else f"{x:.{digits}g}"
 
-    lam = facts["setting"]["pretraining"]["lam"]
+    lam, inputs = facts["setting"]["pretraining"]["lam"], facts["setting"]["finetuning"]["inputs"]
     names = {
         "effective_noise": "Delta_eff",
         "pretraining_test_error": "E",
@@ -128,11 +128,12 @@ def page(facts: dict[str, Any]) -> str:
     }
     lines = [
         "What LoRA sees of pre-training",
-        f"  Delta_eff = {show(d['total'])} on {facts['setting']['finetuning']['inputs']} inputs, b = {f['recalibration']:g}",
+        f"  Delta_eff = {show(d['total'])} on {inputs} inputs, b = {f['recalibration']:g}",
         f"    label noise      {show(d['label_noise'])}",
         f"    not explained    {show(d['unexplained'])}",
         f"    miscalibration   {show(d['miscalibration'])}   (none at b = {show(d['best_scale'])})",
-        f"  E' = {show(f['test_error'])} (without the update {show(f['test_error_frozen'])}), o_w = {show(f['overlap'])}",
+        f"  E' = {show(f['test_error'])} (without the update {show(f['test_error_frozen'])})",
+        f"  o_w = {show(f['overlap'])}",
         "",
         f"Which lambda is best, all else as it is (now {lam:g})",
         *(f"  for {title:<14} lambda = {show(r[name])}" for name, title in names.items()),
