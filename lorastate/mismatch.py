@@ -47,17 +47,26 @@ def _best(setting: Setting, objective: str, over: Sequence[str]) -> tuple[float,
     found = optimize(setting, over=(_LAM,), minimize=objective, tolerance=1e-6)
     if not found.converged:
         raise SolveError("mismatch", Code.stalled, f"no best lam for {objective}: {found.message}")
-    lam, h = float(found.setting.pretraining.lam), 0.02
-
-    def slope(x, paths):
-        here = replace(found.setting, _LAM, lam * math.exp(x))
-        slopes = gradient(here, of=objective)[1]
-        return np.array([slopes[p] * float(get(here, p)) for p in paths])
-
+    log_lam, h = math.log(float(found.setting.pretraining.lam)), 0.02
     paths = (_LAM, *over)
-    # d (d objective / d log field) / d log lam; its first entry is the curvature.
-    mixed = (slope(h, paths) - slope(-h, paths)) / (2 * h)
-    return lam, dict(zip(over, -mixed[1:] / mixed[0], strict=True))
+
+    def slopes(x):
+        here = replace(found.setting, _LAM, math.exp(x))
+        by = gradient(here, of=objective)[1]
+        return np.array([by[p] * float(get(here, p)) for p in paths])
+
+    # An optimum may be so flat that a small gradient says little about its place: Newton's method closes in.
+    for _ in range(8):
+        up, down = slopes(log_lam + h), slopes(log_lam - h)
+        # d (d objective / d log field) / d log lam; its first entry is the curvature.
+        mixed = (up - down) / (2 * h)
+        if mixed[0] * (1 if objective == "test_error" else -1) <= 0:
+            raise SolveError("mismatch", Code.stalled, f"no best lam for {objective}: the descent ended off a minimum")
+        step = -float(slopes(log_lam)[0] / mixed[0])
+        log_lam += min(max(step, -0.5), 0.5)
+        if abs(step) < 1e-4:
+            return math.exp(log_lam), {p: -float(m / mixed[0]) for p, m in zip(over, mixed[1:], strict=True)}
+    raise SolveError("mismatch", Code.max_steps, f"the best lam for {objective} is too flat to be placed")
 
 
 def measure_mismatch(setting: Setting, over: Sequence[str] = ()) -> Mismatch:
