@@ -197,8 +197,8 @@ def test_bad_simulation(call, path):
 
 
 def test_other_figures(call):
-    outcome = call("figure", "2")
-    assert outcome.code == 2 and "figure 2 is not available" in outcome.message
+    outcome = call("figure", "7")
+    assert outcome.code == 2 and "figure 7 is not available" in outcome.message
 
 
 @pytest.mark.parametrize("words", [[], ["predict"], ["predict", "a", "b"], ["forecast", "a"], ["figure", "one"]])
@@ -488,14 +488,56 @@ def test_simulate_with_a_failed_run(call, path, monkeypatch):
 def test_figure(call, tmp_path, monkeypatch):
     called = []
 
-    def figure1(out, **options):
-        called.append((out, options))
-        return [out / "figure1.png"]
+    def draw(out, training, progress):
+        called.append((out, training and (training.dimension, training.runs), progress))
+        return [out / "figure.png"]
 
-    monkeypatch.setattr(figures, "figure1", figure1)
+    monkeypatch.setattr(figures, "FIGURES", {"1": draw, "spectrum": draw})
     outcome = call("figure", "1", "--out", tmp_path, "--simulate", "--runs", "2")
-    assert outcome.code == 0 and "figure1.png" in outcome.out
-    assert called == [(tmp_path, {"simulate": True, "dimension": 150, "runs": 2, "progress": True})]
+    assert outcome.code == 0 and "figure.png" in outcome.out
+    assert call("figure", "all", "--out", tmp_path).code == 0
+    assert call("figure", "spectrum", "--out", tmp_path, "--simulate").code == 0
+    one, no, large = (tmp_path, (150, 2), True), (tmp_path, None, True), (tmp_path, (300, 4), True)
+    assert called == [one, no, no, large]
+
+
+def test_explain(call, path, monkeypatch):
+    from lorastate import report
+
+    asked = []
+    monkeypatch.setattr(report, "explain", lambda setting: asked.append(setting) or FACTS)
+    outcome = call("explain", path)
+    assert outcome.code == 0 and len(asked) == 1
+    for words in ("Delta_eff = 0.7 ", "b = 1.1", "out of range", "factor 2", "Bayes-optimal 0.6", "one branch"):
+        assert words in outcome.out, words
+    assert call("explain", path, "--json").json["best_lam"]["test_error"] == 0.02
+
+
+FACTS = {
+    "setting": {"pretraining": {"lam": 0.1}, "finetuning": {"inputs": "fresh"}},
+    "predictions": {
+        "pretraining": {"test_error": 0.9},
+        "finetuning": {"test_error": 1.0, "test_error_frozen": 2.0, "overlap": 0.9, "recalibration": 1.0},
+    },
+    "decomposition": {
+        "label_noise": 0.25,
+        "unexplained": 0.43,
+        "miscalibration": 0.02,
+        "total": 0.7,
+        "best_scale": 1.1,
+    },
+    "best_lam": {"effective_noise": 0.04, "pretraining_test_error": 0.04, "test_error": 0.02, "overlap": None},
+    "best_scale": {"effective_noise": 1.1, "test_error": 1.12},
+    "bayes_optimal": {"pretraining": {"test_error": 0.5}, "finetuning": {"test_error": 0.6}},
+    "stability": {
+        "replicon": {"pretraining": 0.4, "finetuning": 0.2},
+        "interpolation_threshold": 0.05,
+        "weak_recovery_threshold": None,
+        "weak_recovery_threshold_bayes_optimal": 0.1,
+        "branches": {"m": (0.9, 0.9), "free_energy": (1.0, 1.0), "distinct": False},
+    },
+    "alpha": {"pretraining": 0.1, "finetuning": 3.0},
+}
 
 
 def test_an_inexact_gradient_is_said_to_be(call, path, monkeypatch):

@@ -1,0 +1,84 @@
+"""The mismatch of error and overlap, and the parts of the effective noise."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import lorastate as ls
+from lorastate import mismatch
+from lorastate.errors import SolveError
+from lorastate.report import noise_decomposition
+from lorastate.setting_file import get, replace
+
+SETTING = ls.Setting(
+    ls.Pretraining(alpha=0.2, lam=0.05, activation="identity", tokens=2),
+    ls.Finetuning(alpha=3.0, lam=0.3, inputs="reused"),
+    ls.Numerics(nodes=256, finetuning_nodes=512, replicas=2),
+)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """E' = (log lam - log(delta)/2)^2 and o_w = -(log lam + log alpha')^2 - 1."""
+
+    def parts(setting):
+        lam, delta, alpha = (
+            math.log(float(get(setting, p))) for p in ("pretraining.lam", "pretraining.delta", "finetuning.alpha")
+        )
+        return lam, lam - delta / 2, lam + alpha
+
+    def gradient(setting, of="test_error"):
+        _, error, overlap = parts(setting)
+        by = {"test_error": (2 * error, -error, 0.0), "overlap": (-2 * overlap, 0.0, -2 * overlap)}[of]
+        paths = ("pretraining.lam", "pretraining.delta", "finetuning.alpha")
+        value = error**2 if of == "test_error" else -(overlap**2) - 1
+        return value, {p: d / float(get(setting, p)) for p, d in zip(paths, by, strict=True)}
+
+    def optimize(setting, over, minimize, tolerance):
+        lam, error, overlap = parts(setting)
+        best = lam - (error if minimize == "test_error" else overlap)
+        return SimpleNamespace(converged=True, setting=replace(setting, over[0], math.exp(best + 0.3)))
+
+    monkeypatch.setattr(mismatch, "gradient", gradient)
+    monkeypatch.setattr(mismatch, "optimize", optimize)
+
+
+def test_mismatch_and_its_slopes(toy):
+    found = ls.measure_mismatch(SETTING, ("pretraining.delta", "finetuning.alpha"))
+    assert found.lam_error == pytest.approx(0.5**0.5) and found.lam_overlap == pytest.approx(1 / 3)
+    assert found.disagreement == pytest.approx(math.log(found.lam_overlap / found.lam_error))
+    assert found.price == pytest.approx(found.disagreement**2)
+    assert found.slopes == pytest.approx({"pretraining.delta": -0.5, "finetuning.alpha": -1.0})
+    with pytest.raises(ls.SettingError, match="not a continuous field"):
+        ls.measure_mismatch(SETTING, ("pretraining.lam",))
+
+
+def test_search_for_the_mismatch_goes_up(toy):
+    best = ls.find_mismatch(SETTING, steps=3)
+    sizes = [abs(row["disagreement"]) for row in best.path]
+    assert len(sizes) == 4 and np.all(np.diff(sizes) > 0.5)
+    assert best.path[-1]["finetuning.alpha"] == pytest.approx(3 * math.exp(1.5))
+
+
+def test_a_maximum_is_not_taken_for_a_minimum(toy, monkeypatch):
+    real = mismatch.gradient
+    monkeypatch.setattr(mismatch, "gradient", lambda *a, **k: (0.0, {p: -d for p, d in real(*a, **k)[1].items()}))
+    with pytest.raises(SolveError, match="off a minimum"):
+        ls.measure_mismatch(SETTING)
+
+
+def test_parts_of_the_noise():
+    for how, inputs in (("noise", "fresh"), (0.8, "fresh"), (1.0, "reused")):
+        s = ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 0.3, inputs=inputs, recalibration=how), SETTING.numerics)
+        solution = ls.predict(s)
+        parts, p = noise_decomposition(solution), solution.pretraining
+        total = float(solution.effective_noise)
+        assert parts["total"] == pytest.approx(total)
+        assert parts["label_noise"] + parts["unexplained"] + parts["miscalibration"] == pytest.approx(total)
+        if inputs == "fresh":
+            assert parts["unexplained"] == pytest.approx(2 - float(p["M"] ** 2 / p["Q"]))
+            assert parts["best_scale"] == pytest.approx(float(p["M"] / p["Q"]))
+        if how == "noise":
+            assert parts["miscalibration"] == pytest.approx(0.0, abs=1e-12)
