@@ -1,0 +1,115 @@
+"""Laws of the pre-activations, on test and on training inputs: samples of them, and the densities of their entries.
+
+    test    (Z*, Z_W) Gaussian, covariance [[Q0, M], [M, Q]] x (1 + delta_ab);  (chi*, chi) Gaussian, [[q0, m], [m, q]]
+    train   pre-training: Z_W = argmin of the inner problem at (Y, Omega); fine-tuning: chi = argmin at (Y0, Z_W, omega)
+
+A training input has been seen: its pre-activation is pulled from the test law towards the label. arXiv:2606.05899.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import finetuning as ft
+from . import prox
+from .channel import Fresh, standard_fields
+from .errors import SettingError
+from .order import from_norm
+from .quadrature import Nodes
+from .setting import Finetuning
+from .solution import Solution
+from .stability import frozen_map
+from .symmetric import dimension, to_coordinates, to_matrix
+
+_KINDS = ("test", "train")
+
+
+def _order(solution: Solution, stage: str):
+    p = getattr(solution, stage)
+    if stage == "pretraining":
+        return from_norm(p["V"], p["M"], p["Q"], solution.setting.pretraining.label_size)
+    return from_norm(p["v"], p["m"], p["q"], ft.TEACHER_SIZE)
+
+
+def sample_pretraining(
+    solution: Solution, inputs: str = "test", samples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """Samples (T, T, samples) of label `Y` (noise included) and map `Z_W` on test or training inputs.
+
+    On test inputs also the clean label `Z_star`. Raises `SettingError` for an unknown kind of inputs.
+    """
+    _check(inputs)
+    pre, order = solution.setting.pretraining, _order(solution, "pretraining")
+    t, key = pre.tokens, jax.random.key(seed)
+    if inputs == "test":
+        clean, other, noise = standard_fields(_normal(key, 3 * dimension(t), samples), t, False, 3)
+        z = jnp.sqrt(pre.Q0) * clean
+        norm = order.norm(pre.label_size)
+        zw = order.overlap / pre.Q0 * z + jnp.sqrt(jnp.maximum(norm - order.overlap**2 / pre.Q0, 0.0)) * other
+        return {"Y": z + jnp.sqrt(pre.delta / 2) * noise, "Z_star": z, "Z_W": zw}
+    one, two = standard_fields(_normal(key, 2 * dimension(t), samples), t, False)
+    y = jnp.sqrt(pre.label_size) * one
+    omega = order.overlap / pre.label_size * y + order.noise * two
+    problem = prox.MapProblem(pre.activation, omega, pre.activation(y), order.response)
+    u = _lowest(problem, [to_coordinates(omega), to_coordinates(y)])
+    return {"Y": y, "Z_W": to_matrix(u)}
+
+
+def sample_finetuning(solution: Solution, inputs: str = "test", samples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """Samples of `chi_star`, `chi` (T, samples), `Y0`, `Z_W` (T, T, samples; recalibrated) on test or training inputs.
+
+    Training inputs are those of the setting (fresh, reused, ...); samples of a mixture carry `weight` (samples,).
+    """
+    _check(inputs)
+    fine, order = solution.setting.finetuning_resolved, _order(solution, "finetuning")
+    t, frozen, key = fine.tokens, frozen_map(solution), jax.random.key(seed)
+    if inputs == "test":
+        b = fine.scale(frozen)
+        clean = Finetuning(fine.alpha, fine.lam, fine.delta, fine.activation, t, Fresh(), recalibration=b)
+        x = _normal(key, ft.node_dimension(clean), samples)
+        d = ft.draws(clean, frozen, Nodes(x, jnp.full(samples, 1 / samples), jnp.ones(samples)))
+        return {"chi_star": d.teacher, "chi": ft.student(order, d), "Y0": d.fields.y0, "Z_W": d.fields.zw}
+    half = -(-samples // 2)
+    x = np.array(_normal(key, ft.node_dimension(fine), half))
+    x = np.concatenate([x, x * np.repeat([1.0, -1.0, 1.0], [t, t, len(x) - 2 * t])[:, None]], 1)
+    nodes = Nodes(jnp.asarray(x), jnp.full(2 * half, 0.5 / half), jnp.repeat(jnp.array([1.0, -1.0]), half))
+    d = ft.draws(fine, frozen, ft.refresh_nodes(fine, frozen, nodes))
+    problem, omega = ft.inner_problem(fine, order, d), ft.student(order, d)
+    axes = [s * 2.0 * jax.nn.one_hot(k, t)[:, None] * jnp.ones_like(omega) for k in range(t) for s in (1, -1)]
+    chi = _lowest(problem, [omega, d.teacher, -d.teacher, *axes])
+    return {"chi_star": d.teacher, "chi": chi, "Y0": d.fields.y0, "Z_W": d.fields.zw, "weight": d.weight}
+
+
+def gaussian_density(x, variance):
+    """Density of an entry of a test-time pre-activation: off the diagonal its size (Q, M, ...), on it twice that."""
+    return jnp.exp(-(x**2) / (2 * variance)) / jnp.sqrt(2 * jnp.pi * variance)
+
+
+def density(samples, x, weight=None):
+    """Density at `x` of one entry (samples,) from its samples, by a Gaussian kernel (Scott's rule)."""
+    from scipy.stats import gaussian_kde
+
+    return gaussian_kde(np.asarray(samples), weights=None if weight is None else np.asarray(weight))(np.asarray(x))
+
+
+def _normal(key, rows: int, columns: int):
+    return jax.random.normal(key, (rows, columns))
+
+
+def _check(inputs: str) -> None:
+    if inputs not in _KINDS:
+        raise SettingError(f"inputs = {inputs!r} is unknown; allowed: {', '.join(_KINDS)}")
+
+
+def _lowest(problem, starts):
+    """The lowest minimiser reached from several starts."""
+    locate = jax.jit(prox.locate)
+    best_u, best_f, _ = locate(problem, starts[0])
+    for start in starts[1:]:
+        u, f, _ = locate(problem, start)
+        best_u, best_f = jnp.where(f < best_f, u, best_u), jnp.minimum(f, best_f)
+    return best_u
