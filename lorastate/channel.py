@@ -48,10 +48,6 @@ class FrozenMap(NamedTuple):
         size = pre.label_size
         return FrozenMap(order.overlap, order.norm(size), pre.Q0, order.response, size, pre.activation)
 
-    def gap(self, delta):
-        """Delta_eff on fresh inputs, the variance of Y0 - Z_W: delta'/2 + Q0 - 2 M + Q."""
-        return delta / 2 + self.Q0 - 2 * self.overlap + self.norm
-
     def scaled(self, b) -> FrozenMap:
         """The map b S as test inputs see it: (M, Q) -> (b M, b^2 Q)."""
         return self._replace(overlap=b * self.overlap, norm=b**2 * self.norm)
