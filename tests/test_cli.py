@@ -72,9 +72,13 @@ class Outcome:
         return lines[0]
 
 
+LIMITS = cli._limits
+
+
 @pytest.fixture
 def call(capsys, monkeypatch):
     monkeypatch.delenv("JAX_ENABLE_X64", raising=False)
+    monkeypatch.setattr(cli, "_limits", lambda setting: None)  # seconds each; one test has them
 
     def run(*words):
         try:
@@ -239,11 +243,19 @@ def test_json_of_a_failed_prediction(call, path):
 # Predictions.
 
 
-def test_predict_json(call, path):
+def test_predict_json(call, path, monkeypatch):
+    monkeypatch.setattr(cli, "_limits", LIMITS)
     outcome = call("predict", path, "--json")
     assert outcome.code == 0 and outcome.err == ""
     data = outcome.json
-    assert set(data) == {"pretraining", "finetuning", "quadrature_error", "status", "setting", "version"}
+    assert set(data) == {
+        "pretraining", "finetuning", "bayes_optimal", "quadrature_error", "status", "setting", "version"
+    }  # fmt: skip
+    limits = data["bayes_optimal"]
+    assert set(limits["pretraining"]) == {"Q", "overlap", "test_error"}
+    assert set(limits["finetuning"]) == {"q", "overlap", "test_error", "effective_noise"}
+    assert limits["pretraining"]["Q"] == pytest.approx(1.7449, abs=1e-4)
+    assert limits["finetuning"]["test_error"] < data["finetuning"]["test_error"]
     assert set(data["pretraining"]) == PRETRAINING and set(data["finetuning"]) == FINETUNING
     errors = data["quadrature_error"]
     assert set(errors["pretraining"]) <= PRETRAINING and set(errors["finetuning"]) <= FINETUNING
@@ -541,10 +553,12 @@ FACTS = {
 
 
 def test_an_inexact_gradient_is_said_to_be(call, path, monkeypatch):
-    real = design._evaluate
-    monkeypatch.setattr(design, "_evaluate", lambda *a: real(*a)._replace(share=0.02))
+    def evaluate(setting, objective):
+        return design._Point(1.0, dict.fromkeys(continuous_fields(setting), 0.5), True, 0.02)
+
+    monkeypatch.setattr(design, "_evaluate", evaluate)
     assert call("gradient", path, "--json").json["inexact"] is None  # the identity's surface term is complete
-    softmax = path, "--set", "pretraining.activation=softmax", "finetuning.lam=0.5"
+    softmax = path, "--set", "pretraining.activation=softmax"
     shown = call("gradient", *softmax)
     assert shown.code == 0 and "2.0% of the nodes have two wells" in shown.message
     assert "two wells" in call("gradient", *softmax, "--json").json["inexact"]

@@ -6,13 +6,17 @@ import pytest
 import lorastate as ls
 from lorastate import laws
 
-NUMERICS = ls.Numerics(nodes=8192, finetuning_nodes=8192, replicas=8)
+NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
 
 
 @pytest.fixture(scope="module")
 def solution():
     return ls.predict(
-        ls.Setting(ls.Pretraining(0.2, 0.02, tokens=2), ls.Finetuning(3.0, 0.6, inputs="reused"), NUMERICS)
+        ls.Setting(
+            ls.Pretraining(0.2, 0.1, activation="identity", tokens=2),
+            ls.Finetuning(3.0, 0.3, inputs="reused"),
+            NUMERICS,
+        )
     )
 
 

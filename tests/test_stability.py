@@ -12,7 +12,7 @@ def setting(**fine):
     return ls.Setting(
         ls.Pretraining(alpha=0.1, lam=0.1, activation="identity", tokens=2),
         ls.Finetuning(**{"alpha": 0.5, "lam": 0.5, **fine}),
-        ls.Numerics(nodes=1024, finetuning_nodes=4096, replicas=4),
+        ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2),
     )
 
 
@@ -36,7 +36,7 @@ def test_interpolation_threshold_is_where_the_loss_lifts(kappa0):
         found = ls.predict(ls.Setting(pre, ls.Finetuning(1.0, 1.0), numerics), throw=False)
         return float(found.pretraining["train_error"]), float(found.pretraining["V"])
 
-    numerics = ls.Numerics(nodes=256, finetuning_nodes=256, replicas=2)
+    numerics = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
     threshold = stability.interpolation_threshold(ls.Pretraining(1.0, 1.0, kappa0, activation="identity", tokens=2))
     (low, v), (smaller, larger) = loss(0.8, 1e-5), loss(0.8, 1e-6)
     assert smaller < 0.02 * low and larger > 5 * v  # interpolates: the loss falls as lam^2, V grows as 1/lam
