@@ -229,7 +229,7 @@ class Explain:
         from .setting_file import load_setting
 
         setting = load_setting(self.setting, self.set)
-        facts = report.explain(setting)
+        facts = report.explain(setting, progress=True)
         if self.json:
             _print_json({**facts, "version": __version__})
         else:
@@ -354,7 +354,16 @@ def _run(command: Any) -> int:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lorastate"))
     from .errors import SettingError, SolveError
 
+    usual = warnings.showwarning
+
+    def show(message, category, *args, **kwargs):
+        if category.__module__.startswith("lorastate."):
+            _warn(str(message))
+        else:
+            usual(message, category, *args, **kwargs)
+
     try:
+        warnings.showwarning = show
         return command()
     except SettingError as error:
         _warn(str(error))
@@ -367,6 +376,8 @@ def _run(command: Any) -> int:
             raise
         _warn("memory ran out; take fewer numerics.nodes or a smaller --dimension")
         return FAILED
+    finally:
+        warnings.showwarning = usual
 
 
 def _spread(words: Sequence[str]) -> list[str]:

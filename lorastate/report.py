@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from tqdm import tqdm
 
 from . import stability
 from .bayes import bayes_optimal
@@ -75,8 +76,18 @@ def best_ridges(setting: Setting) -> dict[str, float | None]:
     return out
 
 
-def explain(setting: Setting) -> dict[str, Any]:
-    """Everything that `lorastate explain` prints, as plain numbers; None where something does not exist here."""
+def explain(setting: Setting, progress: bool = False) -> dict[str, Any]:
+    """Everything that `lorastate explain` prints, as plain numbers; None where something does not exist here.
+
+    Raises `SolveError` where the setting itself cannot be solved. Takes some fifty solves.
+    """
+    bar = tqdm(total=5, desc="explain", unit="part", disable=not progress)
+
+    def begin(part: str) -> None:
+        bar.update(0 if bar.postfix is None else 1)
+        bar.set_postfix_str(part)
+
+    begin("prediction")
     solution = predict(setting)
     pre, fine = setting.pretraining, setting.finetuning_resolved
 
@@ -87,13 +98,24 @@ def explain(setting: Setting) -> dict[str, Any]:
             return None
         return value if not isinstance(value, float) or np.isfinite(value) else None
 
+    begin("best lambda")
     ridges = best_ridges(setting)
+    begin("best b")
     scales = {"effective_noise": noise_decomposition(solution)["best_scale"]}
     scales["test_error"] = attempt(
         lambda: float(predict(replace(setting, "finetuning.recalibration", "error")).finetuning["recalibration"])
     )
     pair = stability.branches(solution)
+    begin("Bayes-optimal limits")
     limits = attempt(lambda: bayes_optimal(setting))
+    begin("thresholds")
+    thresholds = {
+        "interpolation_threshold": attempt(lambda: stability.interpolation_threshold(pre)),
+        "weak_recovery_threshold": attempt(lambda: stability.weak_recovery_threshold(setting, solution)),
+        "weak_recovery_threshold_bayes_optimal": attempt(lambda: stability.bayes_recovery_threshold(setting)),
+    }
+    bar.update()
+    bar.close()
     return {
         "setting": setting_to_dict(setting),
         "predictions": solution.summary(),
@@ -103,9 +125,7 @@ def explain(setting: Setting) -> dict[str, Any]:
         "bayes_optimal": limits.summary() if limits else None,
         "stability": {
             "replicon": {s: solution.summary()[s]["replicon"] for s in ("pretraining", "finetuning")},
-            "interpolation_threshold": attempt(lambda: stability.interpolation_threshold(pre)),
-            "weak_recovery_threshold": attempt(lambda: stability.weak_recovery_threshold(setting, solution)),
-            "weak_recovery_threshold_bayes_optimal": attempt(lambda: stability.bayes_recovery_threshold(setting)),
+            **thresholds,
             "branches": {"m": pair.m, "free_energy": pair.free_energy, "distinct": pair.distinct},
         },
         "alpha": {"pretraining": float(pre.alpha), "finetuning": float(fine.alpha)},

@@ -120,6 +120,23 @@ def test_bad_settings(call, path, command, override, words):
     assert all(word in outcome.message for word in words), outcome.message
 
 
+def test_what_is_replaced_in_a_setting_is_said(call, path, monkeypatch):
+    import warnings
+
+    words = ("finetuning.inputs=selected", "finetuning.rho=0.02", "finetuning.pool=100")
+
+    def stop(setting, **_):
+        raise SolveError("finetuning", Code.cycle)
+
+    monkeypatch.setattr(design, "optimize", stop)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        outcome = call("optimize", path, "--set", *words)
+    first, last = outcome.err.splitlines()
+    assert first == ("lorastate: finetuning.alpha = 3 is replaced by rho * pool = 2, which it is on selected inputs")
+    assert outcome.code == 3 and "cycle" in last
+
+
 def test_bad_files(call, tmp_path):
     missing = call("predict", tmp_path / "nowhere.toml")
     assert missing.code == 2 and "no settings file" in missing.message
@@ -517,7 +534,7 @@ def test_explain(call, path, monkeypatch):
     from lorastate import report
 
     asked = []
-    monkeypatch.setattr(report, "explain", lambda setting: asked.append(setting) or FACTS)
+    monkeypatch.setattr(report, "explain", lambda setting, progress: asked.append(setting) or FACTS)
     outcome = call("explain", path)
     assert outcome.code == 0 and len(asked) == 1
     for words in ("Delta_eff = 0.7 ", "b = 1.1", "out of range", "factor 2", "Bayes-optimal 0.6", "one branch"):
