@@ -165,12 +165,14 @@ def test_limits_of_the_solutions():
 
 def test_recalibrations():
     plain = setting("identity", 0.3)
-    noise, error = (ls.predict(replace(plain, "finetuning.recalibration", how)) for how in ("noise", "error"))
-    p = noise.pretraining
-    np.testing.assert_allclose(noise.finetuning["recalibration"], p["M"] / p["Q"], rtol=1e-9)
-    np.testing.assert_allclose(noise.effective_noise, 2.25 - p["M"] ** 2 / p["Q"], rtol=1e-9)
+    error = ls.predict(replace(plain, "finetuning.recalibration", "error"))
+    p = error.pretraining
+    fine = replace(plain, "finetuning.recalibration", "noise").finetuning_resolved
+    frozen = FrozenMap(p["M"], p["Q"], 2.0)
+    np.testing.assert_allclose(fine.scale(frozen), p["M"] / p["Q"], rtol=1e-9)
+    np.testing.assert_allclose(fine.effective_noise(frozen), 2.25 - p["M"] ** 2 / p["Q"], rtol=1e-9)
     # For the identity E' depends on b through Delta_eff alone, so that both prescriptions are one (up to quadrature).
-    np.testing.assert_allclose(error.finetuning["recalibration"], noise.finetuning["recalibration"], rtol=0.01)
+    np.testing.assert_allclose(error.finetuning["recalibration"], p["M"] / p["Q"], rtol=0.01)
     assert float(error.test_error) < float(ls.predict(plain).test_error)
     _, slopes = ls.gradient(replace(plain, "finetuning.recalibration", "error"))
     h = 1e-3

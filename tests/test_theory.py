@@ -110,7 +110,11 @@ def test_gradient_is_the_central_difference_in_every_field(kind):
     np.testing.assert_allclose(value, solution.test_error, rtol=1e-10)
     assert (float(solution.finetuning["double_well_share"]) > 0.1) == wells
     assert tuple(slopes) == continuous_fields(s)
+    # A solve with many wells takes seconds: one field for each way into the theory is enough there.
+    some = ("pretraining.lam", "pretraining.delta", "finetuning.alpha", "finetuning.lam", "finetuning.recalibration")
     for path, slope in slopes.items():
+        if wells and path not in some:
+            continue
         x = float(get(s, path))
         h = 2e-5 * x
         up, down = (ls.gradient(ls.replace(s, path, x + d))[0] for d in (h, -h))
