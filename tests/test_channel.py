@@ -20,11 +20,11 @@ T = 3
 FROZEN = FrozenMap(1.3, 1.2, 2.0, 0.8, 2.25, ls.Identity())
 
 
-def setting(activation="softmax", lam=0.02, fine_lam=0.5, tokens=2, delta=0.5, alpha=3.0, numerics=SMALL, **fine):
+def setting(activation="softmax", lam=0.02, fine_lam=0.5, tokens=2, delta=0.5, alpha=3.0, kappa0=1.0, **fine):
     return ls.Setting(
-        ls.Pretraining(alpha=0.2, lam=lam, activation=activation, tokens=tokens, delta=delta),
+        ls.Pretraining(alpha=0.2, lam=lam, kappa0=kappa0, kappa=1.5, activation=activation, tokens=tokens, delta=delta),
         ls.Finetuning(None if fine.get("inputs") == "selected" else alpha, fine_lam, **fine),
-        ls.Numerics(**numerics),
+        ls.Numerics(**SMALL),
     )
 
 
@@ -121,7 +121,7 @@ def test_quantile():
 
 
 CASES = {
-    "mixed": dict(inputs="mixed", reused_fraction=0.4, label_noise="fresh", recalibration=0.9),
+    "mixed": dict(kappa0=0.5, inputs="mixed", reused_fraction=0.4, label_noise="fresh", recalibration=0.9),
     "selected and recalibrated": dict(
         activation="identity", lam=0.1, inputs="selected", rho=0.1, pool=30.0, recalibration="noise"
     ),
@@ -136,7 +136,7 @@ def test_gradient_is_the_central_difference(name):
     assert tuple(slopes) == continuous_fields(s)
     # What is special to a channel, and one field that reaches it through each part of the theory.
     special = tuple(f"finetuning.{key}" for key in (*s.finetuning.inputs.numbers, "recalibration"))
-    for path in ("pretraining.lam", "pretraining.kappa0", "pretraining.delta", "finetuning.lam", *special):
+    for path in ("pretraining.lam", "pretraining.kappa0", *special):
         if path not in slopes:
             continue
         x, slope = float(get(s, path)), slopes[path]
@@ -264,7 +264,7 @@ def test_bad_input(fine, words):
     ],
 )
 def test_settings_go_round(fine):
-    fine = {**BASE["finetuning"], **{k: v for k, v in fine.items() if k not in ("activation", "lam")}}
+    fine = {**BASE["finetuning"], **{k: v for k, v in fine.items() if k not in ("activation", "lam", "kappa0")}}
     if fine.get("inputs") == "selected":
         del fine["alpha"]
     s = setting_from_dict({**BASE, "finetuning": fine})

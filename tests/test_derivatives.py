@@ -116,10 +116,10 @@ def test_implicit_is_unrolled(activation):
 
 @pytest.mark.parametrize(
     ("tokens", "pre"),
-    [(2, {"kappa0": 0.5, "kappa": 2.0, "alpha": 0.2}), (4, {"kappa0": 2.0, "kappa": 1.5, "alpha": 0.06})],
+    [(4, {"kappa0": 2.0, "kappa": 1.5, "alpha": 0.06})],
 )
 def test_other_shapes(tokens, pre):
-    """T = 2 and 4, kappa, kappa0 and 1 all different: solves, and the gradient is the central difference."""
+    """T = 4, kappa, kappa0 and 1 all different (T = 2: test_channel): the gradient is the central difference."""
     p, _ = stages("softmax", tokens, **pre)
     s = ls.Setting(p, ls.Finetuning(alpha=3.0, lam=0.2), NUMERICS)
     _, slopes = ls.gradient(s)
