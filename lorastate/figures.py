@@ -410,10 +410,10 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     from .bayes import weak_recovery_threshold as bayes_threshold
     from .stability import weak_recovery_threshold
 
-    numerics = Numerics(nodes=1024, finetuning_nodes=4096, replicas=8)
+    numerics = Numerics(nodes=1024, finetuning_nodes=2048, replicas=4)
     base = Setting(Pretraining(0.3, 0.05, activation="identity", delta=0.01), Finetuning(1.0, 0.5, delta=0.0), numerics)
     gap = float(predict(base).effective_noise)
-    noises, alphas = gap + np.geomspace(0.05, 4.0, 9), np.geomspace(0.08, 3.0, 13)
+    noises, alphas = gap + np.geomspace(0.05, 4.0, 7), np.geomspace(0.08, 3.0, 9)
     overlaps = np.full((len(noises), len(alphas)), np.nan)
     learned, best = [], []
     bar = tqdm(total=overlaps.size, desc="theory", unit="solve", disable=not progress)
