@@ -70,14 +70,17 @@ def test_a_maximum_is_not_taken_for_a_minimum(toy, monkeypatch):
 
 
 def test_parts_of_the_noise():
-    for how, inputs in ((0.8, "fresh"),):
-        s = ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 0.3, inputs=inputs, recalibration=how), SETTING.numerics)
-        solution = ls.predict(s)
-        parts, p = noise_decomposition(solution), solution.pretraining
-        total = float(solution.effective_noise)
-        assert parts["total"] == pytest.approx(total)
-        assert parts["label_noise"] + parts["unexplained"] + parts["miscalibration"] == pytest.approx(total)
-        if inputs == "fresh":
-            assert parts["unexplained"] == pytest.approx(2 - float(p["M"] ** 2 / p["Q"]))
-            assert parts["best_scale"] == pytest.approx(float(p["M"] / p["Q"]))
-            assert parts["miscalibration"] == pytest.approx(float(p["Q"]) * (0.8 - parts["best_scale"]) ** 2)
+    M, Q, b = 1.1, 0.9, 0.8
+    setting = ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 0.3, recalibration=b), SETTING.numerics)
+    solution = SimpleNamespace(
+        setting=setting,
+        pretraining={"V": 1.0, "M": M, "Q": Q},
+        finetuning={"recalibration": b},
+        status={"pretraining": {"code": 0}},
+    )
+    parts = noise_decomposition(solution)
+    assert parts["total"] == pytest.approx(0.25 + 2 - 2 * b * M + b**2 * Q)
+    assert parts["label_noise"] + parts["unexplained"] + parts["miscalibration"] == pytest.approx(parts["total"])
+    assert parts["label_noise"] == 0.25 and parts["best_scale"] == pytest.approx(M / Q)
+    assert parts["unexplained"] == pytest.approx(2 - M**2 / Q)
+    assert parts["miscalibration"] == pytest.approx(Q * (b - M / Q) ** 2)
