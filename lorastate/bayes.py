@@ -36,7 +36,7 @@ from scipy.optimize import brentq
 
 from . import spectrum
 from .activation import Activation, Custom, Identity
-from .errors import Code, SettingError, SolveError, is_concrete, require_float64, succeeded
+from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, fixed_point
 from .quadrature import Nodes, gaussian_nodes
 from .setting import Finetuning, Pretraining, Setting
@@ -320,7 +320,7 @@ def bayes_optimal(setting: Setting) -> BayesLimits:
     for stage in (pre, fine):
         _shift(stage.activation)
     best = bayes_optimal_pretraining(pre)
-    if not is_concrete(best.code) or not succeeded(best.code):
+    if not succeeded(best.code):
         raise SolveError("bayes_optimal", Code(int(best.code)))
     Q, Q0 = float(best.Q), float(pre.Q0)
     error, bar = _error(pre.activation, pre.tokens, Q, float(pre.delta) / 2 + Q0 - Q)

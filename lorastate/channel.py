@@ -24,7 +24,7 @@ from jax.scipy.special import gammainc, gammaln
 
 from .activation import Custom, Identity
 from .errors import SettingError, is_concrete, succeeded
-from .prox import MapProblem, attach_minimum, locate, polish
+from .prox import MapProblem, attach_minimum, locate_lowest, polish
 from .symmetric import complement, dimension, to_coordinates, to_matrix
 from .validation import real
 
@@ -41,12 +41,6 @@ class FrozenMap(NamedTuple):
     response: Any = None
     label_size: Any = None
     activation: Any = None
-
-    @staticmethod
-    def of(pre, order) -> FrozenMap:
-        """The map that pre-training `pre` ends with at its order parameters."""
-        size = pre.label_size
-        return FrozenMap(order.overlap, order.norm(size), pre.Q0, order.response, size, pre.activation)
 
     def scaled(self, b) -> FrozenMap:
         """The map b S as test inputs see it: (M, Q) -> (b M, b^2 Q)."""
@@ -107,7 +101,7 @@ class Inputs(eqx.Module):
     def freeze(self, pre, order) -> FrozenMap:
         """The frozen map from pre-training and its order parameters."""
         size = pre.label_size
-        return FrozenMap(order.overlap, order.norm(size), pre.Q0)
+        return FrozenMap(order.overlap, order.norm(size), pre.Q0, order.response, size, pre.activation)
 
     def check(self, pre, fine) -> None:
         """Raises `SettingError` where the two stages do not go together."""
@@ -197,9 +191,6 @@ class Reused(Inputs):
     def _count(self) -> int:
         return 2 if self.keeps_noise else 4
 
-    def freeze(self, pre, order):
-        return FrozenMap.of(pre, order)
-
     def check(self, pre, fine):
         if fine.tokens != pre.tokens:
             raise SettingError(
@@ -245,9 +236,7 @@ class Reused(Inputs):
         problem = jax.lax.stop_gradient(self._problem(frozen, y, omega))
         if previous is not None:
             return polish(problem, previous)
-        starts = jnp.stack([to_coordinates(omega), to_coordinates(y)])
-        u, f, _ = jax.lax.map(lambda s: locate(problem, s), jax.lax.stop_gradient(starts))
-        return jnp.where(f[0] < f[1], u[0], u[1])
+        return locate_lowest(problem, [to_coordinates(omega), to_coordinates(y)])
 
     def fields(self, frozen, delta, tokens, drop_shift, normal, found=None):
         y0, y, omega = self._laws(frozen, delta, tokens, drop_shift, normal)
@@ -293,9 +282,6 @@ class Mixed(Inputs):
     @property
     def shares(self):
         return 1 - self.reused_fraction, self.reused_fraction
-
-    def freeze(self, pre, order):
-        return FrozenMap.of(pre, order)
 
     def check(self, pre, fine):
         self.reused.check(pre, fine)

@@ -16,23 +16,15 @@ import numpy as np
 
 from . import finetuning as ft
 from . import prox
-from .channel import Fresh, standard_fields
+from .channel import Fresh, Reused, standard_fields
 from .errors import SettingError
-from .order import from_norm
 from .quadrature import Nodes
 from .setting import Finetuning
 from .solution import Solution
-from .stability import frozen_map
-from .symmetric import dimension, to_coordinates, to_matrix
+from .stability import frozen_map, order_of
+from .symmetric import dimension
 
 _KINDS = ("test", "train")
-
-
-def _order(solution: Solution, stage: str):
-    p = getattr(solution, stage)
-    if stage == "pretraining":
-        return from_norm(p["V"], p["M"], p["Q"], solution.setting.pretraining.label_size)
-    return from_norm(p["v"], p["m"], p["q"], ft.TEACHER_SIZE)
 
 
 def sample_pretraining(
@@ -43,7 +35,7 @@ def sample_pretraining(
     On test inputs also the clean label `Z_star`. Raises `SettingError` for an unknown kind of inputs.
     """
     _check(inputs)
-    pre, order = solution.setting.pretraining, _order(solution, "pretraining")
+    pre, order = solution.setting.pretraining, order_of(solution, "pretraining")
     t, key = pre.tokens, jax.random.key(seed)
     if inputs == "test":
         clean, other, noise = standard_fields(_normal(key, 3 * dimension(t), samples), t, False, 3)
@@ -51,12 +43,13 @@ def sample_pretraining(
         norm = order.norm(pre.label_size)
         zw = order.overlap / pre.Q0 * z + jnp.sqrt(jnp.maximum(norm - order.overlap**2 / pre.Q0, 0.0)) * other
         return {"Y": z + jnp.sqrt(pre.delta / 2) * noise, "Z_star": z, "Z_W": zw}
-    one, two = standard_fields(_normal(key, 2 * dimension(t), samples), t, False)
-    y = jnp.sqrt(pre.label_size) * one
-    omega = order.overlap / pre.label_size * y + order.noise * two
-    problem = prox.MapProblem(pre.activation, omega, pre.activation(y), order.response)
-    u = _lowest(problem, [to_coordinates(omega), to_coordinates(y)])
-    return {"Y": y, "Z_W": to_matrix(u)}
+    # Training inputs of pre-training are those that a fine-tuning on reused inputs sees.
+    reused, frozen = Reused("same"), Reused("same").freeze(pre, order)
+    x = _normal(key, reused.dimension(t, False), samples)
+    y, zw = reused.fields(
+        frozen, pre.delta, t, False, x, jax.jit(reused.search, static_argnums=(1, 2))(frozen, t, False, x)
+    )
+    return {"Y": y, "Z_W": zw}
 
 
 def sample_finetuning(solution: Solution, inputs: str = "test", samples: int = 10_000, seed: int = 0) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def sample_finetuning(solution: Solution, inputs: str = "test", samples: int = 1
     Training inputs are those of the setting (fresh, reused, ...); samples of a mixture carry `weight` (samples,).
     """
     _check(inputs)
-    fine, order = solution.setting.finetuning_resolved, _order(solution, "finetuning")
+    fine, order = solution.setting.finetuning_resolved, order_of(solution, "finetuning")
     t, frozen, key = fine.tokens, frozen_map(solution), jax.random.key(seed)
     if inputs == "test":
         b = fine.scale(frozen)
@@ -80,7 +73,7 @@ def sample_finetuning(solution: Solution, inputs: str = "test", samples: int = 1
     d = ft.draws(fine, frozen, ft.refresh_nodes(fine, frozen, nodes))
     problem, omega = ft.inner_problem(fine, order, d), ft.student(order, d)
     axes = [s * 2.0 * jax.nn.one_hot(k, t)[:, None] * jnp.ones_like(omega) for k in range(t) for s in (1, -1)]
-    chi = _lowest(problem, [omega, d.teacher, -d.teacher, *axes])
+    chi = jax.jit(prox.locate_lowest)(problem, [omega, d.teacher, -d.teacher, *axes])
     return {"chi_star": d.teacher, "chi": chi, "Y0": d.fields.y0, "Z_W": d.fields.zw, "weight": d.weight}
 
 
@@ -103,13 +96,3 @@ def _normal(key, rows: int, columns: int):
 def _check(inputs: str) -> None:
     if inputs not in _KINDS:
         raise SettingError(f"inputs = {inputs!r} is unknown; allowed: {', '.join(_KINDS)}")
-
-
-def _lowest(problem, starts):
-    """The lowest minimiser reached from several starts."""
-    locate = jax.jit(prox.locate)
-    best_u, best_f, _ = locate(problem, starts[0])
-    for start in starts[1:]:
-        u, f, _ = locate(problem, start)
-        best_u, best_f = jnp.where(f < best_f, u, best_u), jnp.minimum(f, best_f)
-    return best_u

@@ -212,6 +212,13 @@ def locate(problem, start, max_steps: int = 100):
     return out.u, out.f, out.done
 
 
+def locate_lowest(problem, starts):
+    """The lowest (n, N) of the local minimisers that `locate` reaches from several starts; carries no derivative."""
+    # lax.map, not many calls: the descent is compiled once.
+    u, f, _ = jax.lax.map(lambda start: locate(problem, start), jax.lax.stop_gradient(jnp.stack(starts)))
+    return jnp.take_along_axis(u, jnp.nanargmin(f, 0)[None, None], 0)[0]
+
+
 @jax.custom_jvp
 def attach_minimum(problem, u):
     """Returns the minimiser `u` (n, N) of `problem` and gives it its derivative, du = -H^{-1} d(grad).

@@ -101,7 +101,8 @@ def explain(setting: Setting, progress: bool = False) -> dict[str, Any]:
     begin("best lambda")
     ridges = best_ridges(setting)
     begin("best b")
-    scales = {"effective_noise": noise_decomposition(solution)["best_scale"]}
+    parts, predictions = noise_decomposition(solution), solution.summary()
+    scales = {"effective_noise": parts["best_scale"]}
     scales["test_error"] = attempt(
         lambda: float(predict(replace(setting, "finetuning.recalibration", "error")).finetuning["recalibration"])
     )
@@ -118,13 +119,13 @@ def explain(setting: Setting, progress: bool = False) -> dict[str, Any]:
     bar.close()
     return {
         "setting": setting_to_dict(setting),
-        "predictions": solution.summary(),
-        "decomposition": noise_decomposition(solution),
+        "predictions": predictions,
+        "decomposition": parts,
         "best_lam": ridges,
         "best_scale": scales,
         "bayes_optimal": limits.summary() if limits else None,
         "stability": {
-            "replicon": {s: solution.summary()[s]["replicon"] for s in ("pretraining", "finetuning")},
+            "replicon": {s: predictions[s]["replicon"] for s in ("pretraining", "finetuning")},
             **thresholds,
             "branches": {"m": pair.m, "free_energy": pair.free_energy, "distinct": pair.distinct},
         },

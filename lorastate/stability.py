@@ -21,7 +21,7 @@ from .bayes import bayes_optimal_pretraining, root_between
 from .bayes import weak_recovery_threshold as bayes_threshold
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, Stage, iterate
-from .order import decode, from_norm
+from .order import Order, decode, from_norm
 from .program import Program
 from .setting import Pretraining, Setting
 from .setting_file import replace
@@ -83,14 +83,21 @@ def _numerics(setting: Setting):
     return setting.numerics.without_seed, nodes
 
 
+def order_of(solution: Solution, stage: str) -> Order:
+    """The order parameters of one stage."""
+    p = getattr(solution, stage)
+    if stage == "pretraining":
+        return from_norm(p["V"], p["M"], p["Q"], solution.setting.pretraining.label_size)
+    return from_norm(p["v"], p["m"], p["q"], ft.TEACHER_SIZE)
+
+
 def frozen_map(solution: Solution, setting: Setting | None = None):
     """The frozen map of a solution, as the fine-tuning inputs of `setting` (default: its own) see it."""
     setting = setting or solution.setting
-    pre, p = setting.pretraining, solution.pretraining
+    pre = setting.pretraining
     if not bool(succeeded(solution.status["pretraining"]["code"])):
         raise SolveError("pretraining", Code(int(solution.status["pretraining"]["code"])))
-    order = from_norm(p["V"], p["M"], p["Q"], pre.label_size)
-    return setting.finetuning_resolved.inputs.freeze(pre, order)
+    return setting.finetuning_resolved.inputs.freeze(pre, order_of(solution, "pretraining"))
 
 
 def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) -> float:
@@ -170,5 +177,5 @@ def branch_crossing(setting: Setting, alphas: Any = None) -> float | None:
     both = [(a, d) for a, d in found if np.isfinite(d)]
     for (a, up), (b, down) in itertools.pairwise(both):
         if up * down < 0:
-            return root_between(lambda x: difference(x) if np.isfinite(difference(x)) else 0.0, a, b, xtol=1e-3)
+            return root_between(lambda x: float(np.nan_to_num(difference(x))), a, b, xtol=1e-3)
     return None
