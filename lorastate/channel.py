@@ -416,6 +416,11 @@ def _attach_quantile_jvp(primals, tangents):
 CHANNELS: dict[str, type[Inputs]] = {kind.name: kind for kind in (Fresh, Reused, Mixed, Selected, BayesOptimal)}
 
 
+def homes(key: str) -> str:
+    """The channels that an option belongs to, for messages."""
+    return " or ".join(f'"{kind.name}"' for kind in CHANNELS.values() if key in kind.options)
+
+
 class Recalibration(eqx.Module):
     """Factor b on the frozen map, Z_W -> b Z_W (W -> sqrt(b) W), at training and at test time."""
 

@@ -80,18 +80,36 @@ def _line(axes, rows, path, name, color, label=None, mark=True, style="-"):
     return float(x[k]) if inside else None
 
 
-def figure1(
-    out: Path | str,
-    simulate: bool = False,
-    points: int = 13,
-    dimension: int = 150,
-    runs: int = 4,
-    progress: bool = True,
-) -> list[Path]:
+@dataclass
+class Training:
+    """How simulation markers are made."""
+
+    dimension: int = 150
+    runs: int = 4
+    memory: dict = field(default_factory=dict)
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """Its arguments to `simulate`, as they go into the figure's data."""
+        return {"dimension": self.dimension, "runs": self.runs, "seed": 0}
+
+
+def _square(axes, x, result, name: str, color) -> dict[str, float | None] | None:
+    """A simulation marker with its error bar, and its numbers; a training that did not converge is left out, never
+    averaged: then None."""
+    try:
+        mean, err = result.mean("finetuning", name), result.stderr("finetuning", name)
+    except SolveError:
+        return None
+    axes.errorbar(x, mean, err, fmt="s", ms=4.5, mfc="white", color=color, capsize=2)
+    return {"mean": mean, "stderr": err if math.isfinite(err) else None}
+
+
+def figure1(out: Path | str, training: Training | None = None, progress: bool = True, points: int = 13) -> list[Path]:
     """E' against lambda for lambda' in {0.05, 1, infinity}; inset: E' against lambda' at the best lambda.
 
     softmax, alpha = 0.1, alpha' = 3, T = 3, kappa0 = kappa = 1, Delta = 0.5 (left) and 2 (right). Minima are marked;
-    `simulate` adds squares, the mean over `runs` trainings at `dimension` with its standard error.
+    `training` adds squares, the mean over its runs with the standard error.
     """
     from .design import optimize
 
@@ -129,8 +147,8 @@ def figure1(
         inset.set_xlabel(r"$\lambda'$", fontsize=8, labelpad=0)
         inset.set_ylabel("$E'$", fontsize=8, labelpad=0)
         inset.tick_params(labelsize=7)
-        if simulate:
-            panel["simulation"] = _squares(axes, setting, sim_grid, ridges, colors, dimension, runs, progress)
+        if training is not None:
+            panel["simulation"] = _squares(axes, setting, sim_grid, ridges, colors, training, progress)
         axes.set(
             xscale="log", xlabel=r"pre-training regularisation $\lambda$", ylabel="fine-tuning test error $E'$",
             title=rf"softmax, $T=3$, $\alpha=0.1$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta={delta:g}$",
@@ -145,7 +163,7 @@ def figure1(
     return _save(figure, Path(out), "figure1", data)
 
 
-def _squares(axes, setting, grid, ridges, colors, dimension, runs, progress):
+def _squares(axes, setting, grid, ridges, colors, training: Training, progress):
     from .simulation import simulate
 
     found = []
@@ -153,18 +171,11 @@ def _squares(axes, setting, grid, ridges, colors, dimension, runs, progress):
         memory: dict = {}
         for ridge in ridges:
             here = replace(replace(setting, "pretraining.lam", float(lam)), "finetuning.lam", ridge)
-            result = simulate(here, dimension=dimension, runs=runs, seed=0, memory=memory)
+            result = simulate(here, **training.size, memory=memory)
             names = {ridge: "test_error"} | ({None: "test_error_frozen"} if ridge == ridges[-1] else {})
             for key, name in names.items():
-                try:
-                    mean, err = result.mean("finetuning", name), result.stderr("finetuning", name)
-                except SolveError:
-                    continue  # a training that did not converge is left out, never averaged
-                axes.errorbar(lam, mean, err, fmt="s", ms=4.5, mfc="white", color=colors[key], capsize=2)
-                found.append(
-                    {"lam": float(lam), "ridge": key, "mean": mean, "stderr": err, "dimension": dimension,
-                     "runs": runs, "seed": 0}
-                )  # fmt: skip
+                if numbers := _square(axes, lam, result, name, colors[key]):
+                    found.append({"lam": float(lam), "ridge": key, **numbers, **training.size})
     return found
 
 
@@ -186,15 +197,6 @@ class Curve:
     marked: tuple[float, ...] = ()
     bayes: bool = False
     style: str = "-"
-
-
-@dataclass
-class Training:
-    """How simulation markers are made."""
-
-    dimension: int = 150
-    runs: int = 4
-    memory: dict = field(default_factory=dict)
 
 
 def _draw(panels: dict[str, Any], curves: list[Curve], training: Training | None, progress: bool) -> list[dict]:
@@ -232,21 +234,17 @@ def _bayes(panels, c: Curve, progress: bool) -> list[dict]:
 
 
 def _mark(panels, c: Curve, training: Training, progress: bool) -> list[dict]:
-    """Simulation markers with error bars; a training that did not converge is left out, never averaged."""
+    """Simulation markers along a curve."""
     from .simulation import simulate
 
     found = []
     for x in tqdm(c.marked, desc="simulation", disable=not progress):
         here = replace(c.setting, c.path, float(x))
-        result = simulate(here, dimension=training.dimension, runs=training.runs, memory=training.memory)
-        row: dict[str, Any] = {c.path: float(x), "dimension": training.dimension, "runs": training.runs, "seed": 0}
+        result = simulate(here, **training.size, memory=training.memory)
+        row: dict[str, Any] = {c.path: float(x), **training.size}
         for name, axes in panels.items():
-            try:
-                mean, err = result.mean("finetuning", name), result.stderr("finetuning", name)
-            except SolveError:
-                continue
-            axes.errorbar(x, mean, err, fmt="s", ms=4.5, mfc="white", color=c.color, capsize=2)
-            row |= {name: mean, f"{name}_stderr": err if math.isfinite(err) else None}
+            if numbers := _square(axes, x, result, name, c.color):
+                row |= {name: numbers["mean"], f"{name}_stderr": numbers["stderr"]}
         found.append(row)
     return found
 
@@ -388,11 +386,10 @@ def spectrum(out, training: Training | None = None, progress: bool = True) -> li
         if training is not None:
             from .simulation import simulate
 
-            found = simulate(setting, dimension=training.dimension, runs=training.runs, progress=progress)
+            found = simulate(setting, **training.size, progress=progress)
             values = found.eigenvalues.ravel()
             zero = np.mean(values < 1e-3 * values.max())
-            panel["simulation"] = {"dimension": training.dimension, "runs": training.runs, "seed": 0,
-                                   "atom": float(zero),
+            panel["simulation"] = {**training.size, "atom": float(zero),
                                    "moments": [float(values.mean()), float(np.mean(values**2))]}  # fmt: skip
             shown = values[values > 1e-3 * values.max()]
             axes.hist(shown, bins=40, weights=np.full(len(shown), 1 / len(values) / ((shown.max() - shown.min()) / 40)),
@@ -453,11 +450,8 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
 
 #: Figures by name; each takes (out, training, progress).
 FIGURES: dict[str, Any] = {
-    "1": lambda out, training=None, progress=True: figure1(
-        out, training is not None, progress=progress, **({} if training is None else
-        {"dimension": training.dimension, "runs": training.runs})
-    ),
-    "2": figure2, "3": figure3, "4": figure4, "5": figure5, "6": figure6, "spectrum": spectrum, "phase": phase,
+    "1": figure1, "2": figure2, "3": figure3, "4": figure4, "5": figure5, "6": figure6, "spectrum": spectrum,
+    "phase": phase,
 }  # fmt: skip
 
 

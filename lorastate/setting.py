@@ -9,7 +9,7 @@ from typing import Any
 import equinox as eqx
 
 from .activation import Activation, Custom, Identity, Softmax
-from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Fresh, Inputs, Moments, Recalibration
+from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Fresh, Inputs, Moments, Recalibration, homes
 from .errors import SettingError, is_concrete, require_float64
 from .validation import real, whole
 
@@ -167,9 +167,8 @@ def _as_inputs(inputs: Any, options: dict[str, Any]) -> Inputs:
     kind = CHANNELS[name]
     for key in given:
         if key not in kind.options:
-            homes = " or ".join(f'"{k.name}"' for k in CHANNELS.values() if key in k.options)
             raise SettingError(
-                f'finetuning.{key} = {given[key]!r} has no meaning on "{name}" inputs; allowed: on {homes} ones'
+                f'finetuning.{key} = {given[key]!r} has no meaning on "{name}" inputs; allowed: on {homes(key)} ones'
             )
     for key in kind.numbers:
         if key not in given:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .activation import Softmax
-from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs
+from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs, homes
 from .errors import SettingError
 from .setting import Finetuning, Numerics, Pretraining, Setting
 
@@ -153,8 +153,7 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
 
 def _needs_channel(key: str, inputs: Inputs) -> None:
     if key not in inputs.options:
-        homes = " or ".join(f'"{kind.name}"' for kind in CHANNELS.values() if key in kind.options)
-        raise SettingError(f'finetuning.{key} has no meaning on "{inputs.name}" inputs; allowed: on {homes} ones')
+        raise SettingError(f'finetuning.{key} has no meaning on "{inputs.name}" inputs; allowed: on {homes(key)} ones')
 
 
 def _needs_softmax(path: str, stage: Any) -> None:
