@@ -137,18 +137,18 @@ def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
 
 
 def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.Inner, use):
-    """`use(draws, chi, converged, two wells)` on split nodes if any node can have two wells, else on the plain ones."""
+    """`use(draws, chi, two wells)` on split nodes if any node can have two wells, else on the plain ones."""
     law = student_law(order, plain)
 
     def split(_):
         factor, g, chi = wells.samples(_at_rest(fine, order, plain), law, inner)
         thrice = jax.tree_util.tree_map(lambda a: wells.flat([a] * 3), plain)
         d = thrice._replace(noise=g, weight=factor * thrice.weight)
-        return use(d, chi, wells.flat(inner.ok), wells.flat(inner.two_wells))
+        return use(d, chi, wells.flat(inner.two_wells))
 
     def single(_):
         chi = wells.plain(_at_rest(fine, order, plain), law, inner)
-        return use(plain, chi, inner.ok[0], inner.two_wells[0])
+        return use(plain, chi, inner.two_wells[0])
 
     return jax.lax.cond(inner.split, split, single, 0.0)
 

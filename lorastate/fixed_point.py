@@ -342,6 +342,16 @@ def _attach_jvp(step, primals, tangents):
     return x, small_solve(jnp.eye(x.shape[0], dtype=x.dtype) - jac, db)
 
 
+def sensitivity(step: Callable, x, args, const=None):
+    """dx/dargs of the fixed point `x`, shaped like `args` with a leading axis (n,): the rule of `attach`, written out.
+
+    One compiled derivative of `step` where `jacfwd` of `attach` has two; for scalar leaves and first derivatives.
+    """
+    by_x, by_args = jax.jacfwd(lambda x, a: step(x, a, const), argnums=(0, 1))(x, args)
+    gap = jnp.eye(x.shape[0], dtype=x.dtype) - by_x
+    return jax.tree_util.tree_map(lambda j: small_solve(gap, j), by_args)
+
+
 @jax.custom_jvp
 def nan_slope(x, good):
     """`x`, whose derivative is NaN where `good` is false: a failed solve has none."""

@@ -27,16 +27,23 @@ _SUMMARY = {
 _FLOOR_SHARE = 0.3
 
 
-# Three programs, not one: the compiler's memory grows with the size of a program.
-_pretrain = Program(theory.evaluate_pretraining, quick=True)
-_finetune_few = Program(theory.evaluate_finetuning, quick=True)
-_finetune_many = Program(theory.evaluate_finetuning)
+# Several programs, not one: the compiler's memory grows with the size of a program, and gradients share the searches.
+_describe_pretraining = Program(theory.describe_pretraining, quick=True)
+_describe_finetuning = Program(theory.describe_finetuning, quick=True)
 _quadrature_errors = Program(theory.quadrature_errors, quick=True)
+_solve_pretraining = Program(theory.solve_pretraining, quick=True)
+_solve_few = Program(theory.solve_finetuning, quick=True)
+_solve_many = Program(theory.solve_finetuning)
 
 
-def _finetune(numerics) -> Program:
-    """Most of the time of a solve is spent here: with many nodes a slower compilation pays."""
-    return _finetune_many if numerics.finetuning_nodes > 32768 else _finetune_few
+def solve(setting: Setting):
+    """Both stages without derivatives, compiled once per kind of setting: `(FirstStage, SecondStage)`."""
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    nodes, numerics = theory.node_sets(pre, fine, setting.numerics), setting.numerics.without_seed
+    first = _describe_pretraining(pre, nodes, _solve_pretraining(pre, numerics, nodes.pretraining))
+    # Most of the time of a solve is spent here: with many nodes a slower compilation pays.
+    search = _solve_many if numerics.finetuning_nodes > 32768 else _solve_few
+    return first, search(pre, fine, first, numerics, nodes.finetuning)
 
 
 class Solution(eqx.Module):
@@ -168,10 +175,8 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
 
         setting = with_best_scale(setting)
     pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes = theory.node_sets(pre, fine, setting.numerics)
-    numerics = setting.numerics.without_seed
-    first = _pretrain(pre, numerics, nodes)
-    out = _finetune(numerics)(pre, fine, numerics, nodes, first)
+    nodes, numerics = theory.node_sets(pre, fine, setting.numerics), setting.numerics.without_seed
+    out = _describe_finetuning(pre, fine, nodes, *solve(setting))
     map_errors, errors = _quadrature_errors(pre, fine, numerics, nodes, out.solved)
     solution = Solution(
         asked,

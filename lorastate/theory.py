@@ -15,7 +15,7 @@ import numpy as np
 
 from . import finetuning as ft
 from . import pretraining as pt
-from . import spectrum
+from . import spectrum, wells
 from .channel import FrozenMap
 from .errors import Code, succeeded
 from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, plain_map, small_solve
@@ -156,7 +156,6 @@ class MapAverages(NamedTuple):
     potential: Any  # C
     susceptibility: Any  # E || D(Z - Omega)/D Omega ||_HS^2
     two_wells: Any
-    unconverged: Any
 
 
 def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None, inner: pt.Inner | None) -> MapAverages:
@@ -165,7 +164,7 @@ def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None, inner: pt.
         t, zero = pre.tokens, jnp.zeros(())
         s = dimension(t) * (4 * order.response / (t * t + 4 * order.response)) ** 2
         c = pt.channel_potential(pre, order, None)
-        return MapAverages(pt.conjugates_at(pre, order, None, None)[1], c, s, zero, zero)
+        return MapAverages(pt.conjugates_at(pre, order, None, None)[1], c, s, zero)
 
     return over_replicas(lambda n, i: _map_replica(pre, order, n, i), nodes, inner)
 
@@ -175,7 +174,7 @@ def _map_replica(pre, order, nodes, inner) -> MapAverages:
     c, conjugates = pt.conjugates_at(pre, order, nodes, u)
     hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
     s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response))
-    return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells), 1 - jnp.mean(1.0 * inner.ok))
+    return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells))
 
 
 def _response_gap(hess, scale):
@@ -195,15 +194,14 @@ class LoraAverages(NamedTuple):
     potential: Any  # c
     susceptibility: Any  # E || d(chi - omega)/d omega ||_F^2
     two_wells: Any
-    unconverged: Any
 
 
 def _lora_replica(fine: Finetuning, frozen: FrozenMap, order: Order, nodes, inner) -> LoraAverages:
-    def use(d, chi, ok, two):
+    def use(d, chi, two):
         c, conjugates = ft.conjugates_at(fine, order, d, chi)
         hess = ft.inner_problem(fine, order, d).terms(chi)[2]
         s = jnp.sum(d.weight * _response_gap(hess, order.response))
-        return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two), 1 - jnp.mean(1.0 * ok))
+        return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two))
 
     return ft.with_minimisers(fine, order, ft.draws(fine, frozen, nodes), inner, use)
 
@@ -239,15 +237,25 @@ def map_predictions(pre: Pretraining, order: Order, a: MapAverages, errors) -> d
         "rank_fraction": 1 - spectrum.mass_below(eps, delta, pre.kappa0),
         "replicon": jnp.where(live, replicon, jnp.nan),
         "double_well_share": a.two_wells,
-        "unconverged": a.unconverged,
     }
+
+
+#: |w|^2 / D below which the update counts as zero.
+_LIVE = 1e-12
+
+
+def lora_overlap(order: Order):
+    """o_w = m / sqrt(q q0); NaN where the update is zero."""
+    q = order.norm(ft.TEACHER_SIZE)
+    live = q > _LIVE
+    return jnp.where(live, order.overlap / jnp.sqrt(jnp.where(live, q, 1.0) * ft.TEACHER_SIZE), jnp.nan)
 
 
 def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraAverages, errors) -> dict[str, Any]:
     """Every fine-tuning prediction from the order parameters, the averages and (E', E' at w = 0)."""
     c, q0 = a.conjugates, ft.TEACHER_SIZE
     q = order.norm(q0)
-    live = q > 1e-12
+    live = q > _LIVE
     phi = ft.free_energy(fine, order, c, a.potential)
     m, q = jnp.where(live, order.overlap, 0.0), jnp.where(live, q, 0.0)
     return {
@@ -255,7 +263,7 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
         "m": m,
         "q": q,
         **c._asdict(),
-        "overlap": jnp.where(live, m / jnp.sqrt(jnp.where(live, q, 1.0) * q0), jnp.nan),
+        "overlap": lora_overlap(order),
         "train_loss": phi,
         "train_error": fine.alpha * a.potential - c.qhat * order.response / 2,
         "test_error": errors[0],
@@ -265,7 +273,6 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
         "free_energy": phi,
         "replicon": fine.alpha * a.susceptibility,
         "double_well_share": a.two_wells,
-        "unconverged": a.unconverged,
     }
 
 
@@ -285,6 +292,11 @@ def _lora_errors(fine, frozen, order, nodes):
     return finetuning_error(*common, order, nodes), finetuning_error(*common, None, nodes)
 
 
+def lora_error(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes | None):
+    """E' alone."""
+    return _averaged(lambda n: _lora_errors(fine, frozen, order, n)[0], nodes)
+
+
 def _averaged(f, nodes):
     """Mean over replicas of `f(replica)`; `f(None)` where a closed form needs no nodes."""
     return f(None) if nodes is None else mean(over_replicas(f, nodes))
@@ -302,6 +314,14 @@ class FirstStage(NamedTuple):
     solved: Solved
 
 
+class SecondStage(NamedTuple):
+    """Output of `solve_finetuning`: the branch taken, both branches, and what the channel searched for."""
+
+    solved: Solved
+    branches: Branches
+    found: Any
+
+
 class Evaluation(NamedTuple):
     """Output of `evaluate`: values and status of both stages, and what `quadrature_errors` starts from."""
 
@@ -313,33 +333,45 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets) -> Evaluation:
-    """Solves both stages and predicts everything; differentiable in every leaf of `pre` and `fine`."""
-    return evaluate_finetuning(pre, fine, numerics, nodes, evaluate_pretraining(pre, numerics, nodes))
+    """Solves both stages and predicts everything; differentiable in every leaf of `pre` and `fine`.
+
+    Each stage is searched without derivatives (`solve_*`: loops) and then described with them (`describe_*`: none), so
+    that a program of values and a program of gradients can share the compiled searches.
+    """
+    first = describe_pretraining(pre, nodes, solve_pretraining(pre, numerics, nodes.pretraining))
+    second = solve_finetuning(pre, fine, first, numerics, nodes.finetuning)
+    return describe_finetuning(pre, fine, nodes, first, second)
 
 
-def evaluate_pretraining(pre: Pretraining, numerics: Numerics, nodes: NodeSets) -> FirstStage:
-    """First half of `evaluate`."""
-    solved = solve_pretraining(pre, numerics, nodes.pretraining)
+def describe_pretraining(pre: Pretraining, nodes: NodeSets, solved: Solved) -> FirstStage:
+    """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
     const = None if nodes.pretraining is None else (nodes.pretraining, solved.inner)
+    lost = 0.0 if nodes.pretraining is None else 1 - jnp.mean(1.0 * solved.inner.ok)
+    code = jnp.where(lost > 1e-3, int(Code.stalled), solved.point.code)
     x = nan_slope(attach(pt.step, solved.point.x, pre, const), succeeded(solved.point.code))
     order = decode(x)
     a = map_averages(pre, order, nodes.pretraining, solved.inner)
     errors = _averaged(lambda n: _map_errors(pre, order, n), nodes.pretraining_test)
     values = map_predictions(pre, order, a if nodes.pretraining is None else mean(a), errors)
-    code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), solved.point.code)
     narrow = values["rank_fraction"] > pre.kappa * (1 + 1e-9)
     code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
     return FirstStage(values, order, {**solved.point._asdict(), "code": code}, solved)
 
 
-def evaluate_finetuning(pre, fine: Finetuning, numerics: Numerics, nodes: NodeSets, first: FirstStage) -> Evaluation:
-    """Second half of `evaluate`."""
-    values, branches, solved, prepared = _finetune(fine, fine.inputs.freeze(pre, first.order), numerics, nodes)
-    code = jnp.where(values["unconverged"] > 1e-3, int(Code.stalled), solved.point.code)
-    code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
-    values = {k: nan_slope(v, succeeded(code)) for k, v in values.items()}
-    status = {"pretraining": first.status, "finetuning": {**solved.point._asdict(), "code": code}}
-    return Evaluation(first.values, values, branches, status, (first.solved, solved, prepared.found))
+def describe_finetuning(
+    pre: Pretraining, fine: Finetuning, nodes: NodeSets, first: FirstStage, second: SecondStage
+) -> Evaluation:
+    """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
+    frozen = fine.inputs.freeze(pre, first.order)
+    prepared, solved = nodes.finetuning._replace(found=second.found), second.solved
+    x = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, ft.start(True))
+    order = decode(attach(ft.step, x, (fine, frozen), (prepared, solved.inner)))
+    b = mean(lora_averages(fine, frozen, order, prepared, solved.inner))
+    errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
+    values = lora_predictions(fine, frozen, order, b, errors)
+    values = {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
+    status = {"pretraining": first.status, "finetuning": solved.point._asdict()}
+    return Evaluation(first.values, values, second.branches, status, (first.solved, solved, second.found))
 
 
 def _lowest(code, energies):
@@ -350,29 +382,29 @@ def _lowest(code, energies):
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
 
 
-def _finetune(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: NodeSets):
-    """Predictions on the branch of lowest free energy among those that were solved; both branches; that solution."""
-    prepared = ft.prepare(fine, frozen, nodes.finetuning)
+def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes):
+    """Fixed point of fine-tuning on the map of pre-training (no derivative), a `SecondStage`: the branch of lowest free
+    energy among those that were solved."""
+    pre, fine, order = jax.lax.stop_gradient((pre, fine, first.order))
+    frozen = fine.inputs.freeze(pre, order)
+    prepared = ft.prepare(fine, frozen, nodes)
     solved, same = search_finetuning(fine, frozen, numerics, prepared)
     # Where the second start found nothing new it stands for the first.
-    first = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), solved.point)
-    stop = jax.lax.stop_gradient(fine)
+    starts = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), solved.point)
 
     def energy_at(x, potential):
         order = decode(x)
-        return ft.free_energy(stop, order, ft.conjugates_of(stop, order), potential.mean())
+        return ft.free_energy(fine, order, ft.conjugates_of(fine, order), potential.mean())
 
     energies = jax.vmap(energy_at)(solved.point.x, solved.inner.potential)
     energies = jnp.where(same, energies[0], energies)
-    chosen = jnp.where(same, 0, _lowest(first.code, energies))
-    best = jax.tree_util.tree_map(lambda a: a[chosen], solved)._replace(inner=None)
-    inner = jax.tree_util.tree_map(lambda a: a[chosen], solved.inner.inner)
-    x = jnp.where(jnp.isfinite(best.point.x), best.point.x, ft.start(True))
-    order = decode(attach(ft.step, x, (fine, frozen), (prepared, inner)))
-    b = mean(lora_averages(fine, frozen, order, prepared, inner))
-    errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
-    values = lora_predictions(fine, frozen, order, b, errors)
-    return values, Branches(first, energies, chosen), best._replace(inner=inner), prepared
+    chosen = jnp.where(same, 0, _lowest(starts.code, energies))
+    best = jax.tree_util.tree_map(lambda a: a[chosen], solved)
+    best = best._replace(inner=best.inner.inner)
+    code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
+    code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
+    best = best._replace(point=best.point._replace(code=code))
+    return SecondStage(best, Branches(starts, energies, chosen), prepared.found)
 
 
 # ---- error bars ------------------------------------------------------------------------------------------------

@@ -84,6 +84,12 @@ def nothing(replicas: int, tokens: int, nodes: int) -> Inner:
     )  # fmt: skip
 
 
+def lost(inner: Inner):
+    """Share of descents of all replicas that did not converge."""
+    missed = 1.0 - inner.ok  # (R, 3, N)
+    return jnp.mean(jnp.where(inner.split, missed.mean((1, 2)), missed[:, 0].mean(1)))
+
+
 class _Line(NamedTuple):
     """The line g = across + e t through a node: its direction, the node's own t, and where omega . e = 0."""
 
