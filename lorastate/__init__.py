@@ -23,6 +23,7 @@ _HOME = {
     "explain": "report", "noise_decomposition": "report",
     "weak_recovery_threshold": "stability", "interpolation_threshold": "stability", "branches": "stability",
     "measure_mismatch": "mismatch", "find_mismatch": "mismatch", "Mismatch": "mismatch",
+    "sweep": "sweeps", "SweepInterrupted": "sweeps", "SweepIncomplete": "sweeps",
     "gradient": "design", "optimize": "design", "Optimum": "design",
     "Simulation": "simulation", "simulate": "simulation", "SimulationInterrupted": "simulation",
     "SettingError": "errors", "SolveError": "errors", "Code": "errors",

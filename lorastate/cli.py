@@ -1,4 +1,4 @@
-"""The command line: `lorastate predict | optimize | gradient | explain | simulate | figure`.
+"""The command line: `lorastate predict | optimize | gradient | sweep | explain | simulate | figure`.
 
 Results go to stdout; messages and progress bars to stderr. Exit codes: 0 when the answer is right, 2 for bad
 input, 3 for a solve that failed. Whatever imports JAX is imported inside the commands: `--help` is fast.
@@ -23,6 +23,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
 
 from ._version import __version__
+from .names import MEANING
 
 if TYPE_CHECKING:
     from .setting import Setting
@@ -30,38 +31,6 @@ if TYPE_CHECKING:
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
 
-_MEANING = {
-    "pretraining": {
-        "V": "response of the learned matrix",
-        "M": "Tr(S S*)/D, overlap with the teacher",
-        "Q": "Tr(S^2)/D, size of the learned matrix",
-        "qhat": "conjugate of Q",
-        "mhat": "conjugate of M",
-        "shat": "conjugate of V",
-        "overlap": "O_W = M/sqrt(Q Q0), cosine of student and teacher",
-        "train_loss": "loss per D^2, penalty included",
-        "train_error": "the same without the penalty",
-        "test_error": "E, noisy labels",
-        "test_error_noiseless": "the same against clean labels",
-        "rank_fraction": "share of nonzero eigenvalues",
-        "replicon": "replica symmetry is stable below one",
-    },
-    "finetuning": {
-        "v": "response of the update",
-        "m": "w.w*/D, overlap with the teacher",
-        "q": "|w|^2/D, size of the update",
-        "overlap": "o_w = m/sqrt(q), cosine of student and teacher",
-        "train_loss": "loss per D, penalty included",
-        "train_error": "the same without the penalty",
-        "test_error": "E', noisy labels",
-        "test_error_frozen": "the same without the update",
-        "effective_noise": "Delta_eff, label noise that the frozen map leaves",
-        "recalibration": "b, factor on the frozen map",
-        "free_energy": "decides between branches",
-        "replicon": "replica symmetry is stable below one",
-        "double_well_share": "share of nodes with two wells",
-    },
-}
 _TITLE = {"pretraining": "Pre-training", "finetuning": "Fine-tuning"}
 
 _SettingPath = Annotated[Positional[Path], arg(metavar="SETTING", help="Settings file (TOML).")]
@@ -217,6 +186,104 @@ class Gradient:
 
 
 @dataclass
+class Sweep:
+    """Every prediction on a grid of settings, on all devices; stopped at any moment, the same command goes on."""
+
+    setting: _SettingPath
+    grid: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUES", help="An axis, as pretraining.lam=log:1e-3:1:64, ...=lin:0:1:5, ...=0.5,1,2."),
+    ] = ()
+    set: _Set = ()
+    out: Annotated[Path, arg(help="Directory for sweep.nc and what is finished on the way.")] = Path("results")
+    gradient: Annotated[str | None, arg(help="Also derivatives of test_error, effective_noise or overlap.")] = None
+    devices: Annotated[str, arg(help="Number of local devices (of a CPU: cores), or all.")] = "all"
+    chunk: Annotated[int | None, arg(help="Points that each device takes at a time.")] = None
+    coordinator: Annotated[str | None, arg(help="HOST:PORT of process 0, in a job of several processes.")] = None
+    processes: Annotated[int | None, arg(help="How many processes there are.")] = None
+    process: Annotated[int | None, arg(help="Which of them this is, from 0.")] = None
+    json: _Json = False
+
+    def __call__(self) -> int:
+        import jax
+
+        from . import figures, sweeps
+        from .errors import SettingError
+        from .setting_file import load_setting, setting_to_dict
+
+        devices = self._prepare()
+        setting = load_setting(self.setting, self.set)
+        grid = dict(map(sweeps.parse_axis, self.grid))
+        if len(grid) < len(self.grid):
+            raise SettingError("--grid names a field more than once; allowed: each field once")
+        if self.gradient is not None:
+            _check_objective("--gradient", self.gradient)
+        out = _directory(self.out)
+        try:
+            data = sweeps.sweep(
+                setting, grid, out=out, gradient=self.gradient, devices=devices, chunk=self.chunk, progress=True
+            )
+        except sweeps.SweepInterrupted as stop:
+            _warn(f"interrupted: {stop}")
+            return INTERRUPTED
+        except sweeps.SweepIncomplete as lost:
+            _warn(str(lost))
+            # The runtime of several processes would wait for the one that is gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(FAILED)
+        except OSError as error:
+            raise SettingError(_cannot_write(out, error)) from None
+        if jax.process_index():
+            return 0
+        found = sweeps.summary(data)
+        written = [out / "sweep.nc", *figures.sweep(data, out)]
+        if self.json:
+            _print_json({**found, "setting": setting_to_dict(setting), "version": __version__})
+        else:
+            _say(_describe(setting))
+            _say(_sweep_lines(found))
+            _say("written: " + ", ".join(map(str, written)))
+        return FAILED if found["failed"] == found["points"] else 0
+
+    def _prepare(self) -> Any:
+        """Before JAX looks for its devices: cores of a CPU as devices, and the other processes."""
+        import jax
+
+        from .errors import SettingError
+
+        if self.devices != "all" and not (self.devices.isdecimal() and int(self.devices) > 0):
+            raise SettingError(f"--devices {self.devices!r} is unknown; allowed: a number of at least 1, or all")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = self.devices if self.devices == "all" else int(self.devices)
+        chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
+        if not chosen:
+            jax.config.update("jax_num_cpu_devices", cores if devices == "all" else devices)
+        given = (self.coordinator, self.processes, self.process)
+        if any(v is not None for v in given):
+            if any(v is None for v in given):
+                raise SettingError("--coordinator, --processes and --process belong together; allowed: all three")
+            assert self.processes is not None and self.process is not None
+            if not 0 <= self.process < self.processes:
+                raise SettingError(f"--process {self.process} is out of range; allowed: 0 to {self.processes - 1}")
+            if hasattr(jax.config, "jax_enable_recoverability"):
+                jax.config.update("jax_enable_recoverability", True)  # one that dies must not take the others along
+            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        return devices
+
+
+def _sweep_lines(found: Mapping[str, Any]) -> str:
+    lines = [f"{found['points']} points, {found['failed']} of them not solved"]
+    for reason, count in found["codes"].items():
+        lines.append(f"  {reason}: {count}")
+    if found["best"]:
+        at = ", ".join(f"{path} = {v if isinstance(v, str) else _number(v)}" for path, v in found["best"]["at"].items())
+        error = f"{found['best']['test_error']:.6g} +- {found['best']['stderr']:.1e}"
+        lines.append(f"lowest E' = {error} at {at}")
+    return "\n".join(lines)
+
+
+@dataclass
 class Explain:
     """One page about a setting: what LoRA sees of pre-training, what to change, how far it can be trusted."""
 
@@ -300,6 +367,7 @@ _Command = (
     Annotated[Predict, subcommand("predict")]
     | Annotated[Optimize, subcommand("optimize")]
     | Annotated[Gradient, subcommand("gradient")]
+    | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Simulate, subcommand("simulate")]
     | Annotated[Figure, subcommand("figure")]
@@ -381,16 +449,16 @@ def _run(command: Any) -> int:
 
 
 def _spread(words: Sequence[str]) -> list[str]:
-    """`--set a.b=1 c.d=2` as `--set a.b=1 --set c.d=2`: one flag may carry several overrides."""
+    """`--set a.b=1 c.d=2` as `--set a.b=1 --set c.d=2`: one flag, --set or --grid, may carry several fields."""
     out: list[str] = []
-    inside = False
+    inside = ""
     for i, word in enumerate(words):
-        if word == "--set":
-            inside = True
-        elif inside and i and words[i - 1] != "--set":
-            inside = re.match(r"\w+\.\w+=", word) is not None
+        if word in ("--set", "--grid"):
+            inside = word
+        elif inside and i and words[i - 1] != inside:
+            inside = inside if re.match(r"\w+\.\w+=", word) else ""
             if inside:
-                out.append("--set")
+                out.append(inside)
         out.append(word)
     return out
 
@@ -584,7 +652,7 @@ def _describe(setting: Setting) -> str:
 
 
 def _prediction_table(stage: str, summary: Mapping[str, Any]) -> str:
-    errors, meaning = summary["quadrature_error"].get(stage, {}), _MEANING[stage]
+    errors, meaning = summary["quadrature_error"].get(stage, {}), MEANING[stage]
     rows = [
         (name, _number(value), _bar(errors.get(name)), meaning.get(name, "")) for name, value in summary[stage].items()
     ]

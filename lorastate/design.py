@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -59,8 +58,7 @@ def _read(path: str):
     return where
 
 
-@partial(Program, quick=True)
-def _value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
+def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
     """An objective and its derivatives, shaped like (pre, fine), at the fixed points that were found.
 
     Few inputs and no tape: forward mode needs a tenth of the memory of reverse mode, and compiles faster. Each stage is
@@ -92,7 +90,10 @@ def _value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
     return value(y, x, params), each(lambda p, dx, dy: p + at_x @ dx + at_y @ dy, partial, dx, dy)
 
 
-def _objective(name: str) -> str:
+_value_and_slopes = Program(value_and_slopes, quick=True)
+
+
+def check_objective(name: str) -> str:
     if name not in OBJECTIVES:
         allowed = ", ".join(f'"{k}"' for k in OBJECTIVES)
         raise SettingError(f"objective = {name!r} is unknown; allowed: {allowed}")
@@ -124,11 +125,9 @@ class _Point(NamedTuple):
     share: float  # of nodes with two wells
 
 
-def _evaluate(setting: Setting, objective: str) -> _Point:
-    pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes = theory.node_sets(pre, fine, setting.numerics)
-    first, second = solve(setting)
-    value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
+def total_slopes(setting: Setting, grads) -> dict[str, float]:
+    """Total derivatives by dotted path, from partial ones shaped like (pre, resolved fine)."""
+    fine = setting.finetuning_resolved
     slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
     # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
     same_noise = setting.finetuning.delta is None or fine.inputs.keeps_noise
@@ -140,6 +139,15 @@ def _evaluate(setting: Setting, objective: str) -> _Point:
         by_alpha = float(grads[1].alpha)
         slopes["finetuning.rho"] += by_alpha * float(fine.inputs.pool)
         slopes["finetuning.pool"] += by_alpha * float(fine.inputs.rho)
+    return slopes
+
+
+def _evaluate(setting: Setting, objective: str) -> _Point:
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    nodes = theory.node_sets(pre, fine, setting.numerics)
+    first, second = solve(setting)
+    value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
+    slopes = total_slopes(setting, grads)
     codes = first.status["code"], second.solved.point.code
     good = all(bool(succeeded(code)) for code in codes) and all(map(math.isfinite, slopes.values()))
     # The plain samples are as good as the split ones for this.
@@ -154,7 +162,7 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
     `InexactGradient` where the inner problem of softmax has double wells of visible weight.
     """
     require_float64()
-    objective = _objective(of)
+    objective = check_objective(of)
     if searches_scale(setting):
         # E' is stationary in b: there is no need to differentiate the search.
         _only_of_error(of)
@@ -251,7 +259,7 @@ def optimize(
     for an unknown field and `SolveError` when the starting point itself cannot be solved.
     """
     require_float64()
-    objective = _objective(minimize)
+    objective = check_objective(minimize)
     over = tuple(dict.fromkeys(over))
     if searches_scale(setting):
         # Both searches minimise E': they are one.

@@ -487,3 +487,51 @@ def optimization(optimum, out: Path | str, simulation=None, points: int = 21) ->
     axes.legend(fontsize=8)
     figure.tight_layout()
     return _save(figure, Path(out), "optimization", data)
+
+
+def sweep(dataset, out: Path | str, name: str = "finetuning.test_error") -> list[Path]:
+    """A swept prediction over one axis (with error bars), or two: lines where one has few values, else a map.
+
+    Axes with a single value are left out; with three or more others there is no picture and no file.
+    """
+    values = dataset[name].squeeze()
+    if values.ndim not in (1, 2) or not np.any(np.isfinite(values)):
+        return []
+    errors = dataset[f"{name}_stderr"].squeeze()
+    axes_values = {str(d): values[d].values for d in values.dims}
+    numeric = [d for d, v in axes_values.items() if v.dtype.kind in "iuf"]
+    few = min(axes_values, key=lambda d: (d in numeric, len(axes_values[d]))) if values.ndim == 2 else ""
+    figure, axes = plt.subplots(figsize=(5.6, 4))
+    if values.ndim == 2 and len(numeric) == 2 and len(axes_values[few]) > 6:
+        y, x = axes_values
+        mesh = axes.pcolormesh(axes_values[x], axes_values[y], values.values, shading="nearest", cmap="viridis")
+        figure.colorbar(mesh, label=_LABELS.get(name.split(".")[1], name))
+        k, j = np.unravel_index(np.nanargmin(values.values), values.shape)
+        axes.plot(axes_values[x][j], axes_values[y][k], "*", ms=13, color="w", mec="k", label="lowest")
+        axes.set(xlabel=x, ylabel=y)
+        scaled = {"x": axes_values[x], "y": axes_values[y]}
+    else:
+        x = next(d for d in axes_values if d != few)
+        grid = axes_values[x] if x in numeric else np.arange(len(axes_values[x]))
+        for k in range(len(axes_values[few]) if few else 1):
+            line, bar = (values.isel({few: k}), errors.isel({few: k})) if few else (values, errors)
+            shown = axes_values[few][k] if few else None
+            label = (f"{few} = {shown:.4g}" if few in numeric else f"{few} = {shown}") if few else None
+            axes.errorbar(grid, line.values, bar.values, fmt="o-", ms=3, lw=1.4, capsize=2, label=label)
+        if x not in numeric:
+            axes.set_xticks(grid, axes_values[x])
+        axes.set(xlabel=x, ylabel=_LABELS.get(name.split(".")[1], name))
+        scaled = {"x": grid if x in numeric else np.zeros(0)}
+    for which, v in scaled.items():
+        if len(v) > 2 and np.all(v > 0) and np.allclose(np.diff(np.log(v)), np.log(v[1] / v[0]), rtol=1e-6):
+            axes.set(**{f"{which}scale": "log"})
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    written = []
+    for suffix in ("png", "pdf"):
+        path = Path(out) / f"sweep.{suffix}"
+        figure.savefig(path, dpi=150)
+        written.append(path)
+    plt.close(figure)
+    return written

@@ -23,8 +23,6 @@ _SUMMARY = {
     "finetuning": ("v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
                    "recalibration", "free_energy", "replicon", "double_well_share"),
 }  # fmt: skip
-#: Error above which a solve that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
-_FLOOR_SHARE = 0.3
 
 
 # Several programs, not one: the compiler's memory grows with the size of a program, and gradients share the searches.
@@ -113,13 +111,11 @@ class Solution(eqx.Module):
 
     def code(self, stage: str) -> Code:
         """Result code of a stage; a solve that stopped at a jump must be well inside its quadrature error."""
-        code = Code(int(self.status[stage]["code"]))
-        if code is Code.floor:
-            names = ("V", "M", "Q") if stage == "pretraining" else ("v", "m", "q")
-            allowed = max(float(self.errors[stage][n]) for n in names)
-            if not float(self.status[stage]["error"]) <= _FLOOR_SHARE * allowed:
-                return Code.stalled
-        return code
+        status = self.status[stage]
+        return Code(int(theory.settled(status["code"], status["error"], self._order_error(stage))))
+
+    def _order_error(self, stage: str):
+        return theory.largest_order_error(stage, self.errors[stage])
 
     @property
     def ok(self) -> bool:

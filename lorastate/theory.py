@@ -407,6 +407,22 @@ def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, nume
     return SecondStage(best, Branches(starts, energies, chosen), prepared.found)
 
 
+#: Error above which a solve that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
+_FLOOR_SHARE = 0.3
+
+
+def settled(code, error, quadrature_error):
+    """The final code of a stage: a solve that stopped at a jump must be well inside its quadrature error."""
+    far = ~(error <= _FLOOR_SHARE * quadrature_error)
+    return jnp.where((code == Code.floor) & far, int(Code.stalled), code)
+
+
+def largest_order_error(stage: str, errors):
+    """The largest quadrature error of the order parameters of a stage."""
+    names = ("V", "M", "Q") if stage == "pretraining" else ("v", "m", "q")
+    return jnp.max(jnp.stack([jnp.asarray(errors[n]) for n in names]))
+
+
 # ---- error bars ------------------------------------------------------------------------------------------------
 
 
