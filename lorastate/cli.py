@@ -251,14 +251,14 @@ class Sweep:
         import jax
 
         from .errors import SettingError
+        from .program import cores
 
         if self.devices != "all" and not (self.devices.isdecimal() and int(self.devices) > 0):
             raise SettingError(f"--devices {self.devices!r} is unknown; allowed: a number of at least 1, or all")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = self.devices if self.devices == "all" else int(self.devices)
         chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
         if not chosen:
-            jax.config.update("jax_num_cpu_devices", cores if devices == "all" else devices)
+            jax.config.update("jax_num_cpu_devices", cores() if devices == "all" else devices)
         given = (self.coordinator, self.processes, self.process)
         if any(v is not None for v in given):
             if any(v is None for v in given):

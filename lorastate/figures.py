@@ -23,6 +23,7 @@ from ._version import __version__
 from .bayes import bayes_optimal
 from .errors import SolveError
 from .setting import Finetuning, Numerics, Pretraining, Setting
+from .program import together
 from .setting_file import get, replace, setting_to_dict
 from .solution import predict
 
@@ -43,8 +44,8 @@ def _save(figure, out: Path, name: str, data: dict[str, Any]) -> list[Path]:
 
 def _scan(setting: Setting, path: str, values, names, bar=None) -> list[dict[str, float | None]]:
     """Predictions `names` of the fine-tuning stage, and its replicon, along one field; None where a solve failed."""
-    rows = []
-    for x in values:
+
+    def at(x):
         row: dict[str, float | None] = {path: float(x)}
         solution = predict(replace(setting, path, float(x)), throw=False)
         good = solution.ok
@@ -53,6 +54,10 @@ def _scan(setting: Setting, path: str, values, names, bar=None) -> list[dict[str
             row[name] = value if good and math.isfinite(value) else None
         for name in names:
             row[f"{name}_stderr"] = solution.stderr("finetuning", name) if row[name] is not None else None
+        return row
+
+    rows = []
+    for row in together(at, values):
         rows.append(row)
         if bar is not None:
             bar.update()
@@ -222,12 +227,13 @@ def _draw(panels: dict[str, Any], curves: list[Curve], training: Training | None
 
 def _bayes(panels, c: Curve, progress: bool) -> list[dict]:
     """Bayes-optimal limits along a curve, dashed."""
-    rows = []
-    for x in tqdm(c.grid, desc="Bayes-optimal", unit="solve", disable=not progress):
+
+    def at(x):
         limits = bayes_optimal(replace(c.setting, c.path, float(x)))
-        rows.append(
-            {c.path: float(x), **limits.finetuning, "test_error_stderr": limits.errors["finetuning"]["test_error"]}
-        )
+        return {c.path: float(x), **limits.finetuning, "test_error_stderr": limits.errors["finetuning"]["test_error"]}
+
+    steps = together(at, c.grid)
+    rows = list(tqdm(steps, total=len(c.grid), desc="Bayes-optimal", unit="solve", disable=not progress))
     for name, axes in panels.items():
         axes.plot(c.grid, [row[name] for row in rows], color=c.color, ls="--", lw=1.2)
     return rows
@@ -416,11 +422,14 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     bar = tqdm(total=overlaps.size, desc="theory", unit="solve", disable=not progress)
     for i, noise in enumerate(noises):
         here = replace(base, "finetuning.delta", 2 * float(noise - gap))
-        for j, alpha in enumerate(alphas):
+
+        def at(alpha, here=here):
             solution = predict(replace(here, "finetuning.alpha", float(alpha)), throw=False)
-            if solution.ok:
-                value = float(solution.finetuning["overlap"])
-                overlaps[i, j] = abs(value) if math.isfinite(value) else 0.0
+            value = float(solution.finetuning["overlap"])
+            return (abs(value) if math.isfinite(value) else 0.0) if solution.ok else np.nan
+
+        for j, value in enumerate(together(at, alphas)):
+            overlaps[i, j] = value
             bar.update()
         if i % 2 == 0:
             learned.append((float(noise), weak_recovery_threshold(here)))

@@ -25,6 +25,9 @@ class Method(eqx.Module):
     max_steps: int = eqx.field(static=True, default=200)
     #: Damped Picard steps before the first Newton step; -1 means Picard only.
     burn_in: int = eqx.field(static=True, default=4)
+    #: Residual above which up to `_SETTLING` more Picard steps come before the first Newton step: far from a solution a
+    #: Newton step may go anywhere.
+    settle: float = eqx.field(static=True, default=float("inf"))
     #: Fraction of the old point that a Picard step keeps.
     damping: float = eqx.field(static=True, default=0.3)
     #: max |x| beyond which the iteration counts as diverged.
@@ -127,6 +130,7 @@ class Map(NamedTuple):
 
 #: Residual at which a solve whose map may jump is first checked by a cold evaluation.
 _CHECKED = 1e-4
+_SETTLING = 40
 #: Distance over which the slope of a map that jumps is measured.
 _PROBE = 0.03
 
@@ -167,14 +171,16 @@ class Stage(NamedTuple):
     bound: Any
     floor: Any
     index: Any
+    settle: Any
     exact: Any
 
     @staticmethod
     def of(method: Method, index: int = 0, exact: bool = True) -> Stage:
         m = method
         return Stage(
-            float(m.tolerance), m.max_steps, m.burn_in, float(m.damping), float(m.bound), float(m.floor), index, exact
-        )
+            float(m.tolerance), m.max_steps, m.burn_in, float(m.damping), float(m.bound), float(m.floor), index,
+            float(m.settle), exact,
+        )  # fmt: skip
 
 
 def _size(v):
@@ -185,6 +191,11 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
     """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
 
     n, dtype = x0.shape[0], x0.dtype
+
+    def early(step, residual):
+        """Whether the next step is a Picard step of the beginning."""
+        settling = (residual > stage.settle) & (step < stage.burn_in + _SETTLING)
+        return (step < stage.burn_in) | (stage.burn_in < 0) | settling
 
     def running(s):
         return ~s.done & (s.code == Code.ok) & (s.step < stage.max_steps)
@@ -197,8 +208,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         g = s.image - s.x
         newton = small_solve(jnp.eye(s.x.shape[0], dtype=s.x.dtype) - s.jac, g)
         picard = (1.0 - stage.damping) * g
-        early = (s.step < stage.burn_in) | (stage.burn_in < 0)
-        use_picard = early | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
+        use_picard = early(s.step, _size(g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
         # A Newton step in log or atanh coordinates longer than a few units means nothing: cut it.
         cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
         # The first pass evaluates at the start itself: one compiled copy of the map serves the whole loop.
@@ -227,7 +237,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         secant = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
         usable = accept & ~stay & finite & (square > 0) & jnp.all(jnp.isfinite(secant))
         jac = jnp.where(usable, secant, s.jac)
-        newton_next = (stage.burn_in >= 0) & (s.step + 1 >= stage.burn_in) & stage.exact & ~(check & s.exact)
+        newton_next = ~early(s.step + 1, residual) & stage.exact & ~(check & s.exact)
         wanted = ((accept & newton_next) | renew | (done & ~(check & s.exact))) & jnp.all(jnp.isfinite(x)) & ~probing
         jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
         finite = finite & jnp.all(jnp.isfinite(jac))

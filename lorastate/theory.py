@@ -54,13 +54,13 @@ def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSet
     )
 
 
-def _stages(numerics: Numerics, rough: float, floor: float = 5e-3) -> list[Stage]:
+def _stages(numerics: Numerics, rough: float, settle: float = np.inf, floor: float = 5e-3) -> list[Stage]:
     """One replica finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones.
 
     In both stages inner minimisers may jump from well to well, hence the floors (see `Method`).
     """
     steps = numerics.max_steps
-    coarse = Method(tolerance=rough, max_steps=steps, floor=10 * floor)
+    coarse = Method(tolerance=rough, max_steps=steps, floor=10 * floor, settle=settle)
     fine = Method(tolerance=numerics.tolerance, max_steps=steps, burn_in=0, floor=floor)
     return [Stage.of(coarse, 1), Stage.of(fine, numerics.replicas, exact=False)]
 
@@ -139,7 +139,8 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
 
     x0 = jnp.stack([ft.start(True), ft.start(False)])
     two = jax.tree_util.tree_map(lambda a: jnp.stack([a, a]), ft.no_memory(fine, nodes))
-    rough, refined = _stages(numerics, 1e-3)
+    # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
+    rough, refined = _stages(numerics, 1e-3, settle=0.03)
     jobs = (_stacked([rough, rough, refined, refined]), jnp.array([0, 1, 0, 1]))
     (_, jacs, memories, same), points = jax.lax.scan(job, (x0, jnp.zeros((2, 3, 3)), two, jnp.array(False)), jobs)
     final = jax.tree_util.tree_map(lambda a: a[2:], points)
