@@ -22,8 +22,8 @@ from tqdm import tqdm
 from ._version import __version__
 from .bayes import bayes_optimal
 from .errors import SolveError
-from .setting import Finetuning, Numerics, Pretraining, Setting
 from .program import together
+from .setting import Finetuning, Numerics, Pretraining, Setting
 from .setting_file import get, replace, setting_to_dict
 from .solution import predict
 

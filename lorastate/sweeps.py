@@ -230,7 +230,7 @@ class _Journal:
 
     def __init__(self, out: Path, manifest: dict[str, Any], process: int):
         self.out, self.manifest = out, manifest
-        self.path = out / f"points-{process}.bin"
+        self.path, self._end = out / f"points-{process}.bin", -1
         out.mkdir(parents=True, exist_ok=True)
         file = out / "sweep.json"
         if file.exists():
@@ -283,15 +283,17 @@ class _Journal:
         for k, (index, values) in enumerate(rows.items()):
             block[k]["index"], block[k]["values"] = index, values
             block[k]["check"] = _checksum(block[k])
-        end = self._read(self.path)[2] if self.path.exists() else 0
+        if self._end < 0:  # the first time: after the last whole record of a former process
+            self._end = self._read(self.path)[2] if self.path.exists() else 0
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
-            file.truncate(end)
-            file.seek(end)
-            if not end:
+            file.truncate(self._end)
+            file.seek(self._end)
+            if not self._end:
                 file.write(json.dumps({"columns": list(columns)}).encode() + b"\n")
             file.write(block.tobytes())
             file.flush()
             os.fsync(file.fileno())
+            self._end = file.tell()
 
 
 def _checksum(record) -> int:

@@ -1,0 +1,324 @@
+"""Sweeps: a lane is a prediction; what is interrupted goes on; what is shared out comes together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import xarray
+
+import lorastate as ls
+from lorastate import cli, sweeps
+from lorastate.setting_file import setting_to_dict
+
+
+@pytest.fixture
+def start(tmp_path_factory):
+    """Starts a process; `said` is what it has written to stderr."""
+    running = []
+
+    def begin(program, *args):
+        log = tmp_path_factory.mktemp("process") / "stderr"
+        with open(log, "w") as file:
+            process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), *map(str, args)], stderr=file)
+        process.said = log.read_text
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def setting():
+    numerics = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
+    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
+    return ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.6), numerics)
+
+
+# ---------------------------------------------------------------- real solves
+
+GRID = {"pretraining.kappa": [0.3, 1.0], "pretraining.lam": [0.01, 0.1]}
+
+
+@pytest.fixture(scope="module")
+def swept():
+    return ls.sweep(setting(), GRID, gradient="test_error", chunk=4)
+
+
+def test_a_lane_is_the_setting_alone_and_a_failed_one_disturbs_nobody(swept):
+    failed = {(0.3, 0.01)}  # too narrow for its own solution
+    for kappa in GRID["pretraining.kappa"]:
+        for lam in GRID["pretraining.lam"]:
+            here = ls.replace(ls.replace(setting(), "pretraining.kappa", kappa), "pretraining.lam", lam)
+            lane = swept.sel({"pretraining.kappa": kappa, "pretraining.lam": lam})
+            alone = ls.predict(here, throw=False)
+            assert int(lane["pretraining.code"]) == alone.code("pretraining")
+            assert int(lane["finetuning.code"]) == alone.code("finetuning")
+            assert alone.ok == ((kappa, lam) not in failed)
+            if not alone.ok:
+                assert np.isnan(lane["finetuning.test_error"]) and np.isnan(lane["gradient.pretraining.lam"])
+                continue
+            for stage in ("pretraining", "finetuning"):
+                for name, value in getattr(alone, stage).items():
+                    np.testing.assert_allclose(lane[f"{stage}.{name}"], value, rtol=1e-12, atol=1e-12)
+                    error = alone.errors[stage][name]
+                    np.testing.assert_allclose(lane[f"{stage}.{name}_stderr"], error, rtol=1e-7, atol=1e-12)
+            for path, slope in ls.gradient(here)[1].items():
+                np.testing.assert_allclose(lane[f"gradient.{path}"], slope, rtol=1e-9, atol=1e-11)
+    assert sweeps.summary(swept)["failed"] == 1
+    assert sweeps.summary(swept)["codes"] == {"pretraining too_narrow": 1, "finetuning upstream": 1}
+
+
+def test_other_chunks_devices_and_processes(swept, tmp_path, start):
+    # Three devices in each of two processes, chunks of one, against one device and one chunk.
+    program = f"""
+        import sys, jax
+        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_num_cpu_devices", 3)
+        import lorastate as ls
+        from lorastate.setting_file import setting_from_dict
+        port, process = sys.argv[1:]
+        jax.distributed.initialize(f"127.0.0.1:{{port}}", 2, int(process))
+        setting = setting_from_dict({setting_to_dict(setting())!r})
+        ls.sweep(setting, {GRID!r}, gradient="test_error", out={str(tmp_path)!r}, devices="all", chunk=1)
+    """
+    port = free_port()
+    both = [start(program, port, k) for k in (0, 1)]
+    assert [p.wait(300) for p in both] == [0, 0], [p.said() for p in both]
+    together = xarray.load_dataset(tmp_path / "sweep.nc", engine="scipy")
+    assert set(together) == set(swept)
+    for name in swept:
+        np.testing.assert_allclose(together[name], swept[name], rtol=1e-11, atol=1e-12, err_msg=name)
+
+
+# ---------------------------------------------------------------- bookkeeping, with solves that cost nothing
+
+
+def row(s):
+    x = float(s.pretraining.lam) + 10 * float(s.finetuning.alpha)
+    out = {}
+    for stage in ("pretraining", "finetuning"):
+        out |= {f"{stage}.test_error": np.sin(x), f"{stage}.test_error_stderr": 0.1 * x, f"{stage}.code": 0.0}
+    return out
+
+
+MANY = {"pretraining.lam": np.geomspace(0.01, 1, 6).tolist(), "finetuning.alpha": [1.0, 2.0, 3.0]}
+
+
+@pytest.fixture
+def solved(monkeypatch):
+    """Settings solved so far; `stop` interrupts before the n-th chunk."""
+
+    class Log(list):
+        stop = None
+        chunks = 0
+
+    log = Log()
+
+    def run(settings, objective, mesh, lanes):
+        log.chunks += 1
+        if log.chunks == log.stop:
+            raise KeyboardInterrupt
+        log.extend(settings)
+        return [row(s) for s in settings]
+
+    monkeypatch.setattr(sweeps, "_run", run)
+    return log
+
+
+def test_interrupted_and_continued(solved, tmp_path):
+    whole = ls.sweep(setting(), MANY, out=tmp_path / "whole")
+    solved.clear()
+    solved.chunks, solved.stop = 0, 3
+    with pytest.raises(ls.SweepInterrupted, match=r"8 of 18 points are finished.*goes on") as stop:
+        ls.sweep(setting(), MANY, out=tmp_path / "part")
+    assert stop.value.finished == len(solved) == 8
+    # What a killed process leaves of its last record is dropped, and nothing that is whole is computed again.
+    file = tmp_path / "part/points-0.bin"
+    file.write_bytes(file.read_bytes()[:-5])
+    solved.clear()
+    again = ls.sweep(setting(), MANY, out=tmp_path / "part")
+    assert len(solved) == 18 - 7
+    xarray.testing.assert_identical(again, whole)
+    assert (tmp_path / "part/sweep.nc").read_bytes() == (tmp_path / "whole/sweep.nc").read_bytes()
+    solved.clear()
+    ls.sweep(setting(), MANY, out=tmp_path / "part")
+    assert not solved
+    loaded = xarray.load_dataset(tmp_path / "part/sweep.nc", engine="scipy")
+    np.testing.assert_array_equal(loaded["finetuning.test_error"], whole["finetuning.test_error"])
+    assert json.loads(loaded.attrs["setting"]) == setting_to_dict(setting())
+
+
+def test_a_damaged_record_is_computed_again(solved, tmp_path):
+    whole = ls.sweep(setting(), MANY, out=tmp_path)
+    file = tmp_path / "points-0.bin"
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 255
+    file.write_bytes(data)
+    solved.clear()
+    xarray.testing.assert_identical(ls.sweep(setting(), MANY, out=tmp_path), whole)
+    assert len(solved) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"setting": ("pretraining.delta", 0.7)}, ["pretraining.delta = 0.5", "pretraining.delta = 0.7"]),
+        ({"grid": {"finetuning.alpha": [1.0]}}, ["grid.pretraining.lam"]),
+        ({"gradient": "overlap"}, ["gradient = None", "gradient = overlap"]),
+    ],
+)
+def test_another_sweep_is_refused(solved, tmp_path, change, words):
+    ls.sweep(setting(), MANY, out=tmp_path)
+    other = ls.replace(setting(), *change["setting"]) if "setting" in change else setting()
+    with pytest.raises(ls.SettingError) as error:
+        ls.sweep(other, change.get("grid", MANY), out=tmp_path, gradient=change.get("gradient"))
+    assert all(word in str(error.value) for word in [*words, "another directory"]), error.value
+
+
+def test_words_and_numbers_as_axes(solved):
+    grid = {"pretraining.lam": [0.1, 0.2], "finetuning.inputs": ["fresh", "reused"], "pretraining.tokens": [2, 3]}
+    data = ls.sweep(setting(), grid)
+    assert dict(data.sizes) == {k: 2 for k in grid} and len(solved) == 8
+    assert {(s.finetuning.inputs.name, s.pretraining.tokens) for s in solved} == {
+        (name, t) for name in ("fresh", "reused") for t in (2, 3)
+    }
+    assert data["finetuning.inputs"].values.tolist() == ["fresh", "reused"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({}, ["grid is empty"]),
+        ({"pretraining.lam": []}, ["pretraining.lam has no values"]),
+        ({"pretraining.lam": [0.1, 0.1]}, ["more than once"]),
+        ({"pretraining.lam": [0.1, -1.0]}, ["pretraining.lam = -1.0"]),
+        ({"pretraining.lam": [float("nan")]}, ["pretraining.lam = nan"]),
+        ({"pretraining.lamda": [0.1]}, ["pretraining.lamda"]),
+        ({"pretraining.lam": 0.1}, ["not a list"]),
+        ({"finetuning.rho": [0.1]}, ["finetuning.rho", "no meaning"]),
+    ],
+)
+def test_bad_grids(solved, grid, words):
+    with pytest.raises(ls.SettingError) as error:
+        ls.sweep(setting(), grid)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not solved
+
+
+@pytest.mark.parametrize("options", [{"devices": 99}, {"devices": "some"}, {"chunk": 0}, {"gradient": "E"}])
+def test_bad_options(solved, options):
+    with pytest.raises(ls.SettingError, match=next(iter(options)) if "gradient" not in options else "objective"):
+        ls.sweep(setting(), MANY, **options)
+
+
+def test_axes_of_the_command_line():
+    path, values = sweeps.parse_axis("pretraining.lam=log:1e-3:1:4")
+    assert path == "pretraining.lam"
+    np.testing.assert_allclose(values, [1e-3, 1e-2, 1e-1, 1])
+    assert sweeps.parse_axis("a.b=lin:0:1:3")[1] == [0.0, 0.5, 1.0]
+    assert sweeps.parse_axis("a.b=fresh, 2,0.5")[1] == ["fresh", 2, 0.5]
+    for bad in ("a.b", "a.b=", "a.b=log:0:1:4", "a.b=log:1:2", "a.b=cube:1:2:3", "a.b=lin:1:2:0", "a.b=lin:1:x:2"):
+        with pytest.raises(ls.SettingError, match="allowed"):
+            sweeps.parse_axis(bad)
+
+
+def test_command(solved, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "setting.toml"
+    lines = [
+        f"[{section}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in keys.items())
+        for section, keys in setting_to_dict(setting()).items()
+    ]
+    file.write_text("\n".join(lines))
+    monkeypatch.setattr(cli.Sweep, "_prepare", lambda self: None)
+    words = ["sweep", str(file), "--grid", "pretraining.lam=log:0.01:1:6", "finetuning.alpha=1,2,3"]
+    out = tmp_path / "out"
+    assert cli.main([*words, "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "18 points, 0 of them not solved" in shown.out and "lowest E'" in shown.out
+    assert {p.name for p in out.iterdir()} == {"sweep.json", "points-0.bin", "sweep.nc", "sweep.png", "sweep.pdf"}
+    assert cli.main([*words, "--set", "pretraining.delta=1", "--out", str(out)]) == 2
+    assert "holds a sweep with pretraining.delta = 0.5" in capsys.readouterr().err
+    solved.chunks, solved.stop = 0, 2
+    assert cli.main([*words, "--out", str(tmp_path / "again")]) == 130
+    assert "interrupted: 4 of 18 points are finished" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- several processes
+
+SHARED = f"""
+    import sys, time, jax
+    jax.config.update("jax_enable_x64", True)
+    if hasattr(jax.config, "jax_enable_recoverability"):
+        jax.config.update("jax_enable_recoverability", True)
+    import lorastate as ls
+    from lorastate import sweeps
+    from lorastate.setting_file import setting_from_dict
+    port, process, slow, out = sys.argv[1:]
+    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    import test_sweeps as t
+    def run(settings, *_):
+        time.sleep(float(slow))
+        return [t.row(s) for s in settings]
+    sweeps._run = run
+    if port != "0":
+        jax.distributed.initialize(f"127.0.0.1:{{port}}", 2, int(process))
+    try:
+        ls.sweep(t.setting(), t.MANY, out=out, chunk=1, patience=3)
+    except ls.SweepIncomplete as lost:
+        print(lost, file=sys.stderr, flush=True)
+        import os
+        os._exit(3)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+
+
+def test_a_killed_sweep_goes_on(tmp_path, start):
+    process = start(SHARED, 0, 0, 0.3, tmp_path / "killed")
+    file = tmp_path / "killed/points-0.bin"
+    for _ in range(600):
+        if file.exists() and file.stat().st_size > 700:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/sweep.nc").exists()
+    assert start(SHARED, 0, 0, 0.0, tmp_path / "killed").wait(120) == 0
+    assert start(SHARED, 0, 0, 0.0, tmp_path / "whole").wait(120) == 0
+    assert (tmp_path / "killed/sweep.nc").read_bytes() == (tmp_path / "whole/sweep.nc").read_bytes()
+
+
+def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start):
+    port = free_port()
+    first, second = (start(SHARED, port, k, slow, tmp_path) for k, slow in ((0, 0.0), (1, 0.5)))
+    file = tmp_path / "points-1.bin"
+    for _ in range(1200):
+        if file.exists() and file.stat().st_size > 200:
+            break
+        time.sleep(0.05)
+    second.send_signal(signal.SIGKILL)
+    assert first.wait(120) == 3
+    message = first.said()
+    assert "process 1 of 2 gives no sign of life" in message and "the same command completes them" in message, message
+    port = free_port()
+    both = [start(SHARED, port, k, 0.0, tmp_path) for k in (0, 1)]
+    assert [p.wait(120) for p in both] == [0, 0], [p.said() for p in both]
+    data = xarray.load_dataset(tmp_path / "sweep.nc", engine="scipy")
+    assert np.all(np.isfinite(data["finetuning.test_error"]))
+
+
