@@ -118,19 +118,18 @@ def figure1(out: Path | str, training: Training | None = None, progress: bool = 
     """
     from .design import optimize
 
-    grid = np.geomspace(3e-3, 0.3, points)
+    grid = np.geomspace(5e-3, 0.3, points)
     inset_grid = np.geomspace(0.01, 3, 9)
     sim_grid = np.geomspace(1e-2, 0.1, 3)
     ridges = (0.05, 1.0)
     colors = {0.05: "C0", 1.0: "C1", None: "C2"}
-    numerics = Numerics(nodes=8192, finetuning_nodes=16384, replicas=16)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
     data: dict[str, Any] = {"figure": 1, "panels": []}
     total = 2 * (len(ridges) * points + len(inset_grid))
     bar = tqdm(total=total, desc="theory", unit="solve", disable=not progress)
     for axes, delta in zip(panels, (0.5, 2.0), strict=True):
         pre = Pretraining(alpha=0.1, lam=0.01, delta=delta)
-        setting = Setting(pre, Finetuning(alpha=3.0, lam=0.2), numerics)
+        setting = Setting(pre, Finetuning(alpha=3.0, lam=0.2), _NUMERICS)
         panel: dict[str, Any] = {"delta": delta, "setting": setting_to_dict(setting), "curves": {}}
         for ridge in ridges:
             rows = _scan(
@@ -186,7 +185,7 @@ def _squares(axes, setting, grid, ridges, colors, training: Training, progress):
 
 # ---- figures 2 to 6 --------------------------------------------------------------------------------------------
 
-#: Numerics of figures 2 to 6: a quadrature error of E' of about 0.7 per cent, drawn as a band.
+#: Numerics of figures 1 to 6: a quadrature error of E' of about 0.7 per cent, drawn as a band.
 _NUMERICS = Numerics(nodes=8192, finetuning_nodes=8192, replicas=8)
 
 

@@ -1,0 +1,180 @@
+"""Speed: `python benchmarks/speed.py [ROW ...]` prints a Markdown table; where JAX finds a GPU it measures that.
+
+Every row runs in a process of its own. Cold is import, compile and first answer without a compilation cache; warm is
+the time of further calls on changed inputs (median of several, or one large batch).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+#: Nodes at which the quadrature error of E' is 0.1 per cent for the setting below.
+FINE = {"nodes": 32768, "finetuning_nodes": 131072, "replicas": 64}
+
+
+def _setting(numerics=None):
+    import lorastate as ls
+
+    pre = ls.Pretraining(alpha=0.1, lam=0.02)
+    return ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.3), numerics or ls.Numerics())
+
+
+def identity_batch(count: int = 10_000) -> dict:
+    """Identity pre-training of a batch of settings, shared out over all devices."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, PartitionSpec
+
+    import lorastate as ls
+    from lorastate import theory
+
+    numerics = ls.Numerics()
+    lams = jnp.geomspace(0.01, 0.5, count)
+    params, rest = eqx.partition(ls.Pretraining(0.1, 0.1, activation="identity"), eqx.is_array)
+
+    def one(lam):
+        pre = eqx.tree_at(lambda p: p.lam, eqx.combine(params, rest), lam)
+        point = theory.solve_pretraining(pre, numerics, None).point
+        return point.x, point.code
+
+    devices = jax.local_devices()
+    spec = PartitionSpec("lane")
+    # On a CPU small groups of lanes: one that is slow holds its group only.
+    size = 8 if devices[0].platform == "cpu" else count // len(devices)
+
+    solve = jax.jit(jax.shard_map(lambda x: jax.lax.map(jax.vmap(one), x.reshape(-1, size)),
+                                  mesh=Mesh(np.array(devices), ("lane",)), in_specs=spec, out_specs=spec,
+                                  check_vma=False))  # fmt: skip
+    start = time.perf_counter()
+    jax.block_until_ready(solve(lams))
+    cold = time.perf_counter() - start
+    times = []
+    for k in range(5):
+        start = time.perf_counter()
+        _, code = jax.block_until_ready(solve(lams * (1 + 0.01 * k)))
+        times.append(time.perf_counter() - start)
+    warm = statistics.median(times)
+    return {"cold": cold, "warm": warm, "rate": f"{count / warm:.0f} settings/s, {int((code != 0).sum())} failed"}
+
+
+def softmax_one() -> dict:
+    """Both stages of one softmax setting, with all error bars."""
+    import lorastate as ls
+
+    base = _setting(ls.Numerics(**FINE))
+    start = time.perf_counter()
+    found = ls.predict(base)
+    cold = time.perf_counter() - start
+    times = []
+    for k in range(1, 8):
+        start = time.perf_counter()
+        found = ls.predict(ls.replace(base, "pretraining.lam", 0.02 + 0.001 * k))
+        float(found.test_error)
+        times.append(time.perf_counter() - start)
+    error = found.stderr("finetuning", "test_error") / float(found.test_error)
+    return {"cold": cold, "warm": statistics.median(times), "rate": f"quadrature error of E' {error:.2%}"}
+
+
+def gradients() -> dict:
+    """All gradients of E' and the prediction itself, over the prediction alone."""
+    import lorastate as ls
+
+    base = _setting()
+    ls.predict(base), ls.gradient(base)
+    predicting, sloping = [], []
+    for k in range(1, 8):
+        here = ls.replace(base, "pretraining.lam", 0.02 + 0.001 * k)
+        start = time.perf_counter()
+        float(ls.predict(here).test_error)
+        predicting.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        ls.gradient(here)
+        sloping.append(time.perf_counter() - start)
+    a, b = statistics.median(predicting), statistics.median(sloping)
+    return {"warm": b, "rate": f"{b / a:.2f} x predict ({a:.2f} s)"}
+
+
+def softmax_sweep(count: int = 120) -> dict:
+    """A sweep of softmax settings on all devices, default numerics."""
+    import jax
+
+    import lorastate as ls
+
+    base = _setting()
+    lams = [0.02 * 1.02**k for k in range(count // 4)]
+    grid = {"pretraining.lam": lams[:4], "finetuning.lam": [0.3, 0.5]}
+    start = time.perf_counter()
+    ls.sweep(base, grid, devices="all")
+    cold = time.perf_counter() - start
+    start = time.perf_counter()
+    data = ls.sweep(base, {"pretraining.lam": lams, "finetuning.lam": [0.2, 0.3, 0.5, 1.0]}, devices="all")
+    warm = time.perf_counter() - start
+    error = float((data["finetuning.test_error_stderr"] / data["finetuning.test_error"]).median())
+    rate = f"{60 * count / warm:.0f} settings/min on {len(jax.local_devices())} devices, error {error:.2%}"
+    return {"cold": cold, "warm": warm, "rate": rate}
+
+
+def simulation() -> dict:
+    """Training of the real model: D = 150, 4 runs, both stages, softmax."""
+    import lorastate as ls
+
+    start = time.perf_counter()
+    ls.simulate(_setting(), dimension=150, runs=4)
+    return {"cold": time.perf_counter() - start, "rate": "D = 150, 4 runs"}
+
+
+ROWS = {f.__name__: f for f in (identity_batch, softmax_one, gradients, softmax_sweep, simulation)}
+
+
+def measure(name: str) -> dict:
+    began = time.perf_counter()
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_enable_compilation_cache", False)
+    if name in ("identity_batch", "softmax_sweep"):
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.local_devices()
+    started = time.perf_counter() - began
+    out = ROWS[name]()
+    out["cold"] = out.get("cold", float("nan")) + started
+    out["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    out["device"] = str(jax.devices()[0].device_kind)
+    return out
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--row"]:
+        print(json.dumps(measure(sys.argv[2])))
+        return
+    names = sys.argv[1:] or list(ROWS)
+    lines, device = [], ""
+    for name in names:
+        done = subprocess.run([sys.executable, __file__, "--row", name], capture_output=True, text=True)
+        if done.returncode:
+            lines.append(f"| {name} | failed | | {done.stderr.strip().splitlines()[-1][:80]} | |")
+            continue
+        r = json.loads(done.stdout.splitlines()[-1])
+        device = r["device"]
+        title = (ROWS[name].__doc__ or name).rstrip(".")
+        warm = f"{r['warm']:.3g} s" if "warm" in r else ""
+        lines.append(f"| {title} | {r['cold']:.1f} s | {warm} | {r['rate']} | {r['memory']:.2f} GB |")
+    import jax
+
+    cores = len(os.sched_getaffinity(0))
+    print(f"{device}, {cores} threads, Python {platform.python_version()}, jax {jax.__version__}, float64\n")
+    print("| work | cold | warm | rate | peak memory |\n|---|---|---|---|---|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
