@@ -435,7 +435,8 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
             best.append((float(noise), bayes_threshold(here.finetuning_resolved, float(noise))))
     bar.close()
     figure, axes = plt.subplots(figsize=(6.2, 4.4))
-    mesh = axes.pcolormesh(alphas, noises, overlaps, shading="gouraud", cmap="viridis", vmin=0, vmax=1)
+    axes.set_facecolor("0.8")  # of points that failed
+    mesh = axes.pcolormesh(alphas, noises, overlaps, shading="nearest", cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(mesh, label="$o_w$")
     for rows, style, label in (
         (learned, "w-", "weak recovery, trained"),

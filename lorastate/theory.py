@@ -20,7 +20,7 @@ from .channel import FrozenMap
 from .errors import Code, succeeded
 from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, plain_map, small_solve
 from .generalization import finetuning_error, node_dimension, pretraining_error
-from .order import RESPONSE_FLOOR, Order, decode
+from .order import RESPONSE_FLOOR, Order, decode, from_norm
 from .prox import ldl_solve
 from .quadrature import Nodes, gaussian_nodes, mean, over_replicas
 from .setting import Finetuning, Numerics, Pretraining
@@ -120,31 +120,50 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     """Solutions from both starts, stacked, and whether the two are the same one (no derivatives)."""
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
     fmap = ft.state_evolution(fine, frozen, nodes)
+    last, escape = 1, 2
 
-    def job(carry, rules_and_branch):
-        xs, jacs, memories, same = carry
-        rules, k = rules_and_branch
-        last = rules.burn_in == 0
-        same = jnp.where(last & (k == 0), jnp.max(jnp.abs(xs[0] - xs[1])) < 0.02, same)
-        # Where both starts have found the same solution the second is not refined again: NaN stops at once.
-        x0 = jnp.where(last & same & (k == 1), jnp.nan, xs[k])
+    def job(carry, rules_kind_branch):
+        xs, jacs, memories, codes, same = carry
+        rules, kind, k = rules_kind_branch
+        same = jnp.where((kind == last) & (k == 0), jnp.max(jnp.abs(xs[0] - xs[1])) < 0.02, same)
+        # A solution that repels (m = 0 above the threshold, where Newton steps may end) is left with plain steps.
+        # Where both starts have found the same solution the second is not refined again. NaN stops at once.
+        skip = ((kind == escape) & (codes[k] != Code.unstable)) | ((kind == last) & same & (k == 1))
+        x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, _pushed(xs[k]), xs[k]))
         start = jax.tree_util.tree_map(lambda a: a[k], (jacs, memories))
         point, jac, memory = iterate(fmap, rules, True, x0, *start)
         # What the first replica found at the end of the coarse stage decides how all of them are searched.
         inner = memory.inner
-        thorough, needed = (jnp.where(last, v, inner.needed[0]) for v in (inner.thorough, inner.needed))
+        thorough, needed = (jnp.where(kind > 0, v, inner.needed[0]) for v in (inner.thorough, inner.needed))
         memory = memory._replace(inner=inner._replace(thorough=thorough, needed=needed))
-        put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(v), (xs, jacs, memories), (point.x, jac, memory))
-        return (*put, same), point
+        kept = (kind == escape) & ~jnp.all(jnp.isfinite(point.x))
+        put = jax.tree_util.tree_map(
+            lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)),
+            (xs, jacs, memories, codes),
+            (point.x, jac, memory, point.code),
+        )
+        return (*put, same), (point, kept)
 
     x0 = jnp.stack([ft.start(True), ft.start(False)])
     two = jax.tree_util.tree_map(lambda a: jnp.stack([a, a]), ft.no_memory(fine, nodes))
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     rough, refined = _stages(numerics, 1e-3, settle=0.03)
-    jobs = (_stacked([rough, rough, refined, refined]), jnp.array([0, 1, 0, 1]))
-    (_, jacs, memories, same), points = jax.lax.scan(job, (x0, jnp.zeros((2, 3, 3)), two, jnp.array(False)), jobs)
-    final = jax.tree_util.tree_map(lambda a: a[2:], points)
-    return Solved(final._replace(steps=points.steps[:2] + points.steps[2:]), jacs, memories), same
+    rules = (rough, refined, refined._replace(settle=0.0))
+    kinds = jnp.repeat(jnp.arange(3), 2)
+    jobs = (_stacked([r for r in rules for _ in range(2)]), kinds, jnp.array([0, 1] * 3))
+    state = (x0, jnp.zeros((2, 3, 3)), two, jnp.zeros(2, int), jnp.array(False))
+    (_, jacs, memories, _, same), (points, kept) = jax.lax.scan(job, state, jobs)
+    taken = jnp.where(kept[4:], 2, 4) + jnp.arange(2)
+    final = jax.tree_util.tree_map(lambda a: a[taken], points)
+    steps = jnp.sum(points.steps.reshape(3, 2), 0)
+    return Solved(final._replace(steps=steps), jacs, memories), same
+
+
+def _pushed(x):
+    """The same response and norm with half of the largest overlap."""
+    order = decode(x)
+    q = order.norm(ft.TEACHER_SIZE)
+    return from_norm(order.response, 0.5 * jnp.sqrt(q * ft.TEACHER_SIZE), q, ft.TEACHER_SIZE).encode()
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------
