@@ -2,8 +2,8 @@
 
 Monte Carlo expectations, `scipy.optimize.minimize` with exact gradients for the inner problem of every sample,
 conjugates by the envelope theorem, the spectral integral from the eigenvalues of one sampled S* + delta Z. A solve
-needs as many samples as give E' the error asked for, and some 30 damped sweeps of each stage: the time of a solve is scaled
-from few samples and one sweep (the table says so). Beside it, in the same run, `lorastate.predict` at the same error.
+needs as many samples as give E' the error asked for, and some 30 damped sweeps of each stage: its time is scaled from
+few samples and one sweep (the table says so). Beside it, in the same run, `lorastate.predict` at the same error.
 """
 
 from __future__ import annotations
