@@ -126,9 +126,11 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         xs, jacs, memories, codes, same = carry
         rules, kind, k = rules_kind_branch
         same = jnp.where((kind == last) & (k == 0), jnp.max(jnp.abs(xs[0] - xs[1])) < 0.02, same)
-        # A solution that repels (m = 0 above the threshold, where Newton steps may end) is left with plain steps.
-        # Where both starts have found the same solution the second is not refined again. NaN stops at once.
-        skip = ((kind == escape) & (codes[k] != Code.unstable)) | ((kind == last) & same & (k == 1))
+        # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
+        # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
+        # NaN stops at once.
+        lost = (codes[0] == Code.unstable) & ~succeeded(codes[1])
+        skip = ((kind == escape) & ~lost) | ((kind == last) & same & (k == 1))
         x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, _pushed(xs[k]), xs[k]))
         start = jax.tree_util.tree_map(lambda a: a[k], (jacs, memories))
         point, jac, memory = iterate(fmap, rules, True, x0, *start)
@@ -149,13 +151,12 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     rough, refined = _stages(numerics, 1e-3, settle=0.03)
     rules = (rough, refined, refined._replace(settle=0.0))
-    kinds = jnp.repeat(jnp.arange(3), 2)
-    jobs = (_stacked([r for r in rules for _ in range(2)]), kinds, jnp.array([0, 1] * 3))
+    kinds, branches = jnp.array([0, 0, last, last, escape]), jnp.array([0, 1, 0, 1, 0])
+    jobs = (_stacked([rules[i] for i in (0, 0, 1, 1, 2)]), kinds, branches)
     state = (x0, jnp.zeros((2, 3, 3)), two, jnp.zeros(2, int), jnp.array(False))
     (_, jacs, memories, _, same), (points, kept) = jax.lax.scan(job, state, jobs)
-    taken = jnp.where(kept[4:], 2, 4) + jnp.arange(2)
-    final = jax.tree_util.tree_map(lambda a: a[taken], points)
-    steps = jnp.sum(points.steps.reshape(3, 2), 0)
+    final = jax.tree_util.tree_map(lambda a: jnp.stack([jnp.where(kept[4], a[2], a[4]), a[3]]), points)
+    steps = points.steps[:2] + points.steps[2:4] + jnp.array([1, 0]) * points.steps[4]
     return Solved(final._replace(steps=steps), jacs, memories), same
 
 
