@@ -145,7 +145,7 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
 def _evaluate(setting: Setting, objective: str) -> _Point:
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
-    first, second = solve(setting)
+    first, second = solve(pre, fine, setting.numerics, nodes)
     value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
     slopes = total_slopes(setting, grads)
     codes = first.status["code"], second.solved.point.code

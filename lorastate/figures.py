@@ -34,11 +34,18 @@ _LABELS = {"test_error": "$E'$", "effective_noise": r"$\Delta_{\rm eff}$", "over
 
 def _save(figure, out: Path, name: str, data: dict[str, Any]) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.{kind}" for kind in ("png", "pdf", "json")]
-    figure.savefig(paths[0], dpi=150, bbox_inches="tight")
-    figure.savefig(paths[1], bbox_inches="tight")
+    numbers = out / f"{name}.json"
+    paths = [*_pictures(figure, out, name), numbers]
+    numbers.write_text(json.dumps({**data, "version": __version__}, indent=1, allow_nan=False))
+    return paths
+
+
+def _pictures(figure, out: Path, name: str) -> list[Path]:
+    """The figure as PNG and PDF."""
+    paths = [out / f"{name}.{kind}" for kind in ("png", "pdf")]
+    for path in paths:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
-    paths[2].write_text(json.dumps({**data, "version": __version__}, indent=1, allow_nan=False))
     return paths
 
 
@@ -537,10 +544,4 @@ def sweep(dataset, out: Path | str, name: str = "finetuning.test_error") -> list
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
     figure.tight_layout()
-    written = []
-    for suffix in ("png", "pdf"):
-        path = Path(out) / f"sweep.{suffix}"
-        figure.savefig(path, dpi=150)
-        written.append(path)
-    plt.close(figure)
-    return written
+    return _pictures(figure, Path(out), "sweep")

@@ -130,6 +130,7 @@ class Map(NamedTuple):
 
 #: Residual at which a solve whose map may jump is first checked by a cold evaluation.
 _CHECKED = 1e-4
+#: Picard steps at most that `Method.settle` adds to the first ones.
 _SETTLING = 12
 #: Distance over which the slope of a map that jumps is measured.
 _PROBE = 0.03

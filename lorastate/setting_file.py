@@ -226,7 +226,7 @@ def _override(sections: dict[str, dict[str, Any]], overrides: Iterable[str]) -> 
         if not equals:
             raise SettingError(f"override {text!r} has no '='; allowed: section.key=value, as pretraining.lam=0.02")
         name, key = _split(path.strip())
-        _set(sections, name, key, _parse(path.strip(), value.strip()))
+        _set(sections, name, key, parse_value(path.strip(), value.strip()))
         given.add((name, key))
     # Switching to the identity on top of a softmax file leaves no way to delete its beta: it goes by itself.
     own = "activation" in sections["finetuning"]
@@ -237,7 +237,7 @@ def _override(sections: dict[str, dict[str, Any]], overrides: Iterable[str]) -> 
             sections[name].pop("beta", None)
 
 
-def _parse(path: str, text: str) -> Any:
+def parse_value(path: str, text: str) -> Any:
     """A TOML value, or a bare word, which stands for itself."""
     try:
         parsed = tomllib.loads(f"value = {text}")

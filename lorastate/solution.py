@@ -14,7 +14,7 @@ from .bayes import BayesLimits, bayes_optimal
 from .channel import LeastError
 from .errors import Code, SolveError, is_concrete, require_float64
 from .program import Program
-from .setting import Setting
+from .setting import Finetuning, Numerics, Pretraining, Setting
 from .spectrum import LearnedSpectrum
 
 _SUMMARY = {
@@ -34,13 +34,17 @@ _solve_few = Program(theory.solve_finetuning, quick=True)
 _solve_many = Program(theory.solve_finetuning)
 
 
-def solve(setting: Setting):
+def by_size(numerics: Numerics, few: Program, many: Program) -> Program:
+    """Which of two programs of the fine-tuning search: there most time is spent, and with many nodes a slower
+    compilation pays."""
+    return many if numerics.finetuning_nodes > 32768 else few
+
+
+def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: theory.NodeSets):
     """Both stages without derivatives, compiled once per kind of setting: `(FirstStage, SecondStage)`."""
-    pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes, numerics = theory.node_sets(pre, fine, setting.numerics), setting.numerics.without_seed
+    numerics = numerics.without_seed
     first = _describe_pretraining(pre, nodes, _solve_pretraining(pre, numerics, nodes.pretraining))
-    # Most of the time of a solve is spent here: with many nodes a slower compilation pays.
-    search = _solve_many if numerics.finetuning_nodes > 32768 else _solve_few
+    search = by_size(numerics, _solve_few, _solve_many)
     return first, search(pre, fine, first, numerics, nodes.finetuning)
 
 
@@ -111,11 +115,7 @@ class Solution(eqx.Module):
 
     def code(self, stage: str) -> Code:
         """Result code of a stage; a solve that stopped at a jump must be well inside its quadrature error."""
-        status = self.status[stage]
-        return Code(int(theory.settled(status["code"], status["error"], self._order_error(stage))))
-
-    def _order_error(self, stage: str):
-        return theory.largest_order_error(stage, self.errors[stage])
+        return Code(int(theory.final_code(stage, self.status[stage], self.errors[stage])))
 
     @property
     def ok(self) -> bool:
@@ -171,9 +171,9 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
 
         setting = with_best_scale(setting)
     pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes, numerics = theory.node_sets(pre, fine, setting.numerics), setting.numerics.without_seed
-    out = _describe_finetuning(pre, fine, nodes, *solve(setting))
-    map_errors, errors = _quadrature_errors(pre, fine, numerics, nodes, out.solved)
+    nodes = theory.node_sets(pre, fine, setting.numerics)
+    out = _describe_finetuning(pre, fine, nodes, *solve(pre, fine, setting.numerics, nodes))
+    map_errors, errors = _quadrature_errors(pre, fine, setting.numerics.without_seed, nodes, out.solved)
     solution = Solution(
         asked,
         out.pretraining,

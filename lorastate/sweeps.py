@@ -35,7 +35,8 @@ from .errors import Code, SettingError, require_float64, succeeded
 from .names import MEANING
 from .program import Program
 from .setting import Setting
-from .setting_file import KEYS, continuous_fields, replace, setting_to_dict
+from .setting_file import continuous_fields, parse_value, replace, setting_to_dict
+from .solution import by_size
 
 if TYPE_CHECKING:
     import xarray
@@ -46,6 +47,7 @@ _LANES_ELSEWHERE = 32
 #: Seconds without a sign of life after which another process counts as dead.
 _PATIENCE = 30.0
 _GRADIENT = "gradient."
+_STAGES = ("pretraining", "finetuning")
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -66,15 +68,13 @@ class SweepIncomplete(RuntimeError):
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
     """Path and values of "pretraining.lam=log:1e-3:1:64", "...=lin:0:1:11" or "...=0.5,1,2"."""
-    from .setting_file import _parse
-
     path, equals, words = text.partition("=")
     path, words = path.strip(), words.strip()
     if not equals or not words:
         raise SettingError(f"grid {text!r} has no values; allowed: path=log:low:high:count, path=lin:..., path=a,b,c")
     kind, *numbers = words.split(":")
     if not numbers:
-        return path, [_parse(path, word.strip()) for word in words.split(",") if word.strip()]
+        return path, [parse_value(path, word.strip()) for word in words.split(",") if word.strip()]
     try:
         low, high, count = float(numbers[0]), float(numbers[1]), int(numbers[2])
         good = len(numbers) == 3 and kind in ("log", "lin") and 1 <= count <= 10**6 and math.isfinite(low + high)
@@ -95,8 +95,7 @@ def _axes(setting: Setting, grid: Mapping[str, Iterable[Any]]) -> dict[str, list
     for path, values in grid.items():
         if isinstance(values, str | bytes) or not isinstance(values, Iterable):
             raise SettingError(f"grid {path} = {values!r} is not a list of values; allowed: numbers or words")
-        plain = [v.item() if isinstance(v, np.generic) else v for v in np.asarray(list(values), object).tolist()]
-        plain = [v.item() if hasattr(v, "item") else v for v in plain]
+        plain: list[Any] = [v.item() if hasattr(v, "item") else v for v in values]
         if not plain:
             raise SettingError(f"grid {path} has no values; allowed: at least one")
         if len(set(map(str, plain))) < len(plain):
@@ -170,9 +169,10 @@ def _describe(mesh, numerics, rest, params, nodes, first, second):
         out = theory.describe_finetuning(pre, fine, nodes, first, second)
         errors = theory.quadrature_errors(pre, fine, numerics, nodes, out.solved)
         row = {}
-        for stage, values, bars in zip(("pretraining", "finetuning"), (out.pretraining, out.finetuning), errors):  # noqa: B905
+        stages = zip(_STAGES, (out.pretraining, out.finetuning), errors, strict=True)
+        for stage, values, bars in stages:
             status = out.status[stage]
-            code = theory.settled(status["code"], status["error"], theory.largest_order_error(stage, bars))
+            code = theory.final_code(stage, status, bars)
             good = succeeded(code)
             for name, value in values.items():
                 row[f"{stage}.{name}"] = jnp.where(good, value, jnp.nan)
@@ -195,16 +195,16 @@ def _slopes(mesh, objective, rest, params, nodes, first, second):
 
 def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: int) -> list[dict[str, float]]:
     """Rows of a chunk of settings of one kind, padded to the number of lanes that the program was compiled for."""
-    padded = [*settings, *[settings[-1]] * (lanes - len(settings))]
-    plain = [design.with_best_scale(s) if design.searches_scale(s) else s for s in padded]
+    plain = [design.with_best_scale(s) if design.searches_scale(s) else s for s in settings]
     stages = [eqx.partition((s.pretraining, s.finetuning_resolved), eqx.is_array) for s in plain]
+    stages += [stages[-1]] * (lanes - len(stages))
     params = jax.tree_util.tree_map(lambda *a: np.stack(a), *(p for p, _ in stages))
     rest = stages[0][1]
     numerics = plain[0].numerics
     nodes = theory.node_sets(plain[0].pretraining, plain[0].finetuning_resolved, numerics)
     numerics = numerics.without_seed
     first = _pretrain(mesh, numerics, rest, params, nodes)
-    search = _finetune_many if numerics.finetuning_nodes > 32768 else _finetune_few
+    search = by_size(numerics, _finetune_few, _finetune_many)
     second = search(mesh, numerics, rest, params, nodes, first)
     table = jax.device_get(_describe(mesh, numerics, rest, params, nodes, first, second))
     rows = [{name: float(column[k]) for name, column in table.items()} for k in range(len(settings))]
@@ -212,7 +212,7 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
         slopes = jax.device_get(_slopes(mesh, objective, rest, params, nodes, first, second))
         for k, row in enumerate(rows):
             lane = jax.tree_util.tree_map(lambda a, k=k: a[k], slopes)
-            failed = not all(succeeded(int(row[f"{s}.code"])) for s in ("pretraining", "finetuning"))
+            failed = not all(succeeded(int(row[f"{s}.code"])) for s in _STAGES)
             sign = -1.0 if objective == "overlap" else 1.0
             for path, slope in design.total_slopes(plain[k], lane).items():
                 row[_GRADIENT + path] = math.nan if failed else sign * slope
@@ -277,6 +277,10 @@ class _Journal:
             found |= {int(r["index"]): r["values"] for r in records}
         return columns, found
 
+    def size(self) -> int:
+        """Bytes of the points of every process."""
+        return sum(path.stat().st_size for path in self.out.glob("points-*.bin"))
+
     def append(self, columns: Sequence[str], rows: Mapping[int, np.ndarray]) -> None:
         record = self._record(columns)
         block = np.zeros(len(rows), record)
@@ -340,8 +344,11 @@ class _Alive:
 def _await(journal: _Journal, total: int, processes: int, patience: float, bar) -> tuple[list[str], dict]:
     """All points, once the other processes have finished theirs."""
     seen: dict[int, tuple[str, float]] = {}
+    columns, rows, size = [], {}, -1
     while True:
-        columns, rows = journal.rows()
+        if size != journal.size():  # sizes only: reading all points twice a second would be work in vain
+            size = journal.size()
+            columns, rows = journal.rows()
         bar.n = len(rows)
         bar.refresh()
         if len(rows) == total:
@@ -349,7 +356,7 @@ def _await(journal: _Journal, total: int, processes: int, patience: float, bar) 
         for other in range(1, processes):
             file = journal.out / f"process-{other}.alive"
             beat = file.read_text() if file.exists() else ""
-            if seen.get(other, ("", 0.0))[0] != beat or other not in seen:
+            if other not in seen or seen[other][0] != beat:
                 seen[other] = beat, time.monotonic()
             missing = len([i for i in range(total) if i % processes == other and i not in rows])
             if missing and time.monotonic() - seen[other][1] > patience:
@@ -425,7 +432,7 @@ def sweep(
     lanes = len(chosen) * (chunk or _LANES.get(chosen[0].platform, _LANES_ELSEWHERE))
 
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    words = [p for p, values in axes.items() if p not in _numbers(setting, axes)]
+    words = [path for path, values in axes.items() if _changes_kind(path, values)]
     kinds: dict[Any, list[int]] = {}
     slopes: dict[str, None] = {}
     for index, point in enumerate(points):
@@ -468,11 +475,10 @@ def sweep(
     return dataset
 
 
-def _numbers(setting: Setting, axes: Mapping[str, list[Any]]) -> list[str]:
-    """The axes whose points differ in numbers only and share a program."""
-    kinds = {p for p, values in axes.items() if any(isinstance(v, str) for v in values)}
-    whole = {f"numerics.{key}" for key in KEYS["numerics"]} | {"pretraining.tokens", "finetuning.tokens"}
-    return [p for p in axes if p not in kinds | whole]
+def _changes_kind(path: str, values: list[Any]) -> bool:
+    """Whether the points of an axis need programs of their own: words, and whole numbers that are static."""
+    section, key = path.split(".")
+    return section == "numerics" or key == "tokens" or any(isinstance(v, str) for v in values)
 
 
 def _dataset(setting: Setting, axes, columns, rows, gradient) -> xarray.Dataset:
@@ -511,7 +517,7 @@ def _attributes(name: str, gradient: str | None) -> dict[str, Any]:
 
 def summary(dataset: xarray.Dataset) -> dict[str, Any]:
     """How many points there are and were not solved, why, and where E' is lowest."""
-    codes = {stage: dataset[f"{stage}.code"].values.ravel() for stage in ("pretraining", "finetuning")}
+    codes = {stage: dataset[f"{stage}.code"].values.ravel() for stage in _STAGES}
     failed = np.zeros(codes["pretraining"].size, bool)
     reasons: dict[str, int] = {}
     for stage, values in codes.items():

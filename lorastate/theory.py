@@ -432,16 +432,13 @@ def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, nume
 _FLOOR_SHARE = 0.3
 
 
-def settled(code, error, quadrature_error):
-    """The final code of a stage: a solve that stopped at a jump must be well inside its quadrature error."""
-    far = ~(error <= _FLOOR_SHARE * quadrature_error)
-    return jnp.where((code == Code.floor) & far, int(Code.stalled), code)
-
-
-def largest_order_error(stage: str, errors):
-    """The largest quadrature error of the order parameters of a stage."""
+def final_code(stage: str, status: dict[str, Any], errors: dict[str, Any]):
+    """The code of a stage once its quadrature errors are known: a solve that stopped at a jump must be well inside the
+    largest error of its order parameters."""
     names = ("V", "M", "Q") if stage == "pretraining" else ("v", "m", "q")
-    return jnp.max(jnp.stack([jnp.asarray(errors[n]) for n in names]))
+    allowed = _FLOOR_SHARE * jnp.max(jnp.stack([jnp.asarray(errors[n]) for n in names]))
+    far = (status["code"] == Code.floor) & ~(status["error"] <= allowed)
+    return jnp.where(far, int(Code.stalled), status["code"])
 
 
 # ---- error bars ------------------------------------------------------------------------------------------------

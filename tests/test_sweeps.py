@@ -285,15 +285,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def wait_for(file, size):
+    """Until the file has more bytes than that."""
+    for _ in range(1200):
+        if file.exists() and file.stat().st_size > size:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{file} does not grow")
 
 
 def test_a_killed_sweep_goes_on(tmp_path, start):
     process = start(SHARED, 0, 0, 0.3, tmp_path / "killed")
-    file = tmp_path / "killed/points-0.bin"
-    for _ in range(600):
-        if file.exists() and file.stat().st_size > 700:
-            break
-        time.sleep(0.05)
+    wait_for(tmp_path / "killed/points-0.bin", 700)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed/sweep.nc").exists()
@@ -305,11 +308,7 @@ def test_a_killed_sweep_goes_on(tmp_path, start):
 def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start):
     port = free_port()
     first, second = (start(SHARED, port, k, slow, tmp_path) for k, slow in ((0, 0.0), (1, 0.5)))
-    file = tmp_path / "points-1.bin"
-    for _ in range(1200):
-        if file.exists() and file.stat().st_size > 200:
-            break
-        time.sleep(0.05)
+    wait_for(tmp_path / "points-1.bin", 200)
     second.send_signal(signal.SIGKILL)
     assert first.wait(120) == 3
     message = first.said()
