@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 
-#: Nodes at which the quadrature error of E' is 0.1 per cent for the setting below.
+from main_job import machine
+
+#: Twice the default nodes.
 FINE = {"nodes": 32768, "finetuning_nodes": 131072, "replicas": 64}
 
 
@@ -85,11 +86,14 @@ def softmax_one() -> dict:
 
 
 def gradients() -> dict:
-    """All gradients of E' and the prediction itself, over the prediction alone."""
+    """All gradients of E', beside the prediction with its error bars."""
     import lorastate as ls
 
     base = _setting()
-    ls.predict(base), ls.gradient(base)
+    start = time.perf_counter()
+    ls.gradient(base)
+    cold = time.perf_counter() - start
+    ls.predict(base)
     predicting, sloping = [], []
     for k in range(1, 8):
         here = ls.replace(base, "pretraining.lam", 0.02 + 0.001 * k)
@@ -100,7 +104,7 @@ def gradients() -> dict:
         ls.gradient(here)
         sloping.append(time.perf_counter() - start)
     a, b = statistics.median(predicting), statistics.median(sloping)
-    return {"warm": b, "rate": f"{b / a:.2f} x predict ({a:.2f} s)"}
+    return {"cold": cold, "warm": b, "rate": f"{b / a:.2f} x predict ({a:.2f} s)"}
 
 
 def softmax_sweep(count: int = 120) -> dict:
@@ -146,9 +150,9 @@ def measure(name: str) -> dict:
     jax.local_devices()
     started = time.perf_counter() - began
     out = ROWS[name]()
-    out["cold"] = out.get("cold", float("nan")) + started
+    out["cold"] += started
     out["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    out["device"] = str(jax.devices()[0].device_kind)
+    out["accelerator"] = "" if jax.default_backend() == "cpu" else f"{jax.devices()[0].device_kind}, "
     return out
 
 
@@ -157,21 +161,18 @@ def main() -> None:
         print(json.dumps(measure(sys.argv[2])))
         return
     names = sys.argv[1:] or list(ROWS)
-    lines, device = [], ""
+    lines, accelerator = [], ""
     for name in names:
         done = subprocess.run([sys.executable, __file__, "--row", name], capture_output=True, text=True)
         if done.returncode:
             lines.append(f"| {name} | failed | | {done.stderr.strip().splitlines()[-1][:80]} | |")
             continue
         r = json.loads(done.stdout.splitlines()[-1])
-        device = r["device"]
+        accelerator = r["accelerator"]
         title = (ROWS[name].__doc__ or name).rstrip(".")
         warm = f"{r['warm']:.3g} s" if "warm" in r else ""
         lines.append(f"| {title} | {r['cold']:.1f} s | {warm} | {r['rate']} | {r['memory']:.2f} GB |")
-    import jax
-
-    cores = len(os.sched_getaffinity(0))
-    print(f"{device}, {cores} threads, Python {platform.python_version()}, jax {jax.__version__}, float64\n")
+    print(f"{accelerator}{machine()}\n")
     print("| work | cold | warm | rate | peak memory |\n|---|---|---|---|---|")
     print("\n".join(lines))
 
