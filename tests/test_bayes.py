@@ -1,5 +1,7 @@
 """Bayes-optimal pre-training against independent numbers, sampled matrices, the learned map, and limits."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,24 @@ def test_bayes_optimal_is_below_every_trained_model():
             assert limits.finetuning["test_error"] < f["test_error"]
             assert limits.finetuning["overlap"] > f["overlap"] and limits.pretraining["overlap"] > p["overlap"]
             assert limits.finetuning["effective_noise"] < f["effective_noise"]
+
+
+@pytest.mark.parametrize(
+    "kind, alphas, lams", [("identity", (0.1, 2.0), (0.003, 0.15)), ("softmax", (0.3, 6.0), (0.01, 0.1))]
+)
+def test_bayes_optimal_bounds_on_a_grid(kind, alphas, lams):
+    limits = None
+    for lam, lora_lam, b in itertools.product(lams, (0.05, 1.0), (0.7, 1.3)):
+        pre = ls.Pretraining(alphas[0], lam, activation=kind, tokens=2)
+        fine = ls.Finetuning(alphas[1], lora_lam, recalibration=b)
+        s = ls.predict(ls.Setting(pre, fine, ls.Numerics(512, 1024, 2)))
+        limits = limits or s.bayes_optimal  # they know nothing of lam, lam' and b
+        first, second = limits.pretraining, limits.finetuning
+        assert s.pretraining["M"] ** 2 / s.pretraining["Q"] < first["Q"]
+        assert s.pretraining["test_error"] > first["test_error"]
+        assert s.finetuning["overlap"] ** 2 < second["q"]
+        assert s.finetuning["effective_noise"] > second["effective_noise"]
+        assert s.finetuning["test_error"] > second["test_error"]
 
 
 def test_bayes_optimal_identity_error():
