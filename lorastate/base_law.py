@@ -1,0 +1,480 @@
+"""General laws of the base teacher: free sums of Wishart matrices, given eigenvalues, power laws.
+
+Every law here is that of ``S = A + sum_i c_i W_i``, free, with W_i Wishart of rank ratio kappa_i and A a matrix whose
+Stieltjes transform G_A is explicit (A = 0 for a sum of Wisharts). R-transforms add, so with ``mu_delta = law of S +
+delta * (semicircle of variance 1)`` and the subordination variable u,
+
+    g = G_A(u),    z(u) = u + R(G_A(u)),    R(g) = delta^2 g + sum_i c_i kappa_i / (sqrt(kappa_i) - c_i g)
+
+(arXiv:2509.24914 has one Wishart; a sum of two makes ``z(u) = x`` a quartic in g = 1/u). Three facts carry the module.
+
+1. ``z(u) = u - N(u)`` with N a Pick function (``Im N >= 0`` on ``Im u >= 0``), so the solution u(x + i0) lies on the curve
+   ``u = a + i v(a)`` where v(a) = 0 if ``N'(a) <= 1`` and else solves ``Im N / v = 1``, and ``x(a) = z(a + i v(a))``
+   increases with a. Two nested monotone equations: nothing is selected among roots, and band edges are as well
+   conditioned as they can be.
+2. z and G_A are analytic above the real axis, so integrals over mu_delta above eps are contour integrals from
+   ``u_e = u(eps + i0)`` to any real point right of all singularities: spectral accuracy, no special cases where poles meet.
+3. The contour integrand of J vanishes to third order at u_e: u_e and the contour are constants under differentiation.
+
+All functions are elementwise in delta > 0, x, eps, broadcast, and run under jit, vmap and differentiation on any backend.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from . import spectrum
+from .errors import SettingError, is_concrete, require_float64
+from .spectrum import BandNodes
+from .validation import real
+
+_NODES = 72  # Gauss-Legendre nodes on the contour
+
+
+def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [0, 1]."""
+    x, w = np.polynomial.legendre.leggauss(n)
+    return (x + 1) / 2, w / 2
+
+
+def _prepare(*args: ArrayLike) -> tuple[Array, ...]:
+    """Broadcast to one shape and one floating dtype."""
+    dtype = jnp.result_type(float, *args)
+    return tuple(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in args)))
+
+
+# ---- the map z(u) ----------------------------------------------------------------------------------------------
+
+
+class _Form(NamedTuple):
+    """``factor * law + shift + sum_i c_i Wishart(kappa_i)``: what all general laws reduce to."""
+
+    factor: Array
+    law: Any
+    shift: Array
+    c: Array
+    kappa: Array
+
+
+class _Point(NamedTuple):
+    """``g = G_A(u)``, ``dg = G_A'(u)``, ``r = R(g)`` and ``dr = dR(G_A(u))/du``, so that z = u + r and z' = 1 + dr."""
+
+    g: Array
+    dg: Array
+    r: Array
+    dr: Array
+
+
+def _at(form: _Form, delta: Array, u: Array) -> _Point:
+    g, dg = form.law._transform(u, form.factor)
+    v = 1 / (jnp.sqrt(form.kappa) - form.c * g[..., None])
+    r = delta**2 * g + form.shift + jnp.sum(form.c * form.kappa * v, -1)
+    slope = delta**2 + jnp.sum(form.c**2 * form.kappa * v * v, -1)
+    return _Point(g, dg, r, slope * dg)
+
+
+def _variance(form: _Form, delta: Array) -> Array:
+    """Mass of the measure of N: the variance of everything but A."""
+    return delta**2 + jnp.sum(form.c**2)
+
+
+# ---- the solution u(x + i0) ------------------------------------------------------------------------------------
+
+
+def _stretch(form: _Form, delta: Array, a: Array) -> Array:
+    """``N'(a)`` at real a off the singularities: mu_delta has density at z(a) unless it is at most 1."""
+    slope = -jnp.real(_at(form, delta, lax.complex(a, jnp.zeros_like(a))).dr)
+    return jnp.where(form.law._covers(a, form.factor), jnp.inf, slope)
+
+
+def _lift(form: _Form, delta: Array, a: Array, guess: Array) -> Array:
+    """v(a) >= 0 of the curve ``Im z(a + i v) = 0``, from a guess of v.
+
+    With S = Im N / v, 1/S is concave and increasing in y = v^2: Newton steps for 1/S = 1 approach from the left.
+    """
+    top = _variance(form, delta)
+    inside = ~(_stretch(form, delta, a) <= 1)
+    y = jnp.clip(guess * guess, 1e-24 * top, top)
+
+    def advance(state):
+        y, going, k = state
+        v = jnp.sqrt(y)
+        p = _at(form, delta, lax.complex(a, v))
+        s = -jnp.imag(p.r) / v
+        slope = jnp.maximum((s + jnp.real(p.dr)) / (2 * y * s * s), 1 / top)  # at least its limit at infinity
+        f = 1 / s - 1
+        new = jnp.clip(y - f / slope, y / 100, top)
+        new = jnp.where(going, new, y)
+        return new, going & (jnp.abs(new - y) > 1e-7 * y) & (jnp.abs(f) > 1e-15), k + 1
+
+    y, _, _ = lax.while_loop(lambda s: jnp.any(s[1]) & (s[2] < 60), advance, (y, inside, 0))
+    return jnp.where(inside, jnp.sqrt(y), 0.0)
+
+
+def _locate(form: _Form, x: Array, delta: Array) -> Array:
+    """u(x + i0): bracketed Newton steps along the curve, then free ones where u is not real."""
+    form, x, delta = lax.stop_gradient((form, x, delta))
+    tau = jnp.sqrt(_variance(form, delta))
+    middle = x - form.shift - jnp.sum(form.c * jnp.sqrt(form.kappa))  # |N| <= tau sqrt(S) about it, and S <= 1
+    low, high = middle - tau, middle + tau
+
+    def advance(state):
+        low, high, a, v, width, going, k = state
+        v_new = _lift(form, delta, a, v)
+        u = lax.complex(a, v_new)
+        p = _at(form, delta, u)
+        miss = x - jnp.real(u + p.r)
+        low_new, high_new = jnp.where(miss >= 0, a, low), jnp.where(miss <= 0, a, high)
+        slope = jnp.where(v_new > 0, 1 + p.dr, 1 + jnp.real(p.dr))
+        step = jnp.where(slope == 0, jnp.inf, miss / jnp.where(slope == 0, 1.0, slope))
+        a_new = a + jnp.real(step)
+        # Bisect where the step leaves the bracket, and wherever two steps have not halved it.
+        slow = (k % 3 == 2) & (high_new - low_new > width / 2)
+        a_new = jnp.where((a_new > low_new) & (a_new < high_new) & ~slow, a_new, (low_new + high_new) / 2)
+        width = jnp.where(k % 3 == 2, high_new - low_new, width)
+        size = jnp.abs(u) + 1e-300
+        near = jnp.where(v_new > 0, jnp.abs(step) < 1e-7 * v_new, jnp.abs(a_new - a) <= 4e-16 * size)
+        done = near | (high_new - low_new <= 4e-16 * size)
+        keep = lambda new, old: jnp.where(going, new, old)  # noqa: E731
+        a_next = jnp.where(done & (v_new > 0), a, a_new)  # v belongs to a
+        v_next = jnp.where(done | ~jnp.isfinite(step), v_new, jnp.abs(v_new + jnp.imag(step)))
+        out = keep(low_new, low), keep(high_new, high), keep(a_next, a), keep(v_next, v)
+        return (*out, keep(width, width), going & ~done, k + 1)
+
+    going = jnp.isfinite(x) & jnp.isfinite(tau)
+    start = (low, high, middle, tau / 2, 2 * tau, going, 0)
+    _, _, a, v, _, _, _ = lax.while_loop(lambda s: jnp.any(s[5]) & (s[6] < 150), advance, start)
+    for _ in range(2):
+        u = lax.complex(a, jnp.where(v > 0, v, 1.0))
+        p = _at(form, delta, u)
+        step = (x - u - p.r) / (1 + p.dr)
+        good = (v > 0) & (jnp.abs(step) < v / 4)  # a larger one is rounding noise of two colliding roots
+        a, v = jnp.where(good, a + jnp.real(step), a), jnp.where(good, v + jnp.imag(step), v)
+    bad = ~going
+    return lax.complex(jnp.where(bad, jnp.nan, a), jnp.where(bad, jnp.nan, v))
+
+
+@jax.custom_jvp
+def _subordinate(form: _Form, x: Array, delta: Array) -> Array:
+    return _locate(form, x, delta)
+
+
+@_subordinate.defjvp
+def _subordinate_jvp(primals, tangents):
+    form, x, delta = primals
+    dform, dx, ddelta = tangents
+    u = _subordinate(form, x, delta)
+    _, dr = jax.jvp(lambda f, d: _at(f, d, u).r, (form, delta), (dform, ddelta))
+    return u, (dx.astype(u.dtype) - dr) / (1 + _at(form, delta, u).dr)
+
+
+# ---- integrals over mu_delta above eps -------------------------------------------------------------------------
+
+
+def _sides(form: _Form, u: Array, g: Array) -> tuple[Array, Array]:
+    """Whether u is real and left, real and right of every singularity."""
+    low, high = form.law._cover(form.factor)
+    plain = (jnp.imag(u) == 0) & jnp.all(form.c * jnp.real(g)[..., None] < jnp.sqrt(form.kappa), -1)
+    return plain & (jnp.real(u) < jnp.min(low)), plain & (jnp.real(u) > jnp.max(high))
+
+
+def _contour(form: _Form, delta: Array, u: Array) -> tuple[Array, Array]:
+    """Nodes and weights, (..., n), of an arc above the axis from u to a real point right of all singularities.
+
+    A half circle over the chord, graded towards u where the nearest singularity is at distance d: uniform accuracy in d.
+    """
+    form, delta = lax.stop_gradient((form, delta))
+    low, high = form.law._cover(form.factor)
+    ends = jnp.concatenate([low, high])
+    p = _at(form, delta, u)
+    pole = jnp.abs(jnp.sqrt(form.kappa) - form.c * p.g[..., None]) / jnp.abs(form.c * p.dg[..., None])
+    d = jnp.minimum(jnp.min(jnp.abs(u[..., None] - ends), -1), jnp.min(pole, -1, initial=jnp.inf))
+    last = jnp.max(high) + jnp.max(form.c / jnp.sqrt(form.kappa), initial=0.0)
+    reach = jnp.maximum(last - jnp.real(u), 0.0) + jnp.sqrt(_variance(form, delta))
+    stop = jnp.maximum(jnp.real(u), last) + reach
+    grade = jnp.log1p(2 * reach / jnp.maximum(d, 1e-14 * reach))[..., None]
+    node, weight = (jnp.asarray(w, d.dtype) for w in _gauss_legendre(_NODES))
+    t = jnp.expm1(grade * node) / jnp.expm1(grade)
+    dt = weight * grade * jnp.exp(grade * node) / jnp.expm1(grade)
+    chord, turn = (stop - u)[..., None], 1 / lax.complex(1 - t, t)
+    return u[..., None] + 1j * t * turn * chord, 1j * dt * turn * turn * chord
+
+
+def _moment(form: _Form, delta: Array, eps: Array, u: Array, power: int) -> Array:
+    """``int_{x > eps} (x - eps)^k mu_delta(dx) = Im int (z - eps)^(k+1) G_A'(u) du / ((k+1) pi)``, from u = u_e."""
+    node, weight = _contour(form, delta, u)
+    p = _at(form, delta[..., None], node)
+    f = (node + p.r - eps[..., None]) ** (power + 1) * p.dg
+    return jnp.sum(jnp.imag(weight * f), -1) / ((power + 1) * jnp.pi)
+
+
+@jax.jit
+def _J(law: BaseLaw, delta: ArrayLike, eps: ArrayLike) -> Array:
+    delta, eps = _prepare(delta, eps)
+    form = _form(law)
+    u = lax.stop_gradient(_locate(form, eps, delta))
+    left, right = _sides(form, u, _at(form, delta, u).g)
+    whole = (law.mean - eps) ** 2 + law.variance + delta**2
+    # On either side the contour is replaced by a harmless one: its derivatives must be finite.
+    inner = jnp.where(left | right, u + 1j * jnp.sqrt(_variance(form, delta)), u)
+    j = _moment(form, delta, eps, lax.stop_gradient(inner), 2)
+    return jnp.where(left, whole, jnp.where(right, 0.0, j))
+
+
+def _tail(form: _Form, eps: Array, delta: Array, u: Array) -> Array:
+    left, right = (lax.stop_gradient(s) for s in _sides(form, u, _at(form, delta, u).g))
+    inner = jnp.where(left | right, u + 1j * jnp.sqrt(_variance(form, delta)), u)
+    tail = _moment(form, delta, eps, inner, 0)
+    return jnp.where(left, 1.0, jnp.where(right, 0.0, tail))
+
+
+@jax.custom_jvp
+def _mass(form: _Form, eps: Array, delta: Array) -> Array:
+    return jnp.clip(1 - _tail(form, eps, delta, _locate(form, eps, delta)), 0, 1)
+
+
+@_mass.defjvp
+def _mass_jvp(primals, tangents):
+    # The integrand vanishes at u_e: explicit partials only. Taking them on a contour from the differentiable u_e makes the
+    # second and higher derivatives right too.
+    u = _subordinate(*primals)
+    _, dtail = jax.jvp(lambda *p: _tail(*p, u), primals, tangents)
+    return _mass(*primals), -dtail
+
+
+# ---- the laws --------------------------------------------------------------------------------------------------
+
+
+class BaseLaw(eqx.Module):
+    """Law of the eigenvalues of a symmetric matrix S; ``mu_delta = law of S + delta * (semicircle of variance 1)``.
+
+    Continuous parameters are leaves. All methods are elementwise in delta > 0 and x or eps (broadcast); leaves are
+    scalars (vectors for atoms): map over laws with `jax.vmap`.
+    """
+
+    @property
+    @abc.abstractmethod
+    def mean(self) -> Array:
+        """``Tr S / D``."""
+
+    @property
+    @abc.abstractmethod
+    def variance(self) -> Array:
+        """``Tr S^2 / D - (Tr S / D)^2``."""
+
+    @property
+    def second_moment(self) -> Array:
+        """``Tr S^2 / D``."""
+        return self.variance + self.mean**2
+
+    @abc.abstractmethod
+    def stieltjes(self, x: ArrayLike, delta: ArrayLike) -> Array:
+        """``g(x + i0) = int mu_delta(dt) / (x + i0 - t)``, complex, ``Im g <= 0``; real off the support."""
+
+    @abc.abstractmethod
+    def J(self, delta: ArrayLike, eps: ArrayLike) -> Array:
+        """``J(delta, eps) = int_{x > eps} (x - eps)^2 mu_delta(dx)``.
+
+        ``(m - eps)^2 + variance + delta^2`` left of the support, exactly 0 right of it. Derivatives through the third order,
+        in delta, eps and every leaf, are exact and finite everywhere; higher ones would miss terms.
+        """
+
+    @abc.abstractmethod
+    def mass_below(self, eps: ArrayLike, delta: ArrayLike) -> Array:
+        """Spectral mass ``F_delta(eps) = mu_delta((-inf, eps])``, in [0, 1]."""
+
+    def density(self, x: ArrayLike, delta: ArrayLike) -> Array:
+        """Density ``-Im g(x + i0) / pi`` of mu_delta; exactly 0 off the support."""
+        return -jnp.imag(self.stieltjes(x, delta)) / jnp.pi
+
+
+class Wishart(BaseLaw):
+    """``W W^T / sqrt(P D)``, entries N(0, 1), of rank ratio ``kappa0 = P / D > 0``; closed forms of `lorastate.spectrum`."""
+
+    kappa0: Any
+
+    def __init__(self, kappa0):
+        require_float64()
+        self.kappa0 = real("wishart.kappa0", kappa0, "kappa0 > 0", 0.0)
+
+    @property
+    def mean(self):
+        return jnp.sqrt(self.kappa0)
+
+    @property
+    def variance(self):
+        return jnp.ones_like(self.kappa0)
+
+    @property
+    def second_moment(self):
+        return 1.0 + self.kappa0
+
+    def stieltjes(self, x, delta):
+        return spectrum.stieltjes(x, delta, self.kappa0)
+
+    def J(self, delta, eps):
+        return spectrum.J(delta, eps, self.kappa0)
+
+    def mass_below(self, eps, delta):
+        return spectrum.mass_below(eps, delta, self.kappa0)
+
+    def edges(self, delta):
+        return spectrum.edges(delta, self.kappa0)
+
+    def band_nodes(self, delta, n=64):
+        return spectrum.band_nodes(delta, self.kappa0, n)
+
+    def pair_response(self, delta, eps, n=64):
+        return spectrum.pair_response(delta, eps, self.kappa0, n)
+
+
+class _General(BaseLaw):
+    """A law that reduces to a `_Form`."""
+
+    def stieltjes(self, x, delta):
+        return _stieltjes(self, x, delta)
+
+    def J(self, delta, eps):
+        return _J(self, delta, eps)
+
+    def mass_below(self, eps, delta):
+        return _mass_below(self, eps, delta)
+
+
+@jax.jit
+def _stieltjes(law: BaseLaw, x: ArrayLike, delta: ArrayLike) -> Array:
+    x, delta = _prepare(x, delta)
+    form = _form(law)
+    u = _subordinate(form, x, delta)
+    g = _at(form, delta, u).g
+    return jnp.where(jnp.imag(u) == 0, jnp.real(g) + 0j, g)
+
+
+@jax.jit
+def _mass_below(law: BaseLaw, eps: ArrayLike, delta: ArrayLike) -> Array:
+    eps, delta = _prepare(eps, delta)
+    return _mass(_form(law), eps, delta)
+
+
+class Atoms(_General):
+    """Eigenvalues `values`, (K,), with `weights`, (K,) > 0, that sum to one.
+
+    The weights are divided by their sum wherever they are used: a derivative in one is along the simplex.
+    """
+
+    weights: Any
+    values: Any
+
+    def __init__(self, weights, values):
+        require_float64()
+        self.weights = real("atoms.weights", weights, "weights > 0", 0.0)
+        self.values = real("atoms.values", values, "real values", -np.inf)
+        if self.weights.ndim != 1 or self.weights.shape != self.values.shape or not self.weights.size:
+            raise SettingError(
+                f"atoms.weights and atoms.values have shapes {self.weights.shape} and {self.values.shape}; "
+                "allowed: two vectors of one length, at least 1"
+            )
+        if is_concrete(self.weights) and abs(float(jnp.sum(self.weights)) - 1) > 1e-9:
+            raise SettingError(f"atoms.weights sum to {float(jnp.sum(self.weights))!r}; allowed: 1 to within 1e-9")
+
+    @property
+    def _shares(self):
+        return self.weights / jnp.sum(self.weights)
+
+    @property
+    def mean(self):
+        return jnp.sum(self._shares * self.values)
+
+    @property
+    def variance(self):
+        return jnp.sum(self._shares * (self.values - self.mean) ** 2)
+
+    def _transform(self, u, factor):
+        pole = 1 / (u[..., None] - factor * self.values)
+        share = self._shares * pole
+        return jnp.sum(share, -1), -jnp.sum(share * pole, -1)
+
+    def _cover(self, factor):
+        x = factor * self.values
+        return x, x
+
+    def _covers(self, a, factor):
+        return jnp.zeros_like(a, bool)
+
+
+class Part(eqx.Module):
+    """One term of a free sum: ``factor * S``."""
+
+    factor: Any
+    law: BaseLaw
+
+
+class FreeSum(_General):
+    """Law of ``sum_i factor_i S_i`` of independent, rotationally invariant matrices S_i (free in the limit).
+
+    `parts`: pairs (factor, law); a factor is any real number. At most one law may lack an explicit R-transform (atoms at
+    more than one value).
+    """
+
+    parts: tuple[Part, ...]
+
+    def __init__(self, parts: Iterable):
+        require_float64()
+        parts = tuple((p.factor, p.law) if isinstance(p, Part) else tuple(p) for p in parts)
+        if not parts:
+            raise SettingError("free_sum.parts = () is empty; allowed: at least one (factor, law)")
+        for i, p in enumerate(parts):
+            if len(p) != 2 or not isinstance(p[1], BaseLaw):
+                raise SettingError(f"free_sum.parts[{i}] = {p!r} is not a pair; allowed: (factor, law)")
+        self.parts = tuple(
+            Part(real(f"free_sum.parts[{i}].factor", c, "a real number", -np.inf), law)
+            for i, (c, law) in enumerate(parts)
+        )
+        _form(self)
+
+    @property
+    def mean(self):
+        return sum(p.factor * p.law.mean for p in self.parts)
+
+    @property
+    def variance(self):
+        return sum(p.factor**2 * p.law.variance for p in self.parts)
+
+
+def _terms(law: BaseLaw, factor: Any) -> list[tuple[Any, BaseLaw]]:
+    if isinstance(law, FreeSum):
+        return [t for p in law.parts for t in _terms(p.law, factor * p.factor)]
+    return [(factor, law)]
+
+
+def _form(law: BaseLaw) -> _Form:
+    one = jnp.asarray(1.0)
+    terms = _terms(law, one)
+    wisharts = [(f, t.kappa0) for f, t in terms if isinstance(t, Wishart)]
+    points = [f * t.mean for f, t in terms if isinstance(t, Atoms) and t.values.shape[0] == 1]
+    rest = [
+        (f, t) for f, t in terms if not isinstance(t, Wishart) and not (isinstance(t, Atoms) and t.values.shape[0] == 1)
+    ]
+    if len(rest) > 1:
+        names = " and ".join(type(t).__name__ for _, t in rest)
+        raise SettingError(
+            f"free_sum.parts has {names}; allowed: at most one law other than Wishart and a single atom"
+        )
+    factor, explicit = rest[0] if rest else (one, _ORIGIN())
+    c = jnp.asarray([f for f, _ in wisharts] or jnp.zeros(0))
+    kappa = jnp.asarray([k for _, k in wisharts] or jnp.zeros(0))
+    return _Form(factor, explicit, sum(points, jnp.zeros(())), c, kappa)
+
+
+def _ORIGIN() -> Atoms:
+    return Atoms(jnp.ones(1), jnp.zeros(1))
