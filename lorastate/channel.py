@@ -30,9 +30,10 @@ from .validation import real
 
 
 class FrozenMap(NamedTuple):
-    """What pre-training leaves behind: `overlap` M and `norm` Q of the map, `Q0` of the teacher's.
+    """What pre-training leaves behind: `overlap` M of the map with S*, its `norm` Q, and `Q0` of S*.
 
-    Where its training inputs matter as well: `response` V, `label_size` Q0 + delta/2 and `activation` of pre-training.
+    Where its training inputs matter as well: `response` V, `label_size` Q0 + delta/2 and `activation` of pre-training,
+    and, where that was on another task, `label_overlap` of the map with S_pre and `common` = Tr(S* S_pre)/D.
     """
 
     overlap: Any
@@ -41,6 +42,8 @@ class FrozenMap(NamedTuple):
     response: Any = None
     label_size: Any = None
     activation: Any = None
+    label_overlap: Any = None
+    common: Any = None
 
     def scaled(self, b) -> FrozenMap:
         """The map b S as test inputs see it: (M, Q) -> (b M, b^2 Q)."""
@@ -98,10 +101,16 @@ class Inputs(eqx.Module):
     numbers: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
 
-    def freeze(self, pre, order) -> FrozenMap:
-        """The frozen map from pre-training and its order parameters."""
+    def freeze(self, pre, order, downstream: Any = None) -> FrozenMap:
+        """The frozen map from pre-training and its order parameters; `downstream` = M_down if it was on a task."""
         size = pre.label_size
-        return FrozenMap(order.overlap, order.norm(size), pre.Q0, order.response, size, pre.activation)
+        overlap = order.overlap if downstream is None else downstream
+        given = FrozenMap(overlap, order.norm(size), pre.downstream_Q0, order.response, size, pre.activation)
+        return given._replace(label_overlap=order.overlap, common=pre.common)
+
+    def after(self, pre) -> Inputs:
+        """The same inputs for fine-tuning after `pre`."""
+        return self
 
     def check(self, pre, fine) -> None:
         """Raises `SettingError` where the two stages do not go together."""
@@ -156,7 +165,7 @@ class BayesOptimal(Fresh):
 
     name = "bayes_optimal"
 
-    def freeze(self, pre, order):
+    def freeze(self, pre, order, downstream=None):
         from .bayes import bayes_optimal_pretraining
 
         best = bayes_optimal_pretraining(pre)
@@ -180,6 +189,8 @@ class Reused(Inputs):
     """
 
     label_noise: str = eqx.field(static=True, default="same", converter=_noise_kind)
+    #: Whether pre-training was on another task: its labels are then made of S_pre, those of fine-tuning of S*.
+    other_task: bool = eqx.field(static=True, default=False)
     name = "reused"
     options = ("label_noise",)
 
@@ -188,8 +199,12 @@ class Reused(Inputs):
         return self.label_noise == "same"
 
     @property
-    def _count(self) -> int:
-        return 2 if self.keeps_noise else 4
+    def _same_label(self) -> bool:
+        """Whether Y0 = Y: the same noise on the same base map."""
+        return self.keeps_noise and not self.other_task
+
+    def after(self, pre):
+        return Reused(self.label_noise, pre.task is not None)
 
     def check(self, pre, fine):
         if fine.tokens != pre.tokens:
@@ -210,21 +225,28 @@ class Reused(Inputs):
             )
 
     def dimension(self, tokens, drop_shift):
-        return field_dimension(tokens, drop_shift, self._count)
+        return field_dimension(tokens, drop_shift, 2 if self._same_label else 3)
+
+    def _covariances(self, frozen, delta):
+        """E Y0^2, E Y0 Y, and E Omega Y = M of pre-training; E Omega Y0 is `frozen.overlap`."""
+        of_label = frozen.overlap if frozen.label_overlap is None else frozen.label_overlap
+        if self._same_label:
+            return frozen.label_size, frozen.label_size, of_label
+        common = frozen.Q0 if frozen.common is None else frozen.common
+        return frozen.Q0 + delta / 2, common + (delta / 2 if self.keeps_noise else 0.0), of_label
 
     def _laws(self, frozen, delta, tokens, drop_shift, normal):
-        """(Y0, Y, Omega) at the nodes."""
-        fields = standard_fields(normal, tokens, drop_shift, self._count)
-        if self.keeps_noise:
-            y = jnp.sqrt(frozen.label_size) * fields[0]
-            noise = _root(frozen.norm - frozen.overlap**2 / frozen.label_size)
-            return y, y, frozen.overlap / frozen.label_size * y + noise * fields[1]
-        clean = jnp.sqrt(frozen.Q0) * fields[0]
-        omega = frozen.overlap / frozen.Q0 * clean + _root(frozen.norm - frozen.overlap**2 / frozen.Q0) * fields[1]
-        old, new = (
-            _root(size) * g for size, g in zip((frozen.label_size - frozen.Q0, delta / 2), fields[2:], strict=True)
-        )
-        return clean + new, clean + old, omega
+        """(Y0, Y, Omega) at the nodes: jointly Gaussian; Y0 follows given the other two."""
+        size, (yy, yy_old, of_label) = frozen.label_size, self._covariances(frozen, delta)
+        fields = standard_fields(normal, tokens, drop_shift, 2 if self._same_label else 3)
+        y = jnp.sqrt(size) * fields[0]
+        noise = _root(frozen.norm - of_label**2 / size)
+        omega = of_label / size * y + noise * fields[1]
+        if self._same_label:
+            return y, y, omega
+        along = (frozen.overlap - of_label / size * yy_old) / noise
+        rest = _root(yy - yy_old**2 / size - along**2)
+        return yy_old / size * y + along * fields[1] + rest * fields[2], y, omega
 
     def _problem(self, frozen, y, omega) -> MapProblem:
         return MapProblem(frozen.activation, omega, frozen.activation(y), frozen.response)
@@ -246,11 +268,9 @@ class Reused(Inputs):
         return Fields(y0, to_matrix(attach_minimum(self._problem(frozen, y, omega), found)))
 
     def moments(self, frozen, delta, tokens, drop_shift):
-        a, (M, Q, L) = _pull(frozen, tokens), (frozen.overlap, frozen.norm, frozen.label_size)
-        zz = (a**2 * L + 2 * a * M + Q) / (1 + a) ** 2
-        if self.keeps_noise:
-            return Moments(L, (a * L + M) / (1 + a), zz)
-        return Moments(frozen.Q0 + delta / 2, (a * frozen.Q0 + M) / (1 + a), zz)
+        a, (yy, yy_old, of_label) = _pull(frozen, tokens), self._covariances(frozen, delta)
+        zz = (a**2 * frozen.label_size + 2 * a * of_label + frozen.norm) / (1 + a) ** 2
+        return Moments(yy, (a * yy_old + frozen.overlap) / (1 + a), zz)
 
 
 def _pull(frozen, tokens):
@@ -267,9 +287,9 @@ class Mixed(Inputs):
     numbers = ("reused_fraction",)
     options = ("reused_fraction", "label_noise")
 
-    def __init__(self, reused_fraction, label_noise="same"):
+    def __init__(self, reused_fraction, label_noise="same", other_task=False):
         self.reused_fraction = real("finetuning.reused_fraction", reused_fraction, "0 to 1", 0.0, True, high=1.0)
-        self.reused = Reused(label_noise)
+        self.reused = Reused(label_noise, other_task)
 
     @property
     def label_noise(self):
@@ -282,6 +302,9 @@ class Mixed(Inputs):
     @property
     def shares(self):
         return 1 - self.reused_fraction, self.reused_fraction
+
+    def after(self, pre):
+        return Mixed(self.reused_fraction, self.label_noise, pre.task is not None)
 
     def check(self, pre, fine):
         self.reused.check(pre, fine)

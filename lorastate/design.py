@@ -43,7 +43,7 @@ OBJECTIVES = {
 
 def _read(path: str):
     """Leaf of (pre, fine) that a dotted path names; both stages are explicit there."""
-    stage, name = path.split(".")
+    stage, name = path.split(".", 1)
     index = 0 if stage == "pretraining" else 1
 
     def where(stages):
@@ -52,6 +52,8 @@ def _read(path: str):
             return node.activation.beta
         if name == "recalibration":
             return node.recalibration.b
+        if name.startswith("task."):
+            return getattr(node.task, name.removeprefix("task."))
         # Fields of the channel by its own names; an alpha that follows from them is a leaf of the stage all the same.
         return getattr(node if hasattr(node, name) else node.inputs, name)
 
@@ -74,7 +76,7 @@ def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
 
     def lora(x, params):
         pre, fine = eqx.combine(params, rest)
-        return fine, fine.inputs.freeze(pre, decode(x))
+        return fine, theory.frozen_at(pre, fine, x)
 
     def lora_step(y, given, inner):
         return ft.step(y, lora(*given), (prepared, inner))

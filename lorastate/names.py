@@ -8,6 +8,7 @@ MEANING: dict[str, dict[str, str]] = {
         "V": "response of the learned matrix",
         "M": "Tr(S S*)/D, overlap with the teacher",
         "Q": "Tr(S^2)/D, size of the learned matrix",
+        "M_down": "overlap with the base map of fine-tuning (M without a task)",
         "qhat": "conjugate of Q",
         "mhat": "conjugate of M",
         "shat": "conjugate of V",

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from . import spectrum
 from .activation import Identity
 from .channel import field_dimension, standard_fields
 from .fixed_point import COLD, Map
@@ -145,7 +145,7 @@ def thresholds(pre: Pretraining, c: Conjugates):
 def prior_potential(pre: Pretraining, c: Conjugates):
     """Psi = (m^^2 / (4 s^)) J(sqrt(q^)/m^, 2 lam~/m^)."""
     delta, eps, _ = thresholds(pre, c)
-    return c.mhat**2 / (4 * c.shat) * spectrum.J(delta, eps, pre.kappa0)
+    return c.mhat**2 / (4 * c.shat) * pre.law.J(delta, eps)
 
 
 def order_parameters(pre: Pretraining, c: Conjugates) -> Order:
@@ -154,12 +154,33 @@ def order_parameters(pre: Pretraining, c: Conjugates) -> Order:
     return from_norm(4 * d.qhat, 2 * d.mhat, -4 * d.shat, pre.label_size)
 
 
+def image_of(pre: Pretraining, c: Conjugates):
+    """`order_parameters` in the solver's coordinates: (log V, M, noise) and, with a task, M_down.
+
+    M_down = Tr(S_hat S*)/D = (2/m^) dPsi/da needs the conjugates. It rides along with the order parameters, which do
+    not depend on it, so that everything downstream finds it in the fixed point, derivatives and error bars included.
+    """
+    x = order_parameters(pre, c).encode()
+    if pre.task is None:
+        return x
+
+    def potential(a):
+        return prior_potential(eqx.tree_at(lambda p: p.task.a, pre, a), c)
+
+    return jnp.append(x, 2 / c.mhat * jax.grad(potential)(pre.task.a))
+
+
+def downstream_overlap(pre: Pretraining, x):
+    """M_down = Tr(S_hat S*)/D at the solver's coordinates `x`; M without a task."""
+    return decode(x).overlap if pre.task is None else x[3]
+
+
 def step(x, pre: Pretraining, const: tuple[Nodes, Inner] | None):
     """One sweep of state evolution in the solver's coordinates; `const` holds the inner minimisers at x."""
     order = decode(x)
     if const is None:
-        return order_parameters(pre, conjugates(pre, order, None, None)).encode()
-    return order_parameters(pre, mean(over_replicas(lambda n, i: conjugates(pre, order, n, i), *const))).encode()
+        return image_of(pre, conjugates(pre, order, None, None))
+    return image_of(pre, mean(over_replicas(lambda n, i: conjugates(pre, order, n, i), *const)))
 
 
 def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
@@ -173,12 +194,12 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
             return (conjugates(pre, order, n, inner), 1.0 * jnp.any(inner.two_wells)), inner
 
         (c, two), memory = sweep(one, nodes, memory, count)
-        return order_parameters(pre, c).encode(), memory, two == 0
+        return image_of(pre, c), memory, two == 0
 
     def jacobian(x, memory, count):
         def plain(x):
             c, _ = sweep(lambda n, i: (conjugates(pre, decode(x), n, i), i), nodes, memory, count)
-            return order_parameters(pre, c).encode()
+            return image_of(pre, c)
 
         return jax.jacfwd(plain)(x)
 
@@ -192,4 +213,5 @@ def start(pre: Pretraining, weak_ridge: bool = False):
     then (0.1/lam, 0.9 Q0, 0.9 Q0).
     """
     share, V = (0.9, 0.1 / pre.lam) if weak_ridge else (0.5, jnp.ones_like(pre.lam))
-    return from_norm(V, share * pre.Q0, share * pre.Q0, pre.label_size).encode()
+    x = from_norm(V, share * pre.Q0, share * pre.Q0, pre.label_size).encode()
+    return x if pre.task is None else jnp.append(x, share * pre.common)

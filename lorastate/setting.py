@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 
 from .activation import Activation, Custom, Identity, Softmax
+from .base_law import BaseLaw, Wishart
 from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Fresh, Inputs, Moments, Recalibration, homes
 from .errors import SettingError, is_concrete, require_float64
+from .task import Task
 from .validation import real, whole
 
 _WHY_LAM = (
@@ -44,7 +47,8 @@ class Pretraining(eqx.Module):
 
     `alpha` = N / D^2 (samples), `kappa0` = P0 / D (teacher rank), `kappa` = P / D (student width), `delta` = variance
     of the label noise, `lam` = ridge on W. `activation` is "softmax" (with `beta`), "identity", an `Activation` or
-    a callable; `tokens` T is static. Raises `SettingError` on anything out of range.
+    a callable; `tokens` T is static. `task` is another base map to pre-train on than the one that fine-tuning needs (a
+    `Task`, or a mapping of its fields). Raises `SettingError` on anything out of range.
     """
 
     alpha: Any
@@ -54,8 +58,11 @@ class Pretraining(eqx.Module):
     delta: Any = 0.5
     activation: Any = "softmax"
     tokens: int = eqx.field(static=True, default=3)
+    task: Task | None = None
 
-    def __init__(self, alpha, lam, kappa0=1.0, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None):
+    def __init__(
+        self, alpha, lam, kappa0=1.0, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None, task=None
+    ):
         require_float64()
         self.alpha = real("pretraining.alpha", alpha, "alpha > 0", 0.0)
         self.lam = real("pretraining.lam", lam, _WHY_LAM, 0.0)
@@ -64,16 +71,49 @@ class Pretraining(eqx.Module):
         self.delta = real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
         self.activation = as_activation("pretraining.activation", activation, beta)
         self.tokens = whole("pretraining.tokens", tokens, 2, 8)
+        self.task = as_task(task)
+
+    @property
+    def downstream_law(self) -> BaseLaw:
+        """Law of S*, the base map that the labels of fine-tuning are made of."""
+        return Wishart(self.kappa0)
+
+    @property
+    def law(self) -> BaseLaw:
+        """Law of the base map that pre-training learns: S*, or S_pre = a S* + c S_perp with a `task`."""
+        return self.downstream_law if self.task is None else self.task.law(self.downstream_law)
 
     @property
     def Q0(self):
-        """Tr(S*^2)/D = 1 + kappa0, the size of the base teacher."""
-        return 1.0 + self.kappa0
+        """Tr(S^2)/D of the base map that pre-training learns; without a task 1 + kappa0."""
+        return self.law.second_moment
+
+    @property
+    def downstream_Q0(self):
+        """Tr(S*^2)/D = 1 + kappa0, the size of the base map that fine-tuning needs."""
+        return self.downstream_law.second_moment
+
+    @property
+    def common(self):
+        """Tr(S* S_pre)/D; without a task Tr(S*^2)/D."""
+        return self.downstream_Q0 if self.task is None else self.task.common(self.downstream_law)
 
     @property
     def label_size(self):
         """Q0 + delta/2: entry variance of the noisy label pre-activation Y, in units of (1 + delta_ab)."""
         return self.Q0 + self.delta / 2
+
+
+def as_task(value: Any) -> Task | None:
+    """A `Task` from one, from a mapping of its fields, or None."""
+    if value is None or isinstance(value, Task):
+        return value
+    if not isinstance(value, Mapping):
+        raise SettingError(f"pretraining.task = {value!r} is not a task; allowed: a, c and kappa_perp")
+    for key in value:
+        if key not in ("a", "c", "kappa_perp"):
+            raise SettingError(f"pretraining.task.{key} is unknown; allowed: a, c, kappa_perp")
+    return Task(**value)
 
 
 class SettingWarning(UserWarning):
@@ -247,7 +287,7 @@ class Setting(eqx.Module):
             delta=pre.delta if fine.delta is None else fine.delta,
             activation=pre.activation if fine.activation is None else fine.activation,
             tokens=pre.tokens if fine.tokens is None else fine.tokens,
-            inputs=fine.inputs,
+            inputs=fine.inputs.after(pre),
             recalibration=fine.recalibration,
         )
         resolved.inputs.check(pre, resolved)

@@ -16,6 +16,7 @@ from .activation import Softmax
 from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs, homes
 from .errors import SettingError
 from .setting import Finetuning, Numerics, Pretraining, Setting
+from .task import Task
 
 #: Sections and keys of a settings file.
 KEYS: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "finetuning": ("alpha", "lam", "delta", "activation", "beta", "tokens", "inputs", "label_noise", "reused_fraction",
                    "rho", "pool", "score", "recalibration"),
     "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps"),
+    "pretraining.task": ("a", "c", "kappa_perp"),
 }  # fmt: skip
 _CONTINUOUS = ("alpha", "kappa0", "kappa", "delta", "lam", "beta")
 _REQUIRED = {"pretraining": ("alpha", "lam"), "finetuning": ("alpha", "lam")}
@@ -49,7 +51,7 @@ def setting_from_dict(data: Mapping[str, Any], overrides: Iterable[str] = ()) ->
             selected = name == "finetuning" and key == "alpha" and sections[name].get("inputs") == "selected"
             if key not in sections[name] and not selected:
                 raise SettingError(f"{name}.{key} is missing; allowed: {key} > 0")
-    pre = Pretraining(**sections["pretraining"])
+    pre = Pretraining(**sections["pretraining"], task=sections["pretraining.task"] or None)
     fine = sections["finetuning"]
     if "beta" in fine:
         fine.setdefault("activation", pre.activation.name)
@@ -68,6 +70,9 @@ def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
         if isinstance(stage.activation, Softmax):
             out[name]["beta"] = _plain(stage.activation.beta)
         out[name] |= {key: _plain(getattr(stage, key)) for key in KEYS[name] if key not in (*_OBJECTS, *_CHANNEL)}
+    task = setting.pretraining.task
+    if task is not None:
+        out["pretraining"]["task"] = {key: _plain(getattr(task, key)) for key in KEYS["pretraining.task"]}
     out["finetuning"]["inputs"] = fine.inputs.name
     out["finetuning"] |= {key: _plain(getattr(fine.inputs, key)) for key in fine.inputs.options}
     out["finetuning"]["recalibration"] = _plain(_recalibration(fine))
@@ -101,12 +106,16 @@ def continuous_fields(setting: Setting) -> tuple[str, ...]:
     own += ("lam", *(() if fine.inputs.keeps_noise else ("delta",)), *softmax(fine), *fine.inputs.numbers)
     own += ("recalibration",) if isinstance(fine.recalibration, FixedScale) else ()
     theirs = tuple(key for key in _CONTINUOUS if key != "beta") + softmax(pre)
+    theirs += () if pre.task is None else tuple(f"task.{key}" for key in KEYS["pretraining.task"])
     return tuple(f"pretraining.{key}" for key in theirs) + tuple(f"finetuning.{key}" for key in own)
 
 
 def get(setting: Setting, path: str) -> Any:
     """The value of one field; a fine-tuning field that follows pre-training gives the value it follows."""
     name, key = _split(path)
+    if name == "pretraining.task":
+        _needs_task(path, setting.pretraining)
+        return getattr(setting.pretraining.task, key)
     stage = setting.finetuning_resolved if name == "finetuning" else getattr(setting, name)
     if key == "beta":
         _needs_softmax(path, stage)
@@ -126,11 +135,17 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
     that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it.
     """
     name, key = _split(path)
+    if name == "pretraining.task":
+        # A task that is not there yet is that of plain pre-training, a = 1 and c = 0.
+        task = setting.pretraining.task or Task()
+        task = Task(**{k: getattr(task, k) for k in KEYS[name]} | {key: value})
+        pre = Pretraining(**_fields(setting.pretraining) | {"task": task})
+        return Setting(pre, setting.finetuning, setting.numerics)
     stage = getattr(setting, name)
     if name == "numerics":
         kwargs = {k: getattr(stage, k) for k in KEYS[name]} | {key: value}
         return Setting(setting.pretraining, setting.finetuning, Numerics(**kwargs))
-    kwargs = {k: getattr(stage, k) for k in KEYS[name] if k not in ("beta", *_CHANNEL)}
+    kwargs = _fields(stage)
     if key == "beta":
         if value is None:
             raise SettingError(f"{path} = None is not a number; allowed: beta > 0")
@@ -149,6 +164,18 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
         kwargs |= {k: getattr(stage.inputs, k) for k in stage.inputs.options} | {key: value}
         kwargs["inputs"] = stage.inputs.name
     return Setting(setting.pretraining, Finetuning(**kwargs), setting.numerics)
+
+
+def _fields(stage: Pretraining | Finetuning) -> dict[str, Any]:
+    """Arguments that make the same stage again."""
+    if isinstance(stage, Pretraining):
+        return {k: getattr(stage, k) for k in KEYS["pretraining"] if k != "beta"} | {"task": stage.task}
+    return {k: getattr(stage, k) for k in KEYS["finetuning"] if k not in ("beta", *_CHANNEL)}
+
+
+def _needs_task(path: str, pre: Pretraining) -> None:
+    if pre.task is None:
+        raise SettingError(f"{path} has no meaning without a task; allowed: where [pretraining.task] is given")
 
 
 def _needs_channel(key: str, inputs: Inputs) -> None:
@@ -197,7 +224,11 @@ def _checked(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if not isinstance(section, Mapping):
             raise SettingError(f"{name} = {_shown(section)} is not a section; allowed: [{name}] and keys below it")
         for key, value in section.items():
-            _set(out, name, key, value)
+            if f"{name}.{key}" in KEYS and isinstance(value, Mapping):
+                for inner, entry in value.items():
+                    _set(out, f"{name}.{key}", inner, entry)
+            else:
+                _set(out, name, key, value)
     return out
 
 
@@ -252,6 +283,9 @@ def parse_value(path: str, text: str) -> Any:
 def _split(path: str) -> tuple[str, str]:
     """Section and key of a dotted path, both known."""
     name, dot, key = path.partition(".")
+    inner, inner_dot, last = path.rpartition(".")
+    if inner in KEYS:
+        name, dot, key = inner, inner_dot, last
     if not dot or not name or not key:
         homes = [f"{section}.{path}" for section, keys in KEYS.items() if path in keys]
         hint = f"did you mean {' or '.join(homes)}? " if homes else ""

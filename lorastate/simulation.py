@@ -23,18 +23,19 @@ from .setting import Finetuning, Pretraining, Setting
 from .setting_file import replace
 
 _NAMES: dict[str, tuple[str, ...]] = {
-    "pretraining": ("M", "Q", "overlap", "train_loss", "train_error", "test_error", "test_error_noiseless",
+    "pretraining": ("M", "Q", "M_down", "overlap", "train_loss", "train_error", "test_error", "test_error_noiseless",
                     "rank_fraction"),
     "finetuning": ("m", "q", "overlap", "train_loss", "train_error", "test_error", "test_error_frozen"),
 }  # fmt: skip
 #: Independent random streams of one run. Append only: the positions fix what a seed means.
 _STREAMS = ("teacher", "inputs", "noise", "start", "lora_teacher", "lora_inputs", "lora_noise", "lora_start",
-            "test", "lora_test")  # fmt: skip
+            "test", "lora_test", "task")  # fmt: skip
 _MEMORY = 8 * 2**30
 
 
 class Sizes(NamedTuple):
-    """The whole numbers of a simulation: D, P0 = kappa0 D, P = kappa D, N = alpha D^2, N' = alpha' D."""
+    """The whole numbers of a simulation: D, P0 = kappa0 D, P = kappa D, N = alpha D^2, N' = alpha' D, and
+    kappa_perp D (0 without a task)."""
 
     dimension: int
     base_rank: int
@@ -42,6 +43,7 @@ class Sizes(NamedTuple):
     samples: int
     lora_samples: int
     test_samples: int
+    task_rank: int = 0
 
 
 def _key(run_key, stream: str):
@@ -110,10 +112,12 @@ def _draw_batch(inputs_key, noise_key, base, delta, tokens, samples) -> _Batch:
 
 
 class _World(NamedTuple):
-    """What a run knows when fine-tuning starts: its key, S*, the frozen S, w* and the pre-training data."""
+    """What a run knows when fine-tuning starts: its key, S*, S_pre (S* without a task), the frozen S, w* and the
+    pre-training data."""
 
     key: Any
     base: Any
+    task: Any
     learned: Any
     teacher: Any
     pretraining: _Batch
@@ -129,6 +133,8 @@ def _reused(world: _World, fine: Finetuning, samples: int, kind: Reused | None =
     if not (kind or fine.inputs).keeps_noise:
         noise = label_noise(_key(world.key, "lora_noise"), fine.delta / 2, inputs.shape[1], samples)
         labels = preactivation(inputs, world.base) + noise
+    elif world.task is not world.base:  # the same noise on another clean label
+        labels = labels + preactivation(inputs, world.base - world.task)
     return _Batch(inputs, labels)
 
 
@@ -228,24 +234,31 @@ class _Trained(NamedTuple):
     row: dict[str, Any]
 
 
+def _wishart(key, dimension: int, rank: int):
+    """W W^T / sqrt(rank D)."""
+    factor = jax.random.normal(key, (dimension, rank))
+    return factor @ factor.T / np.sqrt(rank * dimension)
+
+
 def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
     D = sizes.dimension
-    factor = jax.random.normal(_key(key, "teacher"), (D, sizes.base_rank))
-    base = factor @ factor.T / np.sqrt(sizes.base_rank * D)
+    base = _wishart(_key(key, "teacher"), D, sizes.base_rank)
+    task = base if pre.task is None else pre.task.a * base + pre.task.c * _wishart(_key(key, "task"), D, sizes.task_rank)
     keys = _key(key, "inputs"), _key(key, "noise")
-    batch = _draw_batch(*keys, base, pre.delta, pre.tokens, sizes.samples)
+    batch = _draw_batch(*keys, task, pre.delta, pre.tokens, sizes.samples)
     found, row = _pretrain(key, batch, pre, sizes)
     # Where the loss left the finite numbers, the last W means nothing: everything downstream becomes NaN.
     W = found.x * (np.nan if found.code == Code.nonfinite else 1.0)
     learned = W @ W.T / np.sqrt(sizes.width * D)
-    row["M"], row["Q"], row["overlap"] = _overlaps(learned, base, D)
+    row["M"], row["Q"], row["overlap"] = _overlaps(learned, task, D)
+    row["M_down"] = _overlaps(learned, base, D)[0]
     row["eigenvalues"] = np.asarray(jnp.linalg.eigvalsh(learned))
     row["rank_fraction"] = _rank_fraction(row["eigenvalues"])
     row["test_error"], row["test_error_noiseless"] = _test(
-        _key(key, "test"), pre, base, learned, None, pre.tokens, sizes.test_samples
+        _key(key, "test"), pre, task, learned, None, pre.tokens, sizes.test_samples
     )
     teacher = jax.random.normal(_key(key, "lora_teacher"), (D,))
-    return _Trained(_World(key, base, learned, teacher, batch), found, row)
+    return _Trained(_World(key, base, task, learned, teacher, batch), found, row)
 
 
 def _fingerprint(pre, sizes: Sizes, key) -> tuple:
@@ -296,7 +309,7 @@ class Simulation:
     """Finite-size training runs, measured under the names that the theory's predictions have.
 
     `pretraining` and `finetuning` map a name to an array of one value per run. With S = W W^T/sqrt(P D):
-    `M` = Tr(S S*)/D, `Q` = Tr(S^2)/D, `overlap` = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` =
+    `M` = Tr(S S*)/D (with a task, S_pre in the place of S*), `M_down` = Tr(S S*)/D, `Q` = Tr(S^2)/D, `overlap` = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` =
     the same without the penalty, `test_error` = E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy
     labels, `test_error_noiseless` = against sigma(Z*) instead, `rank_fraction` = share of
     eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` = |w.w*|/D (the sign of w is free; without
@@ -399,7 +412,8 @@ def _sizes(pre: Pretraining, fine: Any, D: int, test_samples: int) -> Sizes:
         )
     ranks = count("pretraining.kappa0", pre.kappa0, D), count("pretraining.kappa", pre.kappa, D)
     samples = count("pretraining.alpha", pre.alpha, D**2), count("finetuning.alpha", fine.alpha, D)
-    return Sizes(D, *ranks, *samples, test_samples)
+    task_rank = 0 if pre.task is None else count("pretraining.task.kappa_perp", pre.task.kappa_perp, D)
+    return Sizes(D, *ranks, *samples, test_samples, task_rank)
 
 
 def simulate(

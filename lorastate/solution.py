@@ -18,7 +18,7 @@ from .setting import Finetuning, Numerics, Pretraining, Setting
 from .spectrum import LearnedSpectrum
 
 _SUMMARY = {
-    "pretraining": ("V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
+    "pretraining": ("V", "M", "Q", "M_down", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
                     "rank_fraction", "replicon"),
     "finetuning": ("v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
                    "recalibration", "free_energy", "replicon", "double_well_share"),
@@ -51,7 +51,8 @@ def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: theory.
 class Solution(eqx.Module):
     """Theory of one `setting`. `pretraining` and `finetuning` hold every prediction by name.
 
-    pretraining: V, M, Q, qhat, mhat, shat (order parameters and conjugates); overlap = M / sqrt(Q Q0); train_loss
+    pretraining: V, M, Q, qhat, mhat, shat (order parameters and conjugates); M_down = Tr(S S*)/D with the base map of
+    fine-tuning (M, unless pre-training had a task of its own); overlap = M / sqrt(Q Q0); train_loss
     (L / D^2, penalty included) and train_error (its data part); test_error, test_error_noiseless (E);
     rank_fraction (rank of the learned map / D); replicon (stable below 1); double_well_share.
 

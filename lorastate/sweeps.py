@@ -477,7 +477,7 @@ def sweep(
 
 def _changes_kind(path: str, values: list[Any]) -> bool:
     """Whether the points of an axis need programs of their own: words, and whole numbers that are static."""
-    section, key = path.split(".")
+    section, _, key = path.rpartition(".")
     return section == "numerics" or key == "tokens" or any(isinstance(v, str) for v in values)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import finetuning as ft
 from . import pretraining as pt
-from . import spectrum, wells
+from . import wells
 from .channel import FrozenMap
 from .errors import Code, succeeded
 from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, plain_map, small_solve
@@ -84,8 +84,9 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
         rules = _stages(numerics, 1e-4)
     # The first stage twice, from either start; the second time only if the first has failed: NaN stops at once.
     rules = _stacked([rules[0], *rules])
-    last = jnp.full(3, jnp.nan)  # goes on where the stage before ended
-    starts = jnp.stack([pt.start(pre), pt.start(pre, weak_ridge=True), last][: len(rules[0])])
+    usual = pt.start(pre)
+    last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
+    starts = jnp.stack([usual, pt.start(pre, weak_ridge=True), last][: len(rules[0])])
     index = jnp.arange(len(starts))
 
     def stage(carry, job):
@@ -97,7 +98,7 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
         keep = functools.partial(jax.tree_util.tree_map, lambda a, b: jnp.where(skip, a, b))
         return (keep(x, point.x), skip | succeeded(point.code), *keep(kept, found)), (point, skip)
 
-    first = (starts[0], jnp.array(False), jnp.zeros((3, 3)), memory)
+    first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory)
     carry, (points, skipped) = jax.lax.scan(stage, first, (rules, starts, index))
     taken = jnp.max(jnp.where(skipped, 0, index))
     chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
@@ -235,27 +236,28 @@ def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Node
 # ---- predictions -----------------------------------------------------------------------------------------------
 
 
-def map_predictions(pre: Pretraining, order: Order, a: MapAverages, errors) -> dict[str, Any]:
-    """Every pre-training prediction from the order parameters, the averages and (E, E noiseless)."""
-    c = a.conjugates
+def map_predictions(pre: Pretraining, x, a: MapAverages, errors) -> dict[str, Any]:
+    """Every pre-training prediction from the solver's coordinates, the averages and (E, E noiseless)."""
+    c, order = a.conjugates, decode(x)
     live = order.response > 2 * RESPONSE_FLOOR
     size = pre.label_size
     V, M, Q = (jnp.where(live, v, 0.0) for v in (order.response, order.overlap, order.norm(size)))
     delta, eps, _ = pt.thresholds(pre, c)
     phi = (c.qhat * V + 2 * c.mhat * M - c.shat * Q) / 4 + pre.alpha * a.potential - pt.prior_potential(pre, c)
-    response = spectrum.pair_response(delta, eps, pre.kappa0)
+    response = pre.law.pair_response(delta, eps)
     replicon = 2 * pre.alpha / order.response**2 * a.susceptibility / c.shat**2 * response
     return {
         "V": V,
         "M": M,
         "Q": Q,
+        "M_down": jnp.where(live, pt.downstream_overlap(pre, x), 0.0),
         **c._asdict(),
         "overlap": jnp.where(live, M / jnp.sqrt(jnp.where(live, Q, 1.0) * pre.Q0), jnp.nan),
         "train_loss": phi,
         "train_error": pre.alpha * a.potential - c.qhat * order.response / 4,
         "test_error": errors[0],
         "test_error_noiseless": errors[1],
-        "rank_fraction": 1 - spectrum.mass_below(eps, delta, pre.kappa0),
+        "rank_fraction": 1 - pre.law.mass_below(eps, delta),
         "replicon": jnp.where(live, replicon, jnp.nan),
         "double_well_share": a.two_wells,
     }
@@ -330,7 +332,7 @@ class FirstStage(NamedTuple):
     """Output of `evaluate_pretraining`."""
 
     values: dict[str, Any]
-    order: Order  # with its derivative
+    x: Any  # order parameters in the solver's coordinates, with their derivative
     status: dict[str, Any]
     solved: Solved
 
@@ -373,17 +375,22 @@ def describe_pretraining(pre: Pretraining, nodes: NodeSets, solved: Solved) -> F
     order = decode(x)
     a = map_averages(pre, order, nodes.pretraining, solved.inner)
     errors = _averaged(lambda n: _map_errors(pre, order, n), nodes.pretraining_test)
-    values = map_predictions(pre, order, a if nodes.pretraining is None else mean(a), errors)
+    values = map_predictions(pre, x, a if nodes.pretraining is None else mean(a), errors)
     narrow = values["rank_fraction"] > pre.kappa * (1 + 1e-9)
     code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
-    return FirstStage(values, order, {**solved.point._asdict(), "code": code}, solved)
+    return FirstStage(values, x, {**solved.point._asdict(), "code": code}, solved)
+
+
+def frozen_at(pre: Pretraining, fine: Finetuning, x) -> FrozenMap:
+    """The frozen map at the solver's coordinates `x` of pre-training."""
+    return fine.inputs.freeze(pre, decode(x), pt.downstream_overlap(pre, x))
 
 
 def describe_finetuning(
     pre: Pretraining, fine: Finetuning, nodes: NodeSets, first: FirstStage, second: SecondStage
 ) -> Evaluation:
     """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
-    frozen = fine.inputs.freeze(pre, first.order)
+    frozen = frozen_at(pre, fine, first.x)
     prepared, solved = nodes.finetuning._replace(found=second.found), second.solved
     x = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, ft.start(True))
     order = decode(attach(ft.step, x, (fine, frozen), (prepared, solved.inner)))
@@ -406,8 +413,8 @@ def _lowest(code, energies):
 def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes):
     """Fixed point of fine-tuning on the map of pre-training (no derivative), a `SecondStage`: the branch of lowest free
     energy among those that were solved."""
-    pre, fine, order = jax.lax.stop_gradient((pre, fine, first.order))
-    frozen = fine.inputs.freeze(pre, order)
+    frozen = jax.lax.stop_gradient(frozen_at(pre, fine, first.x))
+    fine = jax.lax.stop_gradient(fine)
     prepared = ft.prepare(fine, frozen, nodes)
     solved, same = search_finetuning(fine, frozen, numerics, prepared)
     # Where the second start found nothing new it stands for the first.
@@ -457,8 +464,8 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     if nodes.pretraining is None or nodes.pretraining_test is None:
         order = decode(of_map.point.x)
         a = map_averages(pre, order, None, None)
-        one = map_predictions(pre, order, a, _map_errors(pre, order, None))
-        map_x = jnp.broadcast_to(of_map.point.x, (numerics.replicas, 3))
+        one = map_predictions(pre, of_map.point.x, a, _map_errors(pre, order, None))
+        map_x = jnp.broadcast_to(of_map.point.x, (numerics.replicas, len(of_map.point.x)))
         map_values = {k: jnp.broadcast_to(v, (numerics.replicas,)) for k, v in one.items()}
     else:
 
@@ -467,14 +474,14 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
             return _map_replica(pre, decode(x), n, inner), inner
 
         def map_image(c):
-            return pt.order_parameters(pre, c).encode()
+            return pt.image_of(pre, c)
 
         map_x, a = _own_solutions(map_at, map_image, of_map, nodes.pretraining)
         errors = over_replicas(lambda n, x: _map_errors(pre, decode(x), n), nodes.pretraining_test, map_x)
-        map_values = jax.vmap(lambda x, a, e: map_predictions(pre, decode(x), a, e))(map_x, a, errors)
+        map_values = jax.vmap(lambda x, a, e: map_predictions(pre, x, a, e))(map_x, a, errors)
 
     def lora_at(n, x, inner, upstream):
-        frozen, order = fine.inputs.freeze(pre, decode(upstream)), decode(x)
+        frozen, order = frozen_at(pre, fine, upstream), decode(x)
         n = ft.refresh_nodes(fine, frozen, n)
         inner = ft.refresh_inner(fine, frozen, order, n, inner)
         return _lora_replica(fine, frozen, order, n, inner), inner
@@ -485,26 +492,26 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     xs, b = _own_solutions(lora_at, lora_image, of_lora, prepared, map_x)
 
     def errors_at(n, x, upstream):
-        return _lora_errors(fine, fine.inputs.freeze(pre, decode(upstream)), decode(x), n)
+        return _lora_errors(fine, frozen_at(pre, fine, upstream), decode(x), n)
 
     if nodes.finetuning_test is None:
         errors = jax.vmap(lambda x, u: errors_at(None, x, u))(xs, map_x)
     else:
         errors = over_replicas(errors_at, nodes.finetuning_test, xs, map_x)
-    values = jax.vmap(lambda x, u, b, e: lora_predictions(fine, fine.inputs.freeze(pre, decode(u)), decode(x), b, e))(
+    values = jax.vmap(lambda x, u, b, e: lora_predictions(fine, frozen_at(pre, fine, u), decode(x), b, e))(
         xs, map_x, b, errors
     )
     return _standard_errors(map_values), _standard_errors(values)
 
 
 def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, *upstream):
-    """Order parameters (R, 3) and averages of every replica at its own fixed point, to first order.
+    """Order parameters (R, n) and averages of every replica at its own fixed point, to first order.
 
     `averages_at(replica, x, inner, *upstream) -> (averages, inner)`; `image(conjugates)` is the second half-step. The
     first pass makes one step with the common Jacobian (cut to 1), the second evaluates there: one compiled copy
     serves both.
     """
-    gap = jnp.eye(3) - solved.jacobian
+    gap = jnp.eye(len(solved.jacobian)) - solved.jacobian
 
     def one_pass(carry, _):
         xs, inner = carry
@@ -512,7 +519,7 @@ def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, *upstream):
         shift = jax.vmap(lambda c, x: small_solve(gap, image(c) - x))(averages.conjugates, xs)
         return (xs + jnp.clip(shift, -1.0, 1.0), inner), (xs, averages)
 
-    start = jnp.broadcast_to(solved.point.x, (nodes.normal.shape[0], 3)), solved.inner
+    start = jnp.broadcast_to(solved.point.x, (nodes.normal.shape[0], len(gap))), solved.inner
     _, passes = jax.lax.scan(one_pass, start, length=2)
     return jax.tree_util.tree_map(lambda v: v[-1], passes)
 

@@ -130,7 +130,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_is_the_central_difference(name):
-    s = setting(**CASES[name])
+    # A seed at which no minimiser of the few nodes jumps within the steps below.
+    s = replace(setting(**CASES[name]), "numerics.seed", 1)
     value, slopes = ls.gradient(s)
     assert value == pytest.approx(float(ls.predict(s).test_error), rel=1e-9)
     assert tuple(slopes) == continuous_fields(s)
