@@ -467,9 +467,7 @@ def _form(law: BaseLaw) -> _Form:
     ]
     if len(rest) > 1:
         names = " and ".join(type(t).__name__ for _, t in rest)
-        raise SettingError(
-            f"free_sum.parts has {names}; allowed: at most one law other than Wishart and a single atom"
-        )
+        raise SettingError(f"free_sum.parts has {names}; allowed: at most one law other than Wishart and a single atom")
     factor, explicit = rest[0] if rest else (one, _ORIGIN())
     c = jnp.asarray([f for f, _ in wisharts] or jnp.zeros(0))
     kappa = jnp.asarray([k for _, k in wisharts] or jnp.zeros(0))

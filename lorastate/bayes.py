@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq
 
-from . import spectrum
 from .activation import Activation, Custom, Identity
+from .base_law import BaseLaw, Wishart
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, fixed_point
 from .quadrature import Nodes, gaussian_nodes
@@ -47,36 +47,39 @@ _SMALL = 1e-8  # delta^2 at which the noiseless problem is tested for perfect re
 
 class BayesPretraining(NamedTuple):
     """`Q` = Tr(S_BO^2)/D = Tr(S_BO S*)/D, `overlap` = sqrt(Q / Q0) and `delta2`, the variance delta^2 of the
-    equivalent noise on S*; `code` of the solve (`lorastate.errors.Code`)."""
+    equivalent noise on S*; `code` of the solve (`lorastate.errors.Code`). With a task all this is about S_pre;
+    `Q_down` is that of the best estimate of the S* of fine-tuning (Q without a task)."""
 
     Q: Any
     overlap: Any
     delta2: Any
     code: Any
+    Q_down: Any
 
 
-def mmse(s, kappa0):
-    """Minimal mean square error, per D, of S* observed through S* + sqrt(s) Z."""
-    nodes = spectrum.band_nodes(jnp.sqrt(s), kappa0, 256)
+def mmse(s, law: BaseLaw | Any):
+    """Minimal mean square error, per D, of S of that law (a number: Wishart) observed through S + sqrt(s) Z."""
+    law = law if isinstance(law, BaseLaw) else Wishart(law)
+    nodes = law.band_nodes(jnp.sqrt(s), 256)
     cube = jnp.sum(nodes.w * nodes.density**2, -1)
     return s - 4 * jnp.pi**2 / 3 * s**2 * cube
 
 
 def _step(x, args, _):
-    kappa0, delta, alpha, n_eff = args
+    law, delta, alpha, n_eff = args
     s = jnp.exp(x[0])
-    return jnp.log((delta / 2 + mmse(s, kappa0)) / (alpha * n_eff))[None]
+    return jnp.log((delta / 2 + mmse(s, law)) / (alpha * n_eff))[None]
 
 
 @jax.jit
-def _solve(kappa0, delta, alpha, n_eff):
+def _solve(law, delta, alpha, n_eff):
     # MMSE(s)/s falls with s. Without noise and with more samples than its limit at zero, S* is recovered exactly;
     # the map then is a translation of log s without a fixed point, and nothing is solved.
-    perfect = (delta == 0) & (mmse(jnp.asarray(_SMALL), kappa0) / _SMALL < alpha * n_eff)
+    perfect = (delta == 0) & (mmse(jnp.asarray(_SMALL), law) / _SMALL < alpha * n_eff)
     noise = jnp.where(perfect, 1.0, delta)
-    start = jnp.log((noise / 2 + 1 + kappa0) / (alpha * n_eff))[None]
+    start = jnp.log((noise / 2 + law.second_moment) / (alpha * n_eff))[None]
     method = Method(tolerance=1e-11, burn_in=3, require_stable=False)
-    sol = fixed_point(_step, method, start, (kappa0, noise, alpha, n_eff))
+    sol = fixed_point(_step, method, start, (law, noise, alpha, n_eff))
     return jnp.where(perfect, 0.0, jnp.exp(sol.x[0])), sol.code
 
 
@@ -89,9 +92,10 @@ def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
     require_float64()
     t = pre.tokens
     n_eff = jnp.asarray(t * (t + 1) - (2.0 if pre.activation.forgets_shift else 0.0))
-    s, code = _solve(pre.kappa0, pre.delta, pre.alpha, n_eff)
+    s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
     Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
-    return BayesPretraining(Q, jnp.sqrt(Q / pre.Q0), s, code)
+    down = Q if pre.task is None else pre.task.best_overlap(pre.downstream_law, jnp.sqrt(jnp.maximum(s, _SMALL)))
+    return BayesPretraining(Q, jnp.sqrt(Q / pre.Q0), s, code, down)
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------
@@ -324,11 +328,12 @@ def bayes_optimal(setting: Setting) -> BayesLimits:
         raise SolveError("bayes_optimal", Code(int(best.code)))
     Q, Q0 = float(best.Q), float(pre.Q0)
     error, bar = _error(pre.activation, pre.tokens, Q, float(pre.delta) / 2 + Q0 - Q)
-    noise = float(fine.delta) / 2 + Q0 - Q
+    down = float(best.Q_down)
+    noise = float(fine.delta) / 2 + float(pre.downstream_Q0) - down
     lora = bayes_optimal_finetuning(fine, noise)
-    below, lora_bar = _error(fine.activation, fine.tokens, Q, max(noise, 0.0), lora.q)
+    below, lora_bar = _error(fine.activation, fine.tokens, down, max(noise, 0.0), lora.q)
     if lora.q_stderr:  # what the error of q does to E'
-        shifted, _ = _error(fine.activation, fine.tokens, Q, noise, lora.q - min(lora.q_stderr, lora.q))
+        shifted, _ = _error(fine.activation, fine.tokens, down, noise, lora.q - min(lora.q_stderr, lora.q))
         lora_bar = float(np.hypot(lora_bar, shifted - below))
     return BayesLimits(
         {"Q": Q, "overlap": float(best.overlap), "test_error": error},

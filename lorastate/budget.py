@@ -23,7 +23,10 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import lsq_linear, minimize
 
 from .errors import SettingError
 from .setting import Setting
@@ -66,7 +69,7 @@ class Budget(NamedTuple):
 
 
 def budgets(given: Iterable[Any], setting: Setting) -> tuple[Budget, ...]:
-    """Budgets from sentences, functions of a setting, or `Budget`s. Raises `SettingError` for one that is not readable."""
+    """Budgets from sentences, functions of a setting, or `Budget`s; `SettingError` for one that is not readable."""
     if isinstance(given, str):
         given = (given,)
     return tuple(_budget(one, setting) for one in given)
@@ -78,7 +81,7 @@ def _budget(given: Any, setting: Setting) -> Budget:
     if callable(given):
         return Budget(getattr(given, "__name__", "a function"), given, False)
     if not isinstance(given, str):
-        raise SettingError(f"budget {given!r} is not readable; allowed: a sentence such as 'pairs = 0.6', or a function")
+        raise SettingError(f"budget {given!r} is not readable; allowed: a sentence as 'pairs = 0.6', or a function")
     tree = _parse(given)
     if not isinstance(tree, ast.Compare):
         quantity = _compiled(tree, given, setting)
@@ -97,7 +100,8 @@ def _parse(text: str) -> ast.expr:
         return ast.parse(plain, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise SettingError(
-            f"budget {text[:80]!r} is not readable; allowed: for example 'pretraining.alpha + 0.05 * finetuning.alpha <= 0.3'"
+            f"budget {text[:80]!r} is not readable; allowed: for example "
+            "'pretraining.alpha + 0.05 * finetuning.alpha <= 0.3'"
         ) from None
 
 
@@ -113,10 +117,10 @@ def _compiled(node: ast.expr, text: str, setting: Setting) -> Callable[[Setting]
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
         act, a = _OPERATORS[type(node.op)], _compiled(node.operand, text, setting)
         return lambda s: act(a(s))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords:
-        if len(node.args) == 1:
-            f, a = _FUNCTIONS[node.func.id], _compiled(node.args[0], text, setting)
-            return lambda s: f(a(s))
+    call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+    if call and len(node.args) == 1 and not node.keywords:
+        f, a = _FUNCTIONS[node.func.id], _compiled(node.args[0], text, setting)
+        return lambda s: f(a(s))
     if isinstance(node, ast.Name) and node.id in QUANTITIES:
         return QUANTITIES[node.id]
     if isinstance(node, ast.Attribute | ast.Name):
@@ -124,10 +128,101 @@ def _compiled(node: ast.expr, text: str, setting: Setting) -> Callable[[Setting]
         known = (*continuous_fields(setting), "pretraining.tokens", "finetuning.tokens", "finetuning.alpha")
         if path in known:
             return lambda s: get(s, path)
-        raise SettingError(
-            f"budget {text!r} speaks of {path!r}, which is unknown here; allowed: {', '.join((*QUANTITIES, *known[:-1]))}"
-        )
+        allowed = ", ".join((*QUANTITIES, *known[:-1]))
+        raise SettingError(f"budget {text!r} speaks of {path!r}, which is unknown here; allowed: {allowed}")
     raise SettingError(
         f"budget {text!r} has a part that is not arithmetic ({ast.unparse(node)[:40]!r}); allowed: numbers, fields, "
         f"+ - * / **, {', '.join(_FUNCTIONS)}"
     )
+
+
+class Within:
+    """Budgets as constraints on the coordinates u of a descent; `replaced(u)` is the setting at u."""
+
+    def __init__(self, replaced: Callable[[Any], Setting], limits: tuple[Budget, ...]):
+        self.limits = limits
+        self.excess = jax.jit(lambda u: jnp.stack([jnp.asarray(b.excess(replaced(u)), float) for b in limits]))
+        self.slopes = jax.jit(jax.jacfwd(self.excess))
+        self.curves = jax.jit(jax.jacfwd(jax.jacfwd(self.excess)))
+        # scipy wants inequalities that are not negative.
+        self.constraints = [
+            {
+                "type": "eq" if b.equality else "ineq",
+                "fun": lambda u, k=k, sign=1.0 if b.equality else -1.0: sign * float(self.excess(jnp.asarray(u))[k]),
+                "jac": lambda u, k=k, sign=1.0 if b.equality else -1.0: (
+                    sign * np.asarray(self.slopes(jnp.asarray(u))[k])
+                ),
+            }
+            for k, b in enumerate(limits)
+        ]
+        self._equal = np.array([b.equality for b in limits])
+
+    def _violations(self, u) -> np.ndarray:
+        excess = np.asarray(self.excess(jnp.asarray(u)))
+        return np.where(self._equal, np.abs(excess), np.maximum(excess, 0.0))
+
+    def met(self, u) -> bool:
+        """Whether every budget is kept, to rounding."""
+        return bool(np.all(self._violations(u) < 1e-9))
+
+    def nearest(self, u: np.ndarray) -> np.ndarray:
+        """The point nearest to u at which every budget is kept. Raises `SettingError` where there is none."""
+        if self.met(u):
+            return u
+        found: Any = minimize(
+            lambda v: float(np.sum((v - u) ** 2)), u, jac=lambda v: 2 * (v - u), method="SLSQP",
+            constraints=self.constraints, bounds=[(x - 20, x + 20) for x in u], options={"ftol": 1e-14, "maxiter": 500},
+        )  # fmt: skip
+        wrong = self._violations(found.x)
+        if not np.all(np.isfinite(wrong)) or np.any(wrong > 1e-7):
+            k = int(np.argmax(np.where(np.isfinite(wrong), wrong, np.inf)))
+            raise SettingError(
+                f"budget {self.limits[k].text!r} cannot be kept (it is missed by {wrong[k]:.3g} at the nearest point); "
+                "allowed: budgets that some values of the descended fields satisfy together"
+            )
+        return found.x
+
+    def _multipliers(self, u, slope) -> tuple[np.ndarray, np.ndarray]:
+        """(mu, slope + sum mu d excess), the least that is left; mu >= 0 for inequalities that bind, else 0."""
+        excess, jac = (np.asarray(f(jnp.asarray(u))) for f in (self.excess, self.slopes))
+        active = self._equal | (excess > -1e-6)
+        mu = np.zeros(len(excess))
+        if np.any(active):
+            low = np.where(self._equal[active], -np.inf, 0.0)
+            found: Any = lsq_linear(jac[active].T, -slope, (low, np.full(len(low), np.inf)), tol=1e-14)
+            mu[active] = found.x
+        return mu, slope + mu @ jac
+
+    def newton_step(self, u, slope, hessian) -> np.ndarray | None:
+        """Step towards d objective + sum mu d excess = 0 and excess = 0 where budgets bind; None if singular."""
+        mu, _ = self._multipliers(u, slope)
+        active = self._equal | (mu > 0)
+        u = jnp.asarray(u)
+        jac, curves = np.asarray(self.slopes(u))[active], np.asarray(self.curves(u))
+        k, n = len(jac), len(u)
+        matrix = np.zeros((n + k, n + k))
+        matrix[:n, :n] = hessian + np.tensordot(mu, curves, 1)
+        matrix[:n, n:], matrix[n:, :n] = jac.T, jac
+        try:
+            step = np.linalg.solve(matrix, -np.concatenate([slope, np.asarray(self.excess(u))[active]]))[:n]
+        except np.linalg.LinAlgError:
+            return None
+        return step if np.all(np.isfinite(step)) else None
+
+    def rest(self, u, slope) -> float:
+        """Norm of the gradient that the binding budgets leave."""
+        return float(np.linalg.norm(self._multipliers(u, slope)[1]))
+
+    def report(self, u, slope) -> list[dict[str, Any]]:
+        """For each budget: text, excess, whether it binds, and its price."""
+        mu, _ = self._multipliers(u, slope)
+        excess = np.asarray(self.excess(jnp.asarray(u)))
+        return [
+            {
+                "budget": b.text,
+                "excess": float(e),
+                "binds": bool(b.equality or m > 1e-9),
+                "price": float(m),
+            }
+            for b, e, m in zip(self.limits, excess, mu, strict=True)
+        ]

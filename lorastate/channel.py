@@ -169,8 +169,8 @@ class BayesOptimal(Fresh):
         from .bayes import bayes_optimal_pretraining
 
         best = bayes_optimal_pretraining(pre)
-        Q = jnp.where(succeeded(best.code), best.Q, jnp.nan)
-        return FrozenMap(Q, Q, pre.Q0)
+        Q = jnp.where(succeeded(best.code), best.Q_down, jnp.nan)
+        return FrozenMap(Q, Q, pre.downstream_Q0)
 
 
 def _noise_kind(value: Any) -> str:

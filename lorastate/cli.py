@@ -86,6 +86,19 @@ class Optimize:
     set: _Set = ()
     over: Annotated[str, arg(help="Fields to optimise, separated by commas.")] = "pretraining.lam,finetuning.lam"
     minimize: Annotated[str, arg(help="test_error, effective_noise, or overlap (which is maximised).")] = "test_error"
+    budget: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(
+            metavar="SENTENCE",
+            help="A constraint, as 'pretraining.alpha + 0.05 * finetuning.alpha <= 0.3', 'label_power <= 2.25', or "
+            "'pairs' (labelled token pairs stay as many as they are).",
+        ),
+    ] = ()
+    scan: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUES", help="A discrete field and the values to try, as pretraining.tokens=2,3,4."),
+    ] = ()
+    sensitivities: Annotated[bool, arg(help="Also elasticities and curvatures at the optimum, with a chart.")] = False
     verify: Annotated[bool, arg(help="Also train the finite-size model at the optimum.")] = False
     dimension: _Dimension = 150
     runs: _Runs = 4
@@ -93,7 +106,7 @@ class Optimize:
     out: Annotated[Path, arg(help="Directory for result.json and the figure.")] = Path("results")
 
     def __call__(self) -> int:
-        from . import design, figures
+        from . import design, figures, sweeps
         from .errors import SettingError
         from .setting_file import continuous_fields, load_setting, setting_to_dict
 
@@ -103,9 +116,14 @@ class Optimize:
         _check_objective("--minimize", self.minimize)
         if self.verify:
             _check_simulation(setting, self.dimension, self.runs, self.seed)
+        options: dict[str, Any] = {}
+        if self.budget:
+            options["budgets"] = self.budget
+        if self.scan:
+            options["scan"] = dict(sweeps.parse_axis(text, "scan") for text in self.scan)
         out = _directory(self.out)
 
-        optimum = design.optimize(setting, over=over, minimize=self.minimize, progress=True)
+        optimum = design.optimize(setting, over=over, minimize=self.minimize, progress=True, **options)
         result = {
             **optimum.summary(),
             "initial_setting": setting_to_dict(optimum.initial),
@@ -114,6 +132,10 @@ class Optimize:
         }
         _say("At the optimum\n" + _describe(optimum.setting))
         _say(_optimum_table(optimum))
+        if optimum.budgets:
+            _say(_budget_table(optimum))
+        if optimum.scanned:
+            _say(_scan_table(optimum))
         # What is found is on disk before the simulation, which takes minutes and may be interrupted.
         _write_json(out / "result.json", result)
 
@@ -124,6 +146,13 @@ class Optimize:
             status = FAILED
             _warn(f"the descent did not converge ({optimum.message}); gradient norm {optimum.gradient_norm:.2e}")
         optimum.after.require_ok()
+        charts: list[Path] = []
+        if self.sensitivities:
+            found = design.sensitivities(optimum.setting, optimum.over, optimum.minimize)
+            result["sensitivities"] = found.summary()
+            _write_json(out / "result.json", result)
+            _say(_sensitivity_table(found))
+            charts = figures.sensitivities(found, optimum, out)
         if self.verify:
             simulation, compared, verified = _simulate(
                 optimum.setting, optimum.after.summary(), self.dimension, self.runs, self.seed
@@ -136,7 +165,7 @@ class Optimize:
             written = figures.optimization(optimum, out, simulation=simulation)
         except OSError as error:
             raise SettingError(_cannot_write(out, error)) from None
-        _say("written: " + ", ".join(str(path) for path in (out / "result.json", *written)))
+        _say("written: " + ", ".join(str(path) for path in (out / "result.json", *charts, *written)))
         return status
 
 
@@ -737,6 +766,39 @@ def _optimum_table(optimum: Any) -> str:
     rows.append(("gradient norm", _bar(first) or "-", "", _bar(optimum.gradient_norm) or "-", ""))
     rows.append(("solves used", "", "", str(optimum.solves), ""))
     return _table((f"Optimum ({optimum.minimize})", "before", "+- quadrature", "after", "+- quadrature"), rows)
+
+
+def _budget_table(optimum: Any) -> str:
+    rows = [
+        (entry["budget"], "yes" if entry["binds"] else "no", _number(entry["excess"]), _number(entry["price"]))
+        for entry in optimum.budgets
+    ]
+    title = f"gain in {optimum.minimize} per unit of relaxation"
+    return _table(("budget", "binds", "excess", title), rows)
+
+
+def _scan_table(optimum: Any) -> str:
+    keys = [key for key in optimum.scanned[0] if key not in ("value", "converged", "message")]
+    rows = [
+        (
+            *(str(entry[key]) if isinstance(entry.get(key), int) else _number(entry.get(key)) for key in keys),
+            _number(entry["value"]),
+            "yes" if entry["converged"] else entry["message"],
+        )
+        for entry in optimum.scanned
+    ]
+    return _table((*keys, optimum.minimize, "converged"), rows)
+
+
+def _sensitivity_table(found: Any) -> str:
+    ordered = sorted(found.elasticities.items(), key=lambda item: -abs(item[1]))
+    text = _table(("field", "elasticity"), [(path, _number(value)) for path, value in ordered])
+    rows = []
+    for k, curvature in enumerate(found.curvatures):
+        weights = sorted(zip(found.over, found.directions[:, k], strict=True), key=lambda item: -abs(item[1]))
+        name = ", ".join(f"{weight:+.2f} {path}" for path, weight in weights if abs(weight) > 0.1)
+        rows.append((name, _number(float(curvature))))
+    return text + "\n\n" + _table(("direction (in logarithms)", "curvature"), rows)
 
 
 def _simulation_tables(compared: Mapping[str, Any]) -> str:

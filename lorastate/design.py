@@ -6,9 +6,10 @@ coordinates, shares between 0 and 1 in those of the logistic function.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.optimize import minimize as scipy_minimize
 from tqdm import tqdm
 
 from . import finetuning as ft
 from . import pretraining as pt
 from . import theory
 from .activation import Identity
+from .budget import Within
+from .budget import budgets as _read_budgets
 from .channel import LeastError, Selected
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import sensitivity
@@ -213,7 +217,14 @@ def with_best_scale(setting: Setting) -> Setting:
 
 @dataclass
 class Optimum:
-    """Result of `optimize`: settings and solutions before and after, and the path between."""
+    """Result of `optimize`: settings and solutions before and after, and the path between.
+
+    `budgets`: for each budget its text, whether it `binds`, by how much it is exceeded, and its `price`: the multiplier
+    mu of d objective + mu d excess = 0, that is the improvement of the objective per unit by which the budget is
+    relaxed. `gradient_norm` is what of the gradient (in the descended coordinates) the binding budgets leave.
+    `slopes`: total derivatives of the objective by every continuous field. `scanned`: one entry for each choice of the
+    discrete fields, if any were scanned.
+    """
 
     over: tuple[str, ...]
     minimize: str
@@ -227,6 +238,9 @@ class Optimum:
     message: str
     inexact: str = ""  # what is wrong with gradients at the optimum (double wells of softmax), if anything
     path: list[dict[str, float]] = field(default_factory=list)
+    slopes: dict[str, float] = field(default_factory=dict)
+    budgets: list[dict[str, Any]] = field(default_factory=list)
+    scanned: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
@@ -240,8 +254,63 @@ class Optimum:
             "solves": self.solves,
             "before": self.before.summary(),
             "after": self.after.summary(),
+            "budgets": self.budgets,
+            "scanned": self.scanned,
             "path": self.path,
         }
+
+
+class _Trial(NamedTuple):
+    """The problem at one point u."""
+
+    u: np.ndarray
+    setting: Setting
+    value: float  # -overlap for the objective "overlap"
+    slope: np.ndarray  # d value / du
+    slopes: dict[str, float]  # by field
+    good: bool
+
+
+class _Problem:
+    """An objective over some fields in unbounded coordinates: u = log x, or log(x/(1 - x)) for a share."""
+
+    def __init__(self, setting: Setting, over: tuple[str, ...], objective: str, bar: tqdm):
+        self.setting, self.over, self.objective, self.bar = setting, over, objective, bar
+        self.high = np.array([_high(p) for p in over])
+        self.solves = 0
+        self.path: list[dict[str, float]] = []
+
+    @property
+    def start(self) -> np.ndarray:
+        x = np.array([float(get(self.setting, p)) for p in self.over])
+        return np.log(x) - np.log1p(-x / self.high)
+
+    def fields(self, u):
+        """The inputs from the coordinates (JAX or NumPy)."""
+        return [jnp.exp(v) if high == math.inf else 1 / (1 + jnp.exp(-v)) for high, v in zip(self.high, u, strict=True)]
+
+    def replaced(self, u) -> Setting:
+        s = self.setting
+        for p, x in zip(self.over, self.fields(u), strict=True):
+            s = replace(s, p, x)
+        return s
+
+    def at(self, u: np.ndarray) -> _Trial:
+        self.solves += 1
+        s = self.setting
+        xs = [float(x) for x in self.fields(u)]
+        for p, x in zip(self.over, xs, strict=True):
+            s = replace(s, p, x)
+        value, slopes, good, _ = _evaluate(s, self.objective)
+        self.bar.update()
+        # dx/du = x (1 - x / high)
+        slope = [slopes[p] * x * (1 - x / h) for p, x, h in zip(self.over, xs, self.high, strict=True)]
+        return _Trial(np.array(u), s, value, np.array(slope), slopes, good)
+
+    def record(self, trial: _Trial, norm: float) -> None:
+        fields = (float(x) for x in self.fields(trial.u))
+        self.path.append(dict(zip(self.over, fields, strict=True)) | {"value": trial.value, "gradient_norm": norm})
+        self.bar.set_postfix_str(f"value {trial.value:.6g}, gradient {norm:.1e}")
 
 
 def optimize(
@@ -249,16 +318,24 @@ def optimize(
     over: Sequence[str] = ("pretraining.lam", "finetuning.lam"),
     minimize: str = "test_error",
     *,
+    budgets: Iterable[Any] = (),
+    scan: Mapping[str, Sequence[Any]] | None = None,
     tolerance: float = 1e-6,
     max_steps: int = 60,
     progress: bool = False,
 ) -> Optimum:
     """Minimises E' ("test_error"), Delta_eff ("effective_noise") or -o_w ("overlap") over continuous fields.
 
-    L-BFGS directions (optax) in u = log(field), or log(x/(1 - x)) for a share x (rho, reused_fraction), with
-    backtracking; a trial whose solve fails is shortened. Stops when the norm of the gradient in u is below `tolerance`;
-    anything else is `converged = False` with a message. Recalibration "error" joins the descent. Raises `SettingError`
-    for an unknown field and `SolveError` when the starting point itself cannot be solved.
+    In u = log(field), or log(x/(1 - x)) for a share x (rho, reused_fraction), so that positive inputs stay positive.
+    Without `budgets`: L-BFGS directions (optax) with backtracking; a trial whose solve fails is shortened. With
+    `budgets` (sentences or functions, see `lorastate.budget`): sequential quadratic programming (scipy's SLSQP) in a
+    trust region, from the nearest point that keeps the budgets; `Optimum.budgets` says which bind and at what price.
+    `scan` maps discrete fields, such as "pretraining.tokens", to the values to try: everything else is descended
+    for each of them, and the best is returned.
+
+    Stops when the norm of the gradient in u (of what the binding budgets leave of it) is below `tolerance`; anything
+    else is `converged = False` with a message. Recalibration "error" joins the descent. Raises `SettingError` for an
+    unknown field and for budgets that cannot be met, and `SolveError` when the starting point itself cannot be solved.
     """
     require_float64()
     objective = check_objective(minimize)
@@ -267,6 +344,10 @@ def optimize(
         # Both searches minimise E': they are one.
         _only_of_error(minimize)
         setting, over = replace(setting, _SCALE, 1.0), (*over, _SCALE)
+    limits = _read_budgets(budgets, setting)
+    if scan:
+        keywords: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "progress": progress}
+        return _scanned(setting, over, minimize, limits, scan, keywords)
     known = continuous_fields(setting)
     for p in over:
         if p not in known:
@@ -278,83 +359,235 @@ def optimize(
     if not over:
         raise SettingError("over = () is empty; allowed: at least one continuous field")
 
-    solves = 0
+    with tqdm(desc="descent", unit="solve", disable=not progress) as bar:
+        problem = _Problem(setting, over, objective, bar)
+        within = Within(problem.replaced, limits) if limits else None
+        start = problem.start if within is None else within.nearest(problem.start)
+        before = predict(setting)
+        first = problem.at(start)
+        if not first.good:
+            raise SolveError("optimize", Code.nonfinite, "the gradient at the starting point is not finite")
+        if within is None:
+            last, message = _descend(problem, first, tolerance, max_steps)
+        else:
+            last, message = _descend_within(problem, within, first, tolerance, max_steps)
+    norm = problem.path[-1]["gradient_norm"]
+    converged = norm < tolerance
+    if not converged and norm < 1e-5 and message.startswith("no step"):
+        converged, message = True, f"gradient norm {norm:.1e}; no further decrease is resolved"
+    after = predict(last.setting)
+    inexact = _inexact(last.setting, float(after.finetuning["double_well_share"]))
+    return Optimum(
+        over, minimize, setting, last.setting, before, after, norm, problem.solves, converged, message, inexact,
+        problem.path, last.slopes, [] if within is None else within.report(last.u, last.slope),
+    )  # fmt: skip
 
-    def fields(u):
-        """The inputs from the coordinates: u = log x, or log(x / (1 - x)) for a share."""
-        return [
-            float(np.exp(x)) if _high(p) == math.inf else float(1 / (1 + np.exp(-x)))
-            for p, x in zip(over, u, strict=True)
-        ]
 
-    def at(u):
-        nonlocal solves
-        solves += 1
-        s = setting
-        for p, x in zip(over, fields(u), strict=True):
-            s = replace(s, p, x)
-        value, slopes, good, _ = _evaluate(s, objective)
-        # dx/du = x (1 - x / high)
-        slope = [slopes[p] * x * (1 - x / _high(p)) for p, x in zip(over, fields(u), strict=True)]
-        return s, value, np.array(slope), good
-
-    before = predict(setting)
-    start = np.array([float(get(setting, p)) for p in over])
-    u = np.log(start) - np.log1p(-start / np.array([_high(p) for p in over]))
-    current, value, slope, good = at(u)
-    if not good:
-        raise SolveError("optimize", Code.nonfinite, "the gradient at the starting point is not finite")
-    path: list[dict[str, float]] = []
-
-    def record():
-        path.append(
-            {**dict(zip(over, fields(u), strict=True)), "value": value, "gradient_norm": float(np.linalg.norm(slope))}
-        )
-
-    record()
+def _descend(problem: _Problem, now: _Trial, tolerance: float, max_steps: int) -> tuple[_Trial, str]:
+    """L-BFGS from a trial; the last one, and why it ended."""
     memory = optax.scale_by_lbfgs(memory_size=8)
-    state = memory.init(jnp.asarray(u))
-    bar = tqdm(desc="descent", unit="solve", disable=not progress)
-    message = f"no convergence in {max_steps} steps"
+    state = memory.init(jnp.asarray(now.u))
+    problem.record(now, float(np.linalg.norm(now.slope)))
     for _ in range(max_steps):
+        u, value, slope = now.u, now.value, now.slope
         norm = float(np.linalg.norm(slope))
-        bar.set_postfix_str(f"value {value:.6g}, gradient {norm:.1e}")
         if norm < tolerance:
-            message = f"gradient norm below {tolerance:g}"
-            break
+            return now, f"gradient norm below {tolerance:g}"
         direction, state = memory.update(jnp.asarray(slope), state, jnp.asarray(u))
         step = -np.asarray(direction)
         if not np.all(np.isfinite(step)) or step @ slope >= 0:
             step, state = -slope / norm, memory.init(jnp.asarray(u))
-        if len(path) == 1:
+        if len(problem.path) == 1:
             step = -slope / norm * 0.5  # no curvature known yet: half a unit of log
         step *= min(1.0, 1.5 / float(np.max(np.abs(step))))  # never more than a factor e^1.5 at once
         length, accepted = 1.0, False
         while length > 1e-4:
-            trial = at(u + length * step)
-            bar.update()
+            trial = problem.at(u + length * step)
             # Near the minimum the decrease drowns in rounding; the slope along the step still tells.
-            enough = trial[1] <= value + 1e-4 * length * (step @ slope)
-            flat = abs(trial[1] - value) <= 1e-12 * max(1.0, abs(value))
-            closer = flat and float(np.linalg.norm(trial[2])) < norm
-            if trial[3] and (enough or closer):
+            enough = trial.value <= value + 1e-4 * length * (step @ slope)
+            flat = abs(trial.value - value) <= 1e-12 * max(1.0, abs(value))
+            closer = flat and float(np.linalg.norm(trial.slope)) < norm
+            if trial.good and (enough or closer):
                 accepted = True
                 break
             length /= 3
         if not accepted:
-            message = "no step along the descent direction lowers the objective (or every trial failed to solve)"
+            return now, "no step along the descent direction lowers the objective (or every trial failed to solve)"
+        now = trial
+        problem.record(now, float(np.linalg.norm(now.slope)))
+        if np.max(np.abs(now.u)) > 25:
+            return now, "a field runs off to zero or infinity: there is no interior optimum in this direction"
+    return now, f"no convergence in {max_steps} steps"
+
+
+class _Lost(Exception):
+    """A trial whose solve failed."""
+
+
+def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: float, max_steps: int):
+    """SLSQP in a box around the best point so far, then Newton steps on the conditions of stationarity.
+
+    The first finds which budgets bind; the second ends with as many digits as the gradient has: SLSQP alone creeps.
+    """
+    reach, best = 2.0, now
+    problem.record(now, within.rest(now.u, now.slope))
+    for _ in range(max_steps):
+        begin, trials = best, {best.u.tobytes(): best}
+
+        def at(u, trials=trials) -> _Trial:
+            name = np.asarray(u, float).tobytes()
+            if name not in trials:
+                trials[name] = problem.at(np.array(u, float))
+                if not trials[name].good:
+                    raise _Lost
+            return trials[name]
+
+        try:
+            found: Any = scipy_minimize(
+                lambda u, at=at: at(u).value, begin.u, jac=lambda u, at=at: at(u).slope, method="SLSQP",
+                bounds=list(zip(begin.u - reach, begin.u + reach, strict=True)), constraints=within.constraints,
+                options={"maxiter": 30, "ftol": 1e-7 * max(1e-3, abs(begin.value))},
+            )  # fmt: skip
+            at(found.x)
+        except _Lost:
+            reach /= 3
+        kept = [trial for trial in trials.values() if trial.good and within.met(trial.u)]
+        best = min([begin, *kept], key=lambda trial: trial.value)
+        near_edge = np.max(np.abs(best.u - begin.u)) > 0.9 * reach
+        if not near_edge:
+            best = _stationary(problem, within, best, tolerance)
+        norm = within.rest(best.u, best.slope)
+        problem.record(best, norm)
+        if norm < tolerance:
+            return best, f"gradient norm below {tolerance:g}"
+        far = int(np.argmax(np.abs(best.u - now.u)))
+        if abs(best.u[far] - now.u[far]) > 8:
+            return best, (
+                f"{problem.over[far]} runs off ({problem.path[-1][problem.over[far]]:.3g}): no optimum within a factor e^8"
+            )
+        if not near_edge and begin.value - best.value < 1e-9 * max(1.0, abs(best.value)):
+            reach /= 3
+        if reach < 1e-4:
+            return best, "no step within the budgets lowers the objective (or every trial failed to solve)"
+    return best, f"no convergence in {max_steps} rounds"
+
+
+def _stationary(problem: _Problem, within: Within, now: _Trial, tolerance: float) -> _Trial:
+    """Newton steps for d objective + sum mu d excess = 0 and excess = 0 on the budgets that bind, as long as they help.
+
+    The Hessian of the objective comes from one difference of exact gradients per field, taken once.
+    """
+    n, h = len(now.u), 1e-4
+    norm = within.rest(now.u, now.slope)
+    if norm < tolerance:
+        return now
+    around = [problem.at(now.u + h * e) for e in np.eye(n)]
+    if not all(trial.good for trial in around):
+        return now
+    hessian = np.array([(trial.slope - now.slope) / h for trial in around])
+    hessian = (hessian + hessian.T) / 2
+    for _ in range(8):
+        step = within.newton_step(now.u, now.slope, hessian)
+        if step is None or np.max(np.abs(step)) > 0.5:
+            return now
+        trial = problem.at(now.u + step)
+        rest = within.rest(trial.u, trial.slope)
+        # A saddle or a maximum is stationary too: the objective must not rise.
+        good = trial.good and within.met(trial.u) and trial.value <= now.value + 1e-9 * max(1.0, abs(now.value))
+        if not good or not rest < norm:
+            return now
+        now, norm = trial, rest
+        if norm < tolerance:
             break
-        u = u + length * step
-        current, value, slope, _ = trial
-        record()
-        if np.max(np.abs(u)) > 25:
-            message = "a field runs off to zero or infinity: there is no interior optimum in this direction"
-            break
-    bar.close()
-    norm = float(np.linalg.norm(slope))
-    converged = norm < tolerance
-    if not converged and norm < 1e-5 and message.startswith("no step"):
-        converged, message = True, f"gradient norm {norm:.1e}; no further decrease is resolved"
-    after = predict(current)
-    inexact = _inexact(current, float(after.finetuning["double_well_share"]))
-    return Optimum(over, minimize, setting, current, before, after, norm, solves, converged, message, inexact, path)
+    return now
+
+
+def _scanned(setting, over, minimize, limits, scan, keywords) -> Optimum:
+    """The best of the descents for every combination of the discrete fields in `scan`."""
+    for path, values in scan.items():
+        if not isinstance(values, Sequence) or isinstance(values, str) or not len(values):
+            raise SettingError(f"scan of {path!r} has no values; allowed: a list such as [2, 3, 4]")
+        if path in continuous_fields(setting):
+            raise SettingError(f"scan of {path!r}: this field is continuous; allowed: descend it with `over`")
+        for value in values:
+            replace(setting, path, value)  # raises where the field or the value does not exist
+    results: list[tuple[dict[str, Any], Optimum | None, str]] = []
+    for combination in itertools.product(*scan.values()):
+        choice = dict(zip(scan, combination, strict=True))
+        at = setting
+        for path, value in choice.items():
+            at = replace(at, path, value)
+        try:
+            found = optimize(at, over, minimize, budgets=limits, **keywords)
+            results.append((choice, found, found.message))
+        except SolveError as error:
+            results.append((choice, None, str(error)))
+    done = [found for _, found, _ in results if found is not None]
+    if not done:
+        raise SolveError("optimize", Code.nonfinite, f"every choice of {', '.join(scan)}: {results[0][2]}")
+    best = min(done, key=lambda o: (not o.converged, o.path[-1]["value"]))
+    best.scanned = [
+        choice
+        | {
+            "value": None if found is None else found.path[-1]["value"],
+            "converged": found is not None and found.converged,
+            "message": message,
+            **({} if found is None else {p: found.path[-1][p] for p in found.over}),
+        }
+        for choice, found, message in results
+    ]
+    best.solves = sum(found.solves for found in done)
+    best.initial = setting
+    return best
+
+
+class Sensitivities(NamedTuple):
+    """How the objective reacts around a setting.
+
+    `elasticities`: d log|objective| / d log(field) of every continuous field (d log / d field where the field is 0).
+    `hessian` (n, n): second derivatives of the objective in the coordinates of the descent, log(field) or the logit of
+    a share, of the fields `over`; `curvatures` its eigenvalues, ascending, and `directions` (n, n) its eigenvectors in
+    columns: a flat direction is a combination of inputs that does not matter.
+    """
+
+    over: tuple[str, ...]
+    elasticities: dict[str, float]
+    hessian: np.ndarray
+    curvatures: np.ndarray
+    directions: np.ndarray
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return {
+            "elasticities": self.elasticities,
+            "over": list(self.over),
+            "hessian": self.hessian.tolist(),
+            "curvatures": self.curvatures.tolist(),
+        }
+
+
+def sensitivities(
+    setting: Setting, over: Sequence[str] = ("pretraining.lam", "finetuning.lam"), of: str = "test_error"
+) -> Sensitivities:
+    """Elasticities of an objective and its Hessian: central differences (steps of 0.01) of exact gradients.
+
+    2 n + 1 solves for n fields. Raises `SolveError` where one of them fails.
+    """
+    require_float64()
+    objective, over = check_objective(of), tuple(dict.fromkeys(over))
+    with tqdm(disable=True) as bar:
+        problem = _Problem(setting, over, objective, bar)
+        center = problem.at(problem.start)
+        h, steps = 0.01, np.eye(len(over))
+        pairs = [(problem.at(center.u + h * e), problem.at(center.u - h * e)) for e in steps]
+    if not all(trial.good for trial in (center, *(t for pair in pairs for t in pair))):
+        predict(setting)
+        raise SolveError("sensitivities", Code.nonfinite, f"objective {of}")
+    hessian = np.array([(up.slope - down.slope) / (2 * h) for up, down in pairs]).reshape(len(over), len(over))
+    hessian = (hessian + hessian.T) / 2
+    curvatures, directions = np.linalg.eigh(hessian) if over else (np.zeros(0), np.zeros((0, 0)))
+    elasticities = {}
+    for path, slope in center.slopes.items():
+        x = float(get(setting, path))
+        elasticities[path] = slope * (x if x != 0 else 1.0) / center.value
+    return Sensitivities(over, elasticities, hessian, curvatures, directions)

@@ -505,6 +505,23 @@ def optimization(optimum, out: Path | str, simulation=None, points: int = 21) ->
     return _save(figure, Path(out), "optimization", data)
 
 
+def sensitivities(found, optimum, out: Path | str) -> list[Path]:
+    """Elasticities of the objective at the optimum, largest first: what a change of one per cent does, in per cent."""
+    ordered = sorted(found.elasticities.items(), key=lambda item: abs(item[1]))
+    figure, axes = plt.subplots(figsize=(6.2, 0.9 + 0.3 * len(ordered)))
+    values = [value for _, value in ordered]
+    axes.barh(range(len(ordered)), values, color=["C3" if value > 0 else "C0" for value in values])
+    axes.set_yticks(
+        range(len(ordered)), [path + (" *" if path in found.over else "") for path, _ in ordered], fontsize=8
+    )
+    axes.axvline(0, color="k", lw=0.7)
+    axes.set(xlabel=f"elasticity of {_LABELS[optimum.minimize]} (* descended)")
+    axes.margins(y=0.02)
+    figure.tight_layout()
+    data = {"sensitivities": found.summary(), "setting": setting_to_dict(optimum.setting)}
+    return _save(figure, Path(out), "sensitivities", data)
+
+
 def sweep(dataset, out: Path | str, name: str = "finetuning.test_error") -> list[Path]:
     """A swept prediction over one axis (with error bars), or two: lines where one has few values, else a map.
 

@@ -243,7 +243,9 @@ def _wishart(key, dimension: int, rank: int):
 def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
     D = sizes.dimension
     base = _wishart(_key(key, "teacher"), D, sizes.base_rank)
-    task = base if pre.task is None else pre.task.a * base + pre.task.c * _wishart(_key(key, "task"), D, sizes.task_rank)
+    task = base
+    if pre.task is not None:
+        task = pre.task.a * base + pre.task.c * _wishart(_key(key, "task"), D, sizes.task_rank)
     keys = _key(key, "inputs"), _key(key, "noise")
     batch = _draw_batch(*keys, task, pre.delta, pre.tokens, sizes.samples)
     found, row = _pretrain(key, batch, pre, sizes)
@@ -309,9 +311,9 @@ class Simulation:
     """Finite-size training runs, measured under the names that the theory's predictions have.
 
     `pretraining` and `finetuning` map a name to an array of one value per run. With S = W W^T/sqrt(P D):
-    `M` = Tr(S S*)/D (with a task, S_pre in the place of S*), `M_down` = Tr(S S*)/D, `Q` = Tr(S^2)/D, `overlap` = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` =
-    the same without the penalty, `test_error` = E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy
-    labels, `test_error_noiseless` = against sigma(Z*) instead, `rank_fraction` = share of
+    `M` = Tr(S S*)/D (with a task, S_pre in the place of S* here and below), `M_down` = Tr(S S*)/D, `Q` = Tr(S^2)/D,
+    `overlap` = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` = the same without the penalty,
+    `test_error` = E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy labels, `test_error_noiseless` = against sigma(Z*) instead, `rank_fraction` = share of
     eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` = |w.w*|/D (the sign of w is free; without
     recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` = |w.w*|/(|w||w*|), `train_loss` = L'/D,
     `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T) - sigma(Y')||_F^2 on fresh

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import finetuning as ft
-from . import spectrum, theory
+from . import theory
 from .bayes import bayes_optimal_pretraining, root_between
 from .bayes import weak_recovery_threshold as bayes_threshold
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
@@ -34,14 +34,14 @@ def interpolation_threshold(pre: Pretraining) -> float:
     n_eff = T (T+1), or T (T+1) - 2 for softmax, which forgets the common shift. Infinite where there is no solution.
     """
     require_float64()
-    kappa0, size = pre.kappa0, float(pre.label_size)
+    law, size = pre.law, float(pre.label_size)
 
     def slope(d):
-        return jax.grad(lambda x: spectrum.J(x, 0.0, kappa0))(d)
+        return jax.grad(lambda x: law.J(x, jnp.zeros(())))(d)
 
     def excess(log_d):
         d = jnp.exp(log_d)
-        return float(spectrum.J(d, 0.0, kappa0) - d / 2 * slope(d)) - size
+        return float(law.J(d, jnp.zeros(())) - d / 2 * slope(d)) - size
 
     # J - (d/2) J_1 = E[lambda_+ S*] is Q0 at d = 0 and grows with d.
     low, high = np.log(1e-4), np.log(1e4)
@@ -97,7 +97,8 @@ def frozen_map(solution: Solution, setting: Setting | None = None):
     pre = setting.pretraining
     if not bool(succeeded(solution.status["pretraining"]["code"])):
         raise SolveError("pretraining", Code(int(solution.status["pretraining"]["code"])))
-    return setting.finetuning_resolved.inputs.freeze(pre, order_of(solution, "pretraining"))
+    down = solution.pretraining["M_down"]
+    return setting.finetuning_resolved.inputs.freeze(pre, order_of(solution, "pretraining"), down)
 
 
 def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) -> float:
@@ -135,7 +136,7 @@ def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) 
 def bayes_recovery_threshold(setting: Setting) -> float:
     """alpha'_c of the Bayes-optimal estimator on the Bayes-optimal map (fresh inputs)."""
     pre, fine = setting.pretraining, setting.finetuning_resolved
-    return bayes_threshold(fine, float(fine.delta / 2 + pre.Q0 - bayes_optimal_pretraining(pre).Q))
+    return bayes_threshold(fine, float(fine.delta / 2 + pre.downstream_Q0 - bayes_optimal_pretraining(pre).Q_down))
 
 
 class BranchPair(NamedTuple):

@@ -66,12 +66,14 @@ class SweepIncomplete(RuntimeError):
 # ---- the grid --------------------------------------------------------------------------------------------------
 
 
-def parse_axis(text: str) -> tuple[str, list[Any]]:
+def parse_axis(text: str, option: str = "grid") -> tuple[str, list[Any]]:
     """Path and values of "pretraining.lam=log:1e-3:1:64", "...=lin:0:1:11" or "...=0.5,1,2"."""
     path, equals, words = text.partition("=")
     path, words = path.strip(), words.strip()
     if not equals or not words:
-        raise SettingError(f"grid {text!r} has no values; allowed: path=log:low:high:count, path=lin:..., path=a,b,c")
+        raise SettingError(
+            f"{option} {text!r} has no values; allowed: path=log:low:high:count, path=lin:..., path=a,b,c"
+        )
     kind, *numbers = words.split(":")
     if not numbers:
         return path, [parse_value(path, word.strip()) for word in words.split(",") if word.strip()]
@@ -81,9 +83,13 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     except (ValueError, IndexError):
         good = False
     if not good:
-        raise SettingError(f"grid {text!r} is not readable; allowed: path=log:low:high:count, path=lin:..., path=a,b,c")
+        raise SettingError(
+            f"{option} {text!r} is not readable; allowed: path=log:low:high:count, path=lin:..., path=a,b,c"
+        )
     if kind == "log" and not min(low, high) > 0:
-        raise SettingError(f"grid {text!r} has a bound at or below zero; allowed: log:low:high:count with both above")
+        raise SettingError(
+            f"{option} {text!r} has a bound at or below zero; allowed: log:low:high:count with both above"
+        )
     return path, (np.geomspace if kind == "log" else np.linspace)(low, high, count).tolist()
 
 

@@ -2,9 +2,9 @@
 
     S_pre = a S* + c S_perp
 
-S* is the base map of fine-tuning, S_perp an independent Wishart matrix of rank ratio kappa_perp. R-transforms add, so that
-the law of S_pre is a free sum (`lorastate.base_law`). What the learned map shares with S* is a derivative of the
-potential of pre-training, M_down = Tr(S_hat S*)/D = (2/m^) dPsi/da. a = 1, c = 0 is pre-training on S* itself.
+S* is the base map of fine-tuning, S_perp an independent Wishart matrix of rank ratio kappa_perp. R-transforms add: the
+law of S_pre is a free sum (`lorastate.base_law`). What the learned map shares with S* is a derivative of the potential
+of pre-training, M_down = Tr(S_hat S*)/D = (2/m^) dPsi/da. a = 1, c = 0 is pre-training on S* itself.
 Source: arXiv:2606.05899, extended.
 """
 
@@ -33,11 +33,28 @@ class Task(eqx.Module):
         self.c = real("pretraining.task.c", c, "c >= 0", 0.0, closed=True)
         self.kappa_perp = real("pretraining.task.kappa_perp", kappa_perp, "kappa_perp > 0", 0.0)
         if is_concrete(a) and is_concrete(c) and float(a) == 0 and float(c) == 0:
-            raise SettingError("pretraining.task.a = 0 and pretraining.task.c = 0 leave nothing to learn; allowed: one > 0")
+            raise SettingError(
+                "pretraining.task.a = 0 and pretraining.task.c = 0 leave nothing to learn; allowed: one of them > 0"
+            )
 
     def law(self, base: BaseLaw) -> BaseLaw:
         """Law of S_pre, from that of S*."""
         return FreeSum([(self.a, base), (self.c, Wishart(self.kappa_perp))])
+
+    def best_overlap(self, base: BaseLaw, delta) -> Any:
+        """Tr(E[S* | A]^2)/D for A = S_pre + delta Z: what the best estimate of S* from noisy S_pre keeps of it.
+
+        The estimate shares its eigenvectors with A; its eigenvalue at x is Im[g r(g)] / Im g, where g = g(x + i0) and
+        a r(g) = R-transform of a S*, since Tr(a S* (z - A)^{-1}) = g R(g) for a free part of a sum. `base` Wishart.
+        """
+        if not isinstance(base, Wishart):
+            raise SettingError("the Bayes-optimal limits with a task need a Wishart base map; allowed: kappa0")
+        law = self.law(base)
+        nodes = law.band_nodes(delta, 256)
+        g = law.stieltjes(nodes.x, jnp.asarray(delta)[..., None])
+        root = jnp.sqrt(base.kappa0)
+        kept = jnp.imag(g * base.kappa0 / (root - self.a * g)) / jnp.where(jnp.imag(g) == 0, 1.0, jnp.imag(g))
+        return jnp.sum(nodes.w * kept**2, -1)
 
     def common(self, base: BaseLaw) -> Any:
         """Tr(S* S_pre)/D = a Tr S*^2/D + c (Tr S*/D)(Tr S_perp/D)."""
