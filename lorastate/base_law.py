@@ -22,9 +22,10 @@ All functions are elementwise in delta > 0, x, eps, broadcast, and run under jit
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -252,6 +253,166 @@ def _mass_jvp(primals, tangents):
     return _mass(*primals), -dtail
 
 
+# ---- bands -----------------------------------------------------------------------------------------------------
+
+
+def _bisect(rises: Any, low: Array, high: Array) -> Array:
+    """Where the sign changes: `rises(mid)` says whether that is right of mid."""
+
+    def halve(_, bracket):
+        lo, hi = bracket
+        mid = (lo + hi) / 2
+        up = rises(mid)
+        return jnp.where(up, mid, lo), jnp.where(up, hi, mid)
+
+    low, high = lax.fori_loop(0, 58, halve, (low, high))
+    return (low + high) / 2
+
+
+def _islands(form: _Form) -> tuple[Array, Array]:
+    """Ends, ascending, of the pieces of the real axis where N is not analytic: each band of mu_delta contains one or more.
+
+    Those of G_A, and the poles ``c_i g = sqrt(kappa_i)`` of R: one right of each piece of G_A (left of it for c_i < 0).
+    """
+    low, high = form.law._cover(form.factor)
+    order = jnp.argsort(low)
+    low, high = low[order], high[order]
+    reach = (form.c / jnp.sqrt(form.kappa))[:, None]
+    left = jnp.where(reach < 0, jnp.concatenate([low[:1], high[:-1]]), high)
+    left = left.at[:, 0].add(jnp.minimum(reach[:, 0], 0.0))
+    right = jnp.where(reach < 0, low, jnp.concatenate([low[1:], high[-1:]]))
+    right = right.at[:, -1].add(jnp.maximum(reach[:, 0], 0.0))
+
+    def rises(a):
+        g = jnp.real(form.law._transform(lax.complex(a, jnp.zeros_like(a)), form.factor)[0])
+        excess = form.c[:, None] * g - jnp.sqrt(form.kappa)[:, None]
+        return jnp.where(reach < 0, excess < 0, excess > 0)
+
+    poles = _bisect(rises, left, right).ravel()
+    low, high = jnp.concatenate([low, poles]), jnp.concatenate([high, poles])
+    order = jnp.argsort(low)
+    return low[order], high[order]
+
+
+class _Bands(NamedTuple):
+    """The curve over the support, cut into panels.
+
+    `ends` a of the panels, (..., P, 2); `edges`, critical points of z where N' = 1, (..., 2 E), of which `exists` are there.
+    """
+
+    ends: Array
+    edges: Array
+    exists: Array
+
+
+def _bands(form: _Form, delta: Array) -> _Bands:
+    """Panels end at band edges, at each singularity of N, and, where no gap separates two of them, where N' is smallest:
+
+    an edge of a gap about to open, or a light pole, is then a singularity next to the end of a panel, where nodes cluster.
+    """
+    fixed, d = lax.stop_gradient((form, delta[..., None]))
+    low, high = _islands(fixed)
+    tau = jnp.sqrt(_variance(fixed, d)) * (1 + 1e-12)
+    stretch = partial(_stretch, fixed, d)
+    shape = (*delta.shape, low.size - 1)
+    left, right = jnp.broadcast_to(high[:-1], shape), jnp.broadcast_to(low[1:], shape)
+    # N' is convex between two singularities: its minimum says whether there is a gap.
+    bottom = _bisect(lambda a: jax.jvp(stretch, (a,), (jnp.ones_like(a),))[1] < 0, left, right)
+    gap = stretch(bottom) < 1
+    falls = _bisect(lambda a: stretch(a) > 1, left, bottom)
+    climbs = _bisect(lambda a: ~(stretch(a) > 1), bottom, right)
+    first = _bisect(lambda a: ~(stretch(a) > 1), low[:1] - tau, low[:1] + 0 * tau)
+    last = _bisect(lambda a: stretch(a) > 1, high[-1:] + 0 * tau, high[-1:] + tau)
+    yes = jnp.ones((*delta.shape, 1), bool)
+    from_, to = jnp.concatenate([yes, gap], -1), jnp.concatenate([gap, yes], -1)
+    exists = jnp.concatenate([from_, to], -1)
+    a = jnp.concatenate([first, jnp.where(gap, climbs, first), jnp.where(gap, falls, first), last], -1)
+    # One Newton step from a constant: no change in value, but it carries the derivative.
+    there = lambda a: _stretch(form, delta[..., None], a)  # noqa: E731
+    value, slope = jax.jvp(there, (a,), (jnp.ones_like(a),))
+    a = a - (value - 1) / jnp.where(slope == 0, 1.0, slope)
+    start, stop = jnp.split(a, 2, -1)
+    start = jnp.where(from_, start, jnp.concatenate([first, bottom], -1))
+    stop = jnp.where(to, stop, jnp.concatenate([bottom, last], -1))
+    low, high = jnp.broadcast_to(low, start.shape), jnp.broadcast_to(high, start.shape)
+    cuts = (start, low, high, stop) if form.law._wide else (start, low, stop)
+    ends = jnp.stack([jnp.stack(pair, -1) for pair in itertools.pairwise(cuts)], -2)
+    return _Bands(ends.reshape(*delta.shape, -1, 2), a, exists)
+
+
+def _curve(form: _Form, delta: Array, a: Array, guess: Array) -> tuple[Array, Array, Array]:
+    """``x(a)``, density and ``dx/da`` on the curve; differentiable (two Newton steps carry orders one to three)."""
+    v = lax.stop_gradient(_lift(*lax.stop_gradient((form, delta, a, guess))))
+    live = v > 0
+    v = jnp.where(live, v, 1.0)
+    for _ in range(2):
+        u = lax.complex(a, v)
+        p = _at(form, delta, u)
+        slope = 1 + jnp.real(p.dr)
+        step = jnp.imag(u + p.r) / jnp.where(slope == 0, 1.0, slope)
+        noise = jnp.abs(step) > v / 4
+        v = jnp.where(live, v - jnp.where(noise, step - lax.stop_gradient(step), step), 1.0)
+    u = lax.complex(a, v)
+    p = _at(form, delta, u)
+    slope = jnp.real(1 + p.dr)
+    rise = jnp.where(slope > 0, (slope**2 + jnp.imag(p.dr) ** 2) / jnp.where(slope > 0, slope, 1.0), 0.0)
+    return jnp.real(u + p.r), jnp.where(live, -jnp.imag(p.g) / jnp.pi, 0.0), jnp.where(live, rise, 0.0)
+
+
+@partial(jax.jit, static_argnames="n")
+def _band_nodes(law: BaseLaw, delta: ArrayLike, n: int) -> BandNodes:
+    (delta,) = _prepare(delta)
+    form = _form(law)
+    ends = _bands(form, delta).ends
+    node, weight = _gauss_legendre(n)
+    sine, drop = (jnp.asarray(f, delta.dtype) for f in (np.sin(np.pi * node), 2 * np.sin(np.pi / 2 * node) ** 2))
+    half = ((ends[..., 1] - ends[..., 0]) / 2)[..., None]
+    a = ends[..., 0, None] + half * drop
+    x, rho, rise = _curve(form, delta[..., None, None], a, half * sine)
+    w = rho * rise * half * sine * (np.pi * weight)
+    return BandNodes(*(f.reshape(*delta.shape, -1) for f in (x, w, rho)))
+
+
+@jax.jit
+def _edges(law: BaseLaw, delta: ArrayLike) -> Array:
+    (delta,) = _prepare(delta)
+    form = _form(law)
+    bands = _bands(form, delta)
+    x = bands.edges + jnp.real(_at(form, delta[..., None], bands.edges + 0j).r)
+    return jnp.sort(jnp.where(bands.exists, x, jnp.nan), -1)
+
+
+@partial(jax.jit, static_argnames="n")
+def _pair_response(law: BaseLaw, delta: ArrayLike, eps: ArrayLike, n: int) -> Array:
+    delta, eps = _prepare(delta, eps)
+    form = _form(law)
+    ends = _bands(form, delta).ends
+    d, e = delta[..., None], eps[..., None]
+    a0, a1 = ends[..., 0], ends[..., 1]
+    # Off the support u_e is real and in no panel; it is replaced, as its derivative diverges at the edges.
+    u = lax.stop_gradient(_locate(form, eps, delta))
+    spare = _curve(form, delta, (a0[..., 0] + a1[..., 0]) / 2, a1[..., 0] - a0[..., 0])[0]
+    cut = _subordinate(form, jnp.where(jnp.imag(u) > 0, eps, lax.stop_gradient(spare)), delta)
+    cut = jnp.clip(jnp.where(jnp.imag(u) > 0, jnp.real(cut), jnp.real(u))[..., None], a0, a1)
+    tau, step = np.linspace(-3, 3, n, retstep=True)  # the rule's end weights are 1e-13 there
+    slope = step * np.pi * np.cosh(tau) / (2 * np.cosh(np.pi / 2 * np.sinh(tau))) ** 2
+    phi, dphi = jnp.asarray([1 / (1 + np.exp(-np.pi * np.sinh(tau))), slope], cut.dtype)
+
+    def side(end: Array) -> tuple[Array, Array]:
+        """Distance from eps and weight, (..., B n)."""
+        length = (end - cut)[..., None]
+        x, rho, rise = _curve(form, d[..., None], cut[..., None] + length * phi, (a1 - a0)[..., None] / 4 + 0 * phi)
+        weight = rho * rise * jnp.abs(length) * dphi
+        flat = (*delta.shape, -1)
+        return jnp.abs(x - e[..., None]).reshape(flat), weight.reshape(flat)
+
+    (r, wr), (s, ws) = side(a1), side(a0)
+    total = r[..., :, None] + s[..., None, :]
+    share = r[..., :, None] / jnp.where(total > 0, total, 1.0)
+    mixed = jnp.einsum("...i,...j,...ij->...", wr, ws, share * share)
+    return (1 - _mass(form, eps, delta)) ** 2 + 2 * mixed
+
+
 # ---- the laws --------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +453,26 @@ class BaseLaw(eqx.Module):
     @abc.abstractmethod
     def mass_below(self, eps: ArrayLike, delta: ArrayLike) -> Array:
         """Spectral mass ``F_delta(eps) = mu_delta((-inf, eps])``, in [0, 1]."""
+
+    @abc.abstractmethod
+    def edges(self, delta: ArrayLike) -> Array:
+        """Band edges of mu_delta, ascending and nan-padded, (..., 2 B): left, right, left, right, ..."""
+
+    @abc.abstractmethod
+    def band_nodes(self, delta: ArrayLike, n: int = 64) -> BandNodes:
+        """Nodes x, weights w and density, (..., B n): ``sum w f(x) = int f dmu_delta``, n nodes a band.
+
+        A cosine map along the curve of `lorastate.base_law` removes the square-root edges: spectral accuracy for smooth f.
+        The weights of bands that do not exist are 0.
+        """
+
+    @abc.abstractmethod
+    def pair_response(self, delta: ArrayLike, eps: ArrayLike, n: int = 64) -> Array:
+        """``int int ((r(x) - r(y)) / (x - y))^2 mu_delta(dx) mu_delta(dy)``, ``r(x) = ReLU(x - eps)``.
+
+        The spectral factor of the stability (replicon) condition (arXiv:2509.24914): 1 left of the support, 0 right of it.
+        Double-exponential nodes, n a band and side of eps; memory (B n)^2 per setting.
+        """
 
     def density(self, x: ArrayLike, delta: ArrayLike) -> Array:
         """Density ``-Im g(x + i0) / pi`` of mu_delta; exactly 0 off the support."""
@@ -350,6 +531,15 @@ class _General(BaseLaw):
     def mass_below(self, eps, delta):
         return _mass_below(self, eps, delta)
 
+    def edges(self, delta):
+        return _edges(self, delta)
+
+    def band_nodes(self, delta, n=64):
+        return _band_nodes(self, delta, n)
+
+    def pair_response(self, delta, eps, n=64):
+        return _pair_response(self, delta, eps, n)
+
 
 @jax.jit
 def _stieltjes(law: BaseLaw, x: ArrayLike, delta: ArrayLike) -> Array:
@@ -403,6 +593,8 @@ class Atoms(_General):
         pole = 1 / (u[..., None] - factor * self.values)
         share = self._shares * pole
         return jnp.sum(share, -1), -jnp.sum(share * pole, -1)
+
+    _wide: ClassVar[bool] = False
 
     def _cover(self, factor):
         x = factor * self.values
