@@ -462,9 +462,8 @@ def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: f
             return best, f"gradient norm below {tolerance:g}"
         far = int(np.argmax(np.abs(best.u - now.u)))
         if abs(best.u[far] - now.u[far]) > 8:
-            return best, (
-                f"{problem.over[far]} runs off ({problem.path[-1][problem.over[far]]:.3g}): no optimum within a factor e^8"
-            )
+            field = problem.over[far]
+            return best, f"{field} runs off ({problem.path[-1][field]:.3g}): no optimum within a factor e^8"
         if not near_edge and begin.value - best.value < 1e-9 * max(1.0, abs(best.value)):
             reach /= 3
         if reach < 1e-4:

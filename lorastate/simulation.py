@@ -313,11 +313,11 @@ class Simulation:
     `pretraining` and `finetuning` map a name to an array of one value per run. With S = W W^T/sqrt(P D):
     `M` = Tr(S S*)/D (with a task, S_pre in the place of S* here and below), `M_down` = Tr(S S*)/D, `Q` = Tr(S^2)/D,
     `overlap` = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` = the same without the penalty,
-    `test_error` = E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy labels, `test_error_noiseless` = against sigma(Z*) instead, `rank_fraction` = share of
-    eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` = |w.w*|/D (the sign of w is free; without
-    recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` = |w.w*|/(|w||w*|), `train_loss` = L'/D,
-    `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T) - sigma(Y')||_F^2 on fresh
-    inputs, `test_error_frozen` = the same at w = 0. Source of the model: arXiv:2606.05899.
+    `test_error` = E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy labels, `test_error_noiseless` = against
+    sigma(Z*) instead, `rank_fraction` = share of eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` =
+    |w.w*|/D (the sign of w is free; without recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` =
+    |w.w*|/(|w||w*|), `train_loss` = L'/D, `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T)
+    - sigma(Y')||_F^2 on fresh inputs, `test_error_frozen` = the same at w = 0. Source of the model: arXiv:2606.05899.
 
     `codes[stage]` says for each run whether its training reached a stationary point. A run that did not stays
     in the arrays (NaN where the loss was not finite) and makes `mean`, `stderr` and `summary` raise

@@ -100,10 +100,10 @@ class Solution(eqx.Module):
 
     @property
     def spectrum(self) -> LearnedSpectrum:
-        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps): atom at zero and density."""
+        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps) (S_pre with a task): atom at zero, density."""
         c, pre = self.pretraining, self.setting.pretraining
         lam = pre.lam * pre.kappa**0.5
-        return LearnedSpectrum(c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.kappa0)
+        return LearnedSpectrum(c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.law)
 
     @functools.cached_property
     def bayes_optimal(self) -> BayesLimits:

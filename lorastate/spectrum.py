@@ -12,7 +12,7 @@ backend. Use float64: in float32 the roots near a band edge carry three digits.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -346,23 +346,30 @@ def pair_response(delta: ArrayLike, eps: ArrayLike, kappa0: ArrayLike, n: int = 
     return (1 - _mass_below(eps, delta, kappa0)) ** 2 + 2 * mixed
 
 
+def _as_law(value: Any) -> Any:
+    from .base_law import BaseLaw, Wishart  # which is built on this module
+
+    return value if isinstance(value, BaseLaw) else Wishart(value)
+
+
 class LearnedSpectrum(eqx.Module):
     """Limiting law of the eigenvalues of the pre-trained matrix ``S_hat = W W^T / sqrt(P D)``.
 
     In law ``S_hat = eta * ReLU(S* + delta Z - eps)``: the noisy teacher cut at eps by the weight
-    decay: an atom at 0 and a continuous part on s > 0. Units of S*, whose trace is sqrt(kappa0)
-    per D (arXiv:2509.24914, arXiv:2606.05899). Fields broadcast.
+    decay: an atom at 0 and a continuous part on s > 0 (arXiv:2509.24914, arXiv:2606.05899).
+    `law` is that of S* (`lorastate.base_law`), or a number, the kappa0 of a Wishart one. Units of S*,
+    whose trace is then sqrt(kappa0) per D. Fields broadcast.
     """
 
     eta: Array = eqx.field(converter=_asarray)
     delta: Array = eqx.field(converter=_asarray)
     eps: Array = eqx.field(converter=_asarray)
-    kappa0: Array = eqx.field(converter=_asarray)
+    law: Any = eqx.field(converter=_as_law)
 
     @property
     def atom(self) -> Array:
         """Weight of the eigenvalue 0: ``F_delta(eps)``, in [0, 1]."""
-        return mass_below(self.eps, self.delta, self.kappa0)
+        return self.law.mass_below(self.eps, self.delta)
 
     @property
     def rank_fraction(self) -> Array:
@@ -372,29 +379,30 @@ class LearnedSpectrum(eqx.Module):
     def density(self, s: ArrayLike) -> Array:
         """``rho_delta(eps + s / eta) / eta`` for s > 0, else 0; integrates to rank_fraction."""
         s, eta, eps = _prepare(s, self.eta, self.eps)
-        return jnp.where(s > 0, density(eps + s / eta, self.delta, self.kappa0) / eta, 0.0)
+        return jnp.where(s > 0, self.law.density(eps + s / eta, self.delta) / eta, 0.0)
 
     @property
     def edges(self) -> Array:
-        """Support of the continuous part, (..., 4): ``eta max(edge - eps, 0)`` of each band left.
+        """Support of the continuous part, (..., 4) or more: ``eta max(edge - eps, 0)`` of each band left.
 
         Bands ascending, nan-padded; all nan when nothing is left (eps right of the support).
         """
-        eta, delta, eps, kappa0 = _prepare(self.eta, self.delta, self.eps, self.kappa0)
-        band = edges(delta, kappa0)
+        eta, delta, eps = _prepare(self.eta, self.delta, self.eps)
+        band = self.law.edges(delta)
         absent = jnp.isnan(band)
         x = eta[..., None] * (jnp.where(absent, 0.0, band) - eps[..., None])
-        x = jnp.where(absent, 0.0, jnp.maximum(x, 0.0)).reshape(*eta.shape, 2, 2)
-        x = jnp.where(x[..., :1, 1:] > 0, x, x[..., ::-1, :])
-        return jnp.where(x[..., 1:] > 0, x, jnp.nan).reshape(*eta.shape, 4)
+        x = jnp.where(absent, 0.0, jnp.maximum(x, 0.0)).reshape(*eta.shape, -1, 2)
+        order = jnp.argsort(~(x[..., 1] > 0), axis=-1, stable=True)
+        x = jnp.take_along_axis(x, order[..., None], axis=-2)
+        return jnp.where(x[..., 1:] > 0, x, jnp.nan).reshape(*eta.shape, -1)
 
     @property
     def moment1(self) -> Array:
         """``Tr S_hat / D = eta int (x - eps)_+ mu_delta = -(eta / 2) dJ/deps``, per D."""
-        delta, eps, kappa0 = _prepare(self.delta, self.eps, self.kappa0)
-        return self.eta * jax.jvp(lambda e: J(delta, e, kappa0), (eps,), (eps * 0 - 0.5,))[1]
+        delta, eps = _prepare(self.delta, self.eps)
+        return self.eta * jax.jvp(lambda e: self.law.J(delta, e), (eps,), (eps * 0 - 0.5,))[1]
 
     @property
     def moment2(self) -> Array:
         """``Q = Tr S_hat^2 / D = eta^2 J(delta, eps)``, per D."""
-        return self.eta**2 * J(self.delta, self.eps, self.kappa0)
+        return self.eta**2 * self.law.J(self.delta, self.eps)

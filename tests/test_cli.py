@@ -360,7 +360,8 @@ def descent(path, monkeypatch):
         over=("pretraining.lam",), minimize="test_error", initial=initial, setting=final,
         before=solution.predict(initial), after=solution.predict(final),
         path=[{"pretraining.lam": 0.1, "value": 1.0, "gradient_norm": 0.3}],
-        gradient_norm=1e-7, solves=12, converged=True, message="the gradient vanishes", inexact="", budgets=[], scanned=[],
+        gradient_norm=1e-7, solves=12, converged=True, message="the gradient vanishes", inexact="",
+        budgets=[], scanned=[],
         summary=lambda: {"over": ["pretraining.lam"], "solves": 12, "gradient_norm": 1e-7},
     )  # fmt: skip
     fake.called = []
