@@ -173,14 +173,21 @@ class Within:
             lambda v: float(np.sum((v - u) ** 2)), u, jac=lambda v: 2 * (v - u), method="SLSQP",
             constraints=self.constraints, bounds=[(x - 20, x + 20) for x in u], options={"ftol": 1e-14, "maxiter": 500},
         )  # fmt: skip
-        wrong = self._violations(found.x)
-        if not np.all(np.isfinite(wrong)) or np.any(wrong > 1e-7):
+        u = found.x
+        for _ in range(5):  # SLSQP keeps constraints to about 1e-7; Newton steps onto them give the remaining digits
+            broken = self._violations(u) > 0
+            if not np.any(broken) or not np.all(np.isfinite(u)):
+                break
+            excess, jac = (np.asarray(f(jnp.asarray(u)))[broken] for f in (self.excess, self.slopes))
+            u = u - np.linalg.lstsq(jac, excess, rcond=None)[0]
+        wrong = self._violations(u)
+        if not np.all(np.isfinite(wrong)) or np.any(wrong > 1e-9):
             k = int(np.argmax(np.where(np.isfinite(wrong), wrong, np.inf)))
             raise SettingError(
                 f"budget {self.limits[k].text!r} cannot be kept (it is missed by {wrong[k]:.3g} at the nearest point); "
                 "allowed: budgets that some values of the descended fields satisfy together"
             )
-        return found.x
+        return u
 
     def _multipliers(self, u, slope) -> tuple[np.ndarray, np.ndarray]:
         """(mu, slope + sum mu d excess), the least that is left; mu >= 0 for inequalities that bind, else 0."""

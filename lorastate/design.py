@@ -448,7 +448,7 @@ def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: f
                 bounds=list(zip(begin.u - reach, begin.u + reach, strict=True)), constraints=within.constraints,
                 options={"maxiter": 30, "ftol": 1e-7 * max(1e-3, abs(begin.value))},
             )  # fmt: skip
-            at(found.x)
+            at(within.nearest(found.x))
         except _Lost:
             reach /= 3
         kept = [trial for trial in trials.values() if trial.good and within.met(trial.u)]
@@ -461,9 +461,9 @@ def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: f
         if norm < tolerance:
             return best, f"gradient norm below {tolerance:g}"
         far = int(np.argmax(np.abs(best.u - now.u)))
-        if abs(best.u[far] - now.u[far]) > 8:
+        if abs(best.u[far] - now.u[far]) > 6.5:
             field = problem.over[far]
-            return best, f"{field} runs off ({problem.path[-1][field]:.3g}): no optimum within a factor e^8"
+            return best, f"{field} runs off ({problem.path[-1][field]:.3g}): its best value is at the boundary"
         if not near_edge and begin.value - best.value < 1e-9 * max(1.0, abs(best.value)):
             reach /= 3
         if reach < 1e-4:
