@@ -56,8 +56,9 @@ def _read(path: str):
             return node.activation.beta
         if name == "recalibration":
             return node.recalibration.b
-        if name.startswith("task."):
-            return getattr(node.task, name.removeprefix("task."))
+        part, dot, inner = name.partition(".")
+        if dot:  # of the task or of the base law
+            return getattr(getattr(node, part), inner)
         # Fields of the channel by its own names; an alpha that follows from them is a leaf of the stage all the same.
         return getattr(node if hasattr(node, name) else node.inputs, name)
 

@@ -10,7 +10,7 @@ from typing import Any
 import equinox as eqx
 
 from .activation import Activation, Custom, Identity, Softmax
-from .base_law import BaseLaw, Wishart
+from .base_law import Atoms, BaseLaw, PowerLaw, Wishart
 from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Fresh, Inputs, Moments, Recalibration, homes
 from .errors import SettingError, is_concrete, require_float64
 from .task import Task
@@ -48,7 +48,9 @@ class Pretraining(eqx.Module):
     `alpha` = N / D^2 (samples), `kappa0` = P0 / D (teacher rank), `kappa` = P / D (student width), `delta` = variance
     of the label noise, `lam` = ridge on W. `activation` is "softmax" (with `beta`), "identity", an `Activation` or
     a callable; `tokens` T is static. `task` is another base map to pre-train on than the one that fine-tuning needs (a
-    `Task`, or a mapping of its fields). Raises `SettingError` on anything out of range.
+    `Task`, or a mapping of its fields). `base` is the law of the eigenvalues of S* where that is not Wishart: a
+    `lorastate.base_law.BaseLaw`, or a mapping {"law": "atoms", "weights", "values"} or {"law": "power_law",
+    "exponent", "low", "high"}; kappa0 then plays no part. Raises `SettingError` on anything out of range.
     """
 
     alpha: Any
@@ -59,14 +61,19 @@ class Pretraining(eqx.Module):
     activation: Any = "softmax"
     tokens: int = eqx.field(static=True, default=3)
     task: Task | None = None
+    base: BaseLaw | None = None
 
     def __init__(
-        self, alpha, lam, kappa0=1.0, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None, task=None
-    ):
+        self, alpha, lam, kappa0=None, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None, task=None,
+        base=None,
+    ):  # fmt: skip
         require_float64()
         self.alpha = real("pretraining.alpha", alpha, "alpha > 0", 0.0)
         self.lam = real("pretraining.lam", lam, _WHY_LAM, 0.0)
-        self.kappa0 = real("pretraining.kappa0", kappa0, "kappa0 > 0", 0.0)
+        self.base = as_base(base)
+        if self.base is not None and kappa0 is not None:
+            raise SettingError(f"pretraining.kappa0 = {kappa0!r} has no meaning beside pretraining.base; allowed: one of them")
+        self.kappa0 = real("pretraining.kappa0", 1.0 if kappa0 is None else kappa0, "kappa0 > 0", 0.0)
         self.kappa = real("pretraining.kappa", kappa, "kappa > 0", 0.0)
         self.delta = real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
         self.activation = as_activation("pretraining.activation", activation, beta)
@@ -76,7 +83,7 @@ class Pretraining(eqx.Module):
     @property
     def downstream_law(self) -> BaseLaw:
         """Law of S*, the base map that the labels of fine-tuning are made of."""
-        return Wishart(self.kappa0)
+        return Wishart(self.kappa0) if self.base is None else self.base
 
     @property
     def law(self) -> BaseLaw:
@@ -90,7 +97,7 @@ class Pretraining(eqx.Module):
 
     @property
     def downstream_Q0(self):
-        """Tr(S*^2)/D = 1 + kappa0, the size of the base map that fine-tuning needs."""
+        """Tr(S*^2)/D, the size of the base map that fine-tuning needs: 1 + kappa0 unless it has another law."""
         return self.downstream_law.second_moment
 
     @property
@@ -114,6 +121,34 @@ def as_task(value: Any) -> Task | None:
         if key not in ("a", "c", "kappa_perp"):
             raise SettingError(f"pretraining.task.{key} is unknown; allowed: a, c, kappa_perp")
     return Task(**value)
+
+
+#: Laws of the base map that settings files know, by name.
+BASE_LAWS: dict[str, type[BaseLaw]] = {"atoms": Atoms, "power_law": PowerLaw}
+#: Their keys.
+BASE_KEYS = {"atoms": ("weights", "values"), "power_law": ("exponent", "low", "high")}
+
+
+def as_base(value: Any) -> BaseLaw | None:
+    """A base law from one, from a mapping of its name and parameters, or None for the Wishart law of kappa0."""
+    if value is None or isinstance(value, BaseLaw):
+        return value
+    known = ", ".join(f'"{name}"' for name in BASE_LAWS)
+    if not isinstance(value, Mapping):
+        raise SettingError(f"pretraining.base = {value!r} is not a law; allowed: law = one of {known}, with its parameters")
+    given = {key: v for key, v in value.items() if key != "law"}
+    name = value.get("law")
+    if name not in BASE_LAWS:
+        raise SettingError(f"pretraining.base.law = {name!r} is unknown; allowed: {known}")
+    for key in given:
+        if key not in BASE_KEYS[name]:
+            raise SettingError(
+                f'pretraining.base.{key} has no meaning for "{name}"; allowed: {", ".join(BASE_KEYS[name])}'
+            )
+    for key in BASE_KEYS[name]:
+        if key not in given:
+            raise SettingError(f'pretraining.base.{key} is missing; allowed: {", ".join(BASE_KEYS[name])} for "{name}"')
+    return BASE_LAWS[name](**given)
 
 
 class SettingWarning(UserWarning):

@@ -15,7 +15,8 @@ import numpy as np
 from .activation import Softmax
 from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs, homes
 from .errors import SettingError
-from .setting import Finetuning, Numerics, Pretraining, Setting
+from .base_law import BaseLaw, PowerLaw
+from .setting import BASE_KEYS, BASE_LAWS, Finetuning, Numerics, Pretraining, Setting
 from .task import Task
 
 #: Sections and keys of a settings file.
@@ -25,6 +26,7 @@ KEYS: dict[str, tuple[str, ...]] = {
                    "rho", "pool", "score", "recalibration"),
     "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps"),
     "pretraining.task": ("a", "c", "kappa_perp"),
+    "pretraining.base": ("law", *dict.fromkeys(key for keys in BASE_KEYS.values() for key in keys)),
 }  # fmt: skip
 _CONTINUOUS = ("alpha", "kappa0", "kappa", "delta", "lam", "beta")
 _REQUIRED = {"pretraining": ("alpha", "lam"), "finetuning": ("alpha", "lam")}
@@ -51,7 +53,7 @@ def setting_from_dict(data: Mapping[str, Any], overrides: Iterable[str] = ()) ->
             selected = name == "finetuning" and key == "alpha" and sections[name].get("inputs") == "selected"
             if key not in sections[name] and not selected:
                 raise SettingError(f"{name}.{key} is missing; allowed: {key} > 0")
-    pre = Pretraining(**sections["pretraining"], task=sections["pretraining.task"] or None)
+    pre = Pretraining(**sections["pretraining"], task=sections["pretraining.task"] or None, base=sections["pretraining.base"] or None)
     fine = sections["finetuning"]
     if "beta" in fine:
         fine.setdefault("activation", pre.activation.name)
@@ -71,6 +73,9 @@ def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
             out[name]["beta"] = _plain(stage.activation.beta)
         out[name] |= {key: _plain(getattr(stage, key)) for key in KEYS[name] if key not in (*_OBJECTS, *_CHANNEL)}
     task = setting.pretraining.task
+    if setting.pretraining.base is not None:
+        del out["pretraining"]["kappa0"]
+        out["pretraining"]["base"] = _base_fields(setting.pretraining.base)
     if task is not None:
         out["pretraining"]["task"] = {key: _plain(getattr(task, key)) for key in KEYS["pretraining.task"]}
     out["finetuning"]["inputs"] = fine.inputs.name
@@ -105,7 +110,11 @@ def continuous_fields(setting: Setting) -> tuple[str, ...]:
     own = () if hasattr(fine.inputs, "alpha") else ("alpha",)
     own += ("lam", *(() if fine.inputs.keeps_noise else ("delta",)), *softmax(fine), *fine.inputs.numbers)
     own += ("recalibration",) if isinstance(fine.recalibration, FixedScale) else ()
-    theirs = tuple(key for key in _CONTINUOUS if key != "beta") + softmax(pre)
+    theirs = tuple(key for key in _CONTINUOUS if key not in ("beta", "kappa0")) + softmax(pre)
+    if pre.base is None:
+        theirs = (theirs[0], "kappa0", *theirs[1:])
+    elif isinstance(pre.base, PowerLaw):
+        theirs += tuple(f"base.{key}" for key in BASE_KEYS["power_law"])
     theirs += () if pre.task is None else tuple(f"task.{key}" for key in KEYS["pretraining.task"])
     return tuple(f"pretraining.{key}" for key in theirs) + tuple(f"finetuning.{key}" for key in own)
 
@@ -116,6 +125,8 @@ def get(setting: Setting, path: str) -> Any:
     if name == "pretraining.task":
         _needs_task(path, setting.pretraining)
         return getattr(setting.pretraining.task, key)
+    if name == "pretraining.base":
+        return _base_of(path, setting.pretraining)[key]
     stage = setting.finetuning_resolved if name == "finetuning" else getattr(setting, name)
     if key == "beta":
         _needs_softmax(path, stage)
@@ -140,6 +151,10 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
         task = setting.pretraining.task or Task()
         task = Task(**{k: getattr(task, k) for k in KEYS[name]} | {key: value})
         pre = Pretraining(**_fields(setting.pretraining) | {"task": task})
+        return Setting(pre, setting.finetuning, setting.numerics)
+    if name == "pretraining.base":
+        base = _base_of(path, setting.pretraining) | {key: value}
+        pre = Pretraining(**_fields(setting.pretraining) | {"base": base})
         return Setting(pre, setting.finetuning, setting.numerics)
     stage = getattr(setting, name)
     if name == "numerics":
@@ -169,8 +184,27 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
 def _fields(stage: Pretraining | Finetuning) -> dict[str, Any]:
     """Arguments that make the same stage again."""
     if isinstance(stage, Pretraining):
-        return {k: getattr(stage, k) for k in KEYS["pretraining"] if k != "beta"} | {"task": stage.task}
+        fields = {k: getattr(stage, k) for k in KEYS["pretraining"] if k != "beta"}
+        if stage.base is not None:
+            del fields["kappa0"]
+        return fields | {"task": stage.task, "base": stage.base}
     return {k: getattr(stage, k) for k in KEYS["finetuning"] if k not in ("beta", *_CHANNEL)}
+
+
+def _base_fields(base: BaseLaw) -> dict[str, Any]:
+    """Plain values of a base law; of a law that files do not know, its description alone."""
+    for name, kind in BASE_LAWS.items():
+        if isinstance(base, kind):
+            return {"law": name} | {key: _plain(getattr(base, key)) for key in BASE_KEYS[name]}
+    return {"law": str(base)}
+
+
+def _base_of(path: str, pre: Pretraining) -> dict[str, Any]:
+    """Name and parameters of the base law, `path` among them."""
+    for name, kind in BASE_LAWS.items():
+        if isinstance(pre.base, kind) and path.removeprefix("pretraining.base.") in ("law", *BASE_KEYS[name]):
+            return {"law": name} | {key: getattr(pre.base, key) for key in BASE_KEYS[name]}
+    raise SettingError(f"{path} has no meaning here; allowed: where [pretraining.base] has such a key")
 
 
 def _needs_task(path: str, pre: Pretraining) -> None:
@@ -236,7 +270,8 @@ def _set(sections: dict[str, dict[str, Any]], name: str, key: str, value: Any) -
     if key not in KEYS[name]:
         raise SettingError(_unknown_key(name, key))
     path = f"{name}.{key}"
-    if isinstance(value, list | Mapping):
+    vector = path in ("pretraining.base.weights", "pretraining.base.values") and isinstance(value, list)
+    if isinstance(value, list | Mapping) and not vector:
         raise SettingError(f"{path} = {_shown(value)} is not a single value; allowed: one number or one word")
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**63:
         raise SettingError(f"{path} = {_shown(value)} is out of range; allowed: below 2^63 in size")

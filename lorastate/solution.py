@@ -100,7 +100,7 @@ class Solution(eqx.Module):
 
     @property
     def spectrum(self) -> LearnedSpectrum:
-        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps), S_pre for S* with a task: atom, density."""
+        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps) (with a task: of S_pre): atom, density."""
         c, pre = self.pretraining, self.setting.pretraining
         lam = pre.lam * pre.kappa**0.5
         return LearnedSpectrum(c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.law)
