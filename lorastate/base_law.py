@@ -22,7 +22,6 @@ All functions are elementwise in delta > 0, x, eps, broadcast, and run under jit
 from __future__ import annotations
 
 import abc
-import itertools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -40,6 +39,8 @@ from .spectrum import BandNodes
 from .validation import real
 
 _NODES = 72  # Gauss-Legendre nodes on the contour
+_LOG_NODES = 40  # and on the support of a power law
+_PANELS = 8  # panels of the curve there
 
 
 def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +117,10 @@ def _lift(form: _Form, delta: Array, a: Array, guess: Array) -> Array:
         f = 1 / s - 1
         new = jnp.clip(y - f / slope, y / 100, top)
         new = jnp.where(going, new, y)
-        return new, going & (jnp.abs(new - y) > 1e-7 * y) & (jnp.abs(f) > 1e-15), k + 1
+        noise = 1e-15 * (1 + jnp.abs(p.r) / v) if form.law._wide else 1e-15
+        return new, going & (jnp.abs(new - y) > 1e-7 * y) & (jnp.abs(f) > noise), k + 1
 
-    y, _, _ = lax.while_loop(lambda s: jnp.any(s[1]) & (s[2] < 60), advance, (y, inside, 0))
+    y, _, _ = lax.while_loop(lambda s: jnp.any(s[1]) & (s[2] < 40), advance, (y, inside, 0))
     return jnp.where(inside, jnp.sqrt(y), 0.0)
 
 
@@ -145,6 +147,7 @@ def _locate(form: _Form, x: Array, delta: Array) -> Array:
         width = jnp.where(k % 3 == 2, high_new - low_new, width)
         size = jnp.abs(u) + 1e-300
         near = jnp.where(v_new > 0, jnp.abs(step) < 1e-7 * v_new, jnp.abs(a_new - a) <= 4e-16 * size)
+        near |= jnp.abs(miss) <= 2e-16 * (size + jnp.abs(p.r))
         done = near | (high_new - low_new <= 4e-16 * size)
         keep = lambda new, old: jnp.where(going, new, old)  # noqa: E731
         a_next = jnp.where(done & (v_new > 0), a, a_new)  # v belongs to a
@@ -335,9 +338,28 @@ def _bands(form: _Form, delta: Array) -> _Bands:
     start = jnp.where(from_, start, jnp.concatenate([first, bottom], -1))
     stop = jnp.where(to, stop, jnp.concatenate([bottom, last], -1))
     low, high = jnp.broadcast_to(low, start.shape), jnp.broadcast_to(high, start.shape)
-    cuts = (start, low, high, stop) if form.law._wide else (start, low, stop)
-    ends = jnp.stack([jnp.stack(pair, -1) for pair in itertools.pairwise(cuts)], -2)
-    return _Bands(ends.reshape(*delta.shape, -1, 2), a, exists)
+    panels = [jnp.stack([start, low], -1), jnp.stack([high, stop], -1)]
+    if form.law._wide:
+        panels.append(_within(fixed, lax.stop_gradient(delta)))
+    return _Bands(jnp.concatenate(panels, -2), a, exists)
+
+
+def _within(form: _Form, delta: Array) -> Array:
+    """Panels inside the support of A, (..., P, 2), where log v changes by equal amounts: it falls from a bulk to its tail."""
+    shape = (*delta.shape, 97)
+    t = jnp.broadcast_to(jnp.linspace(0.0, 1.0, shape[-1]), shape)
+    d = jnp.broadcast_to(delta[..., None], shape)
+    target = np.linspace(0, 1, shape[-1])
+    inverse = jnp.vectorize(lambda f, t: jnp.interp(target, f, t), signature="(n),(n)->(n)")
+    for _ in range(3):
+        a = form.law._inner(t, form.factor)
+        change = jnp.abs(jnp.diff(jnp.log(_lift(form, d, a, jnp.sqrt(_variance(form, d)) / 2))))
+        total = jnp.maximum(jnp.sum(change, -1, keepdims=True), 1.0)
+        fraction = jnp.cumsum(change / total + jnp.diff(t), -1)
+        fraction = jnp.concatenate([jnp.zeros_like(fraction[..., :1]), fraction], -1) / fraction[..., -1:]
+        t = inverse(fraction, t)
+    a = jnp.sort(form.law._inner(t[..., :: (shape[-1] - 1) // _PANELS], form.factor), -1)
+    return jnp.stack([a[..., :-1], a[..., 1:]], -1)
 
 
 def _curve(form: _Form, delta: Array, a: Array, guess: Array) -> tuple[Array, Array, Array]:
@@ -602,6 +624,104 @@ class Atoms(_General):
 
     def _covers(self, a, factor):
         return jnp.zeros_like(a, bool)
+
+
+class PowerLaw(_General):
+    """Eigenvalues of density proportional to ``x^-(1 + s)`` on [low, high], 0 < low < high; `exponent` s is any real number.
+
+    ``P(eigenvalue > x) ~ x^-s`` up to the cut at high: the k-th largest eigenvalue falls as ``k^-gamma`` with gamma = 1 / s
+    (`PowerLaw.ranked`). s = 0 is flat in log x, s = -1 flat in x.
+    """
+
+    exponent: Any
+    low: Any
+    high: Any
+
+    _wide: ClassVar[bool] = True
+
+    def __init__(self, exponent, low, high):
+        require_float64()
+        self.exponent = real("power_law.exponent", exponent, "a real number", -np.inf)
+        self.low = real("power_law.low", low, "low > 0", 0.0)
+        self.high = real("power_law.high", high, "high > low", 0.0)
+        if is_concrete(self.low) and is_concrete(self.high) and not bool(jnp.all(self.low < self.high)):
+            raise SettingError(f"power_law.high = {float(self.high)!r} is not above low = {float(self.low)!r}; allowed: high > low")
+
+    @classmethod
+    def ranked(cls, gamma, low, high) -> PowerLaw:
+        """Eigenvalues that fall with their rank k as ``k^-gamma``, gamma > 0, from high to low."""
+        return cls(1 / real("power_law.gamma", gamma, "gamma > 0", 0.0), low, high)
+
+    def _path(self) -> tuple[Array, Array, Array, Array]:
+        """Nodes t = log(x / low) and weights of the normalised law on a path below the real axis, log(high / low), norm.
+
+        The integrand is entire in t but for the pole of the transform: the path may be bent away from it.
+        """
+        length = jnp.log(self.high / self.low)
+        node, weight = (jnp.asarray(f, length.dtype) for f in _gauss_legendre(_LOG_NODES))
+        depth = lax.stop_gradient(jnp.minimum(length / 2, 1.0))
+        t = lax.complex(length * node, -4 * depth * node * (1 - node))
+        dt = weight * lax.complex(jnp.broadcast_to(length, node.shape), -4 * depth * (1 - 2 * node))
+        norm = jnp.sum(weight * length * jnp.exp(-self.exponent * length * node))
+        return t, dt, length, norm
+
+    def _power(self, k: int) -> Array:
+        """``Tr S^k / D``."""
+        t, dt, _, norm = self._path()
+        return self.low**k * jnp.real(jnp.sum(dt * jnp.exp((k - self.exponent) * t))) / norm
+
+    @property
+    def mean(self):
+        return self._power(1)
+
+    @property
+    def variance(self):
+        return self._power(2) - self._power(1) ** 2
+
+    def _transform(self, u, factor):
+        # Of factor S: conjugation exchanges the half planes for a negative factor.
+        negative = factor < 0
+        u = u / (factor * self.low)
+        u = jnp.where(negative, jnp.conj(u), u)
+        g, dg = self._scaled(lax.complex(jnp.real(u), jnp.abs(jnp.imag(u))))
+        g, dg = (jnp.where(negative, jnp.conj(f), f) for f in (g, dg))
+        return g / (factor * self.low), dg / (factor * self.low) ** 2
+
+    def _scaled(self, u):
+        """Transform and its derivative in units of low, Im u >= 0.
+
+        Gauss-Legendre in t, exact but for the pole at t = log u; that one is taken out and its logarithm put back.
+        """
+        s = self.exponent
+        t, dt, length, norm = self._path()
+        pole = 1 / (u[..., None] - jnp.exp(t))
+        share = dt * jnp.exp(-s * t) * pole
+        g, dg = jnp.sum(share, -1), -jnp.sum(share * pole, -1)
+        size, angle = jnp.abs(u), jnp.angle(u)
+        near = (size > 0.25) & (size < 4 * jnp.exp(length)) & (angle < 2.5)
+        u = jnp.where(near, u, 0.5)
+        there = jnp.log(u)
+        away = 1 / (t - there[..., None])
+        end, start = there - length, there
+        good = (end != 0) & (start != 0)
+        start, end = jnp.where(good, start, 1.0), jnp.where(good, end, 1.0)
+        lack = jnp.sum(dt * away, -1) - jnp.log(end) + jnp.log(start)
+        dlack = (jnp.sum(dt * away * away, -1) - 1 / end + 1 / start) / u
+        p = jnp.exp(-s * there) / u
+        g = g + jnp.where(near, p * lack, 0.0)
+        dg = dg + jnp.where(near, p * (dlack - (1 + s) * lack / u), 0.0)
+        return g / norm, dg / norm
+
+    def _cover(self, factor):
+        a, b = factor * self.low, factor * self.high
+        return jnp.minimum(a, b)[None], jnp.maximum(a, b)[None]
+
+    def _inner(self, t, factor):
+        return factor * self.low * (self.high / self.low) ** t
+
+    def _covers(self, a, factor):
+        low, high = self._cover(factor)
+        return (a >= low[0]) & (a <= high[0])
 
 
 class Part(eqx.Module):
