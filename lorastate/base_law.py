@@ -8,21 +8,20 @@ delta * (semicircle of variance 1)`` and the subordination variable u,
 
 (arXiv:2509.24914 has one Wishart; a sum of two makes ``z(u) = x`` a quartic in g = 1/u). Three facts carry the module.
 
-1. ``z(u) = u - N(u)`` with N a Pick function (``Im N >= 0`` on ``Im u >= 0``), so the solution u(x + i0) lies on the curve
-   ``u = a + i v(a)`` where v(a) = 0 if ``N'(a) <= 1`` and else solves ``Im N / v = 1``, and ``x(a) = z(a + i v(a))``
+1. ``z(u) = u - N(u)`` with N a Pick function (``Im N >= 0`` where ``Im u >= 0``), so the solution u(x + i0) lies on the
+   curve ``u = a + i v(a)``, where v(a) = 0 if ``N'(a) <= 1`` and else solves ``Im N / v = 1``; ``x(a) = z(a + i v(a))``
    increases with a. Two nested monotone equations: nothing is selected among roots, and band edges are as well
    conditioned as they can be.
 2. z and G_A are analytic above the real axis, so integrals over mu_delta above eps are contour integrals from
-   ``u_e = u(eps + i0)`` to any real point right of all singularities: spectral accuracy, no special cases where poles meet.
+   ``u_e = u(eps + i0)`` to any real point right of all singularities: spectral accuracy, also where poles meet.
 3. The contour integrand of J vanishes to third order at u_e: u_e and the contour are constants under differentiation.
 
-All functions are elementwise in delta > 0, x, eps, broadcast, and run under jit, vmap and differentiation on any backend.
+All functions are elementwise in delta > 0, x, eps, broadcast, and run under jit, vmap and differentiation anywhere.
 """
 
 from __future__ import annotations
 
 import abc
-import itertools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -40,6 +39,8 @@ from .spectrum import BandNodes
 from .validation import real
 
 _NODES = 72  # Gauss-Legendre nodes on the contour
+_LOG_NODES = 40  # and on the support of a power law
+_PANELS = 8  # panels of the curve there
 
 
 def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +117,10 @@ def _lift(form: _Form, delta: Array, a: Array, guess: Array) -> Array:
         f = 1 / s - 1
         new = jnp.clip(y - f / slope, y / 100, top)
         new = jnp.where(going, new, y)
-        return new, going & (jnp.abs(new - y) > 1e-7 * y) & (jnp.abs(f) > 1e-15), k + 1
+        noise = 1e-15 * (1 + jnp.abs(p.r) / v) if form.law._wide else 1e-15
+        return new, going & (jnp.abs(new - y) > 1e-7 * y) & (jnp.abs(f) > noise), k + 1
 
-    y, _, _ = lax.while_loop(lambda s: jnp.any(s[1]) & (s[2] < 60), advance, (y, inside, 0))
+    y, _, _ = lax.while_loop(lambda s: jnp.any(s[1]) & (s[2] < 40), advance, (y, inside, 0))
     return jnp.where(inside, jnp.sqrt(y), 0.0)
 
 
@@ -145,6 +147,7 @@ def _locate(form: _Form, x: Array, delta: Array) -> Array:
         width = jnp.where(k % 3 == 2, high_new - low_new, width)
         size = jnp.abs(u) + 1e-300
         near = jnp.where(v_new > 0, jnp.abs(step) < 1e-7 * v_new, jnp.abs(a_new - a) <= 4e-16 * size)
+        near |= jnp.abs(miss) <= 2e-16 * (size + jnp.abs(p.r))
         done = near | (high_new - low_new <= 4e-16 * size)
         keep = lambda new, old: jnp.where(going, new, old)  # noqa: E731
         a_next = jnp.where(done & (v_new > 0), a, a_new)  # v belongs to a
@@ -155,12 +158,16 @@ def _locate(form: _Form, x: Array, delta: Array) -> Array:
     going = jnp.isfinite(x) & jnp.isfinite(tau)
     start = (low, high, middle, tau / 2, 2 * tau, going, 0)
     _, _, a, v, _, _, _ = lax.while_loop(lambda s: jnp.any(s[5]) & (s[6] < 150), advance, start)
-    for _ in range(2):
+
+    def polish(_, av):
+        a, v = av
         u = lax.complex(a, jnp.where(v > 0, v, 1.0))
         p = _at(form, delta, u)
         step = (x - u - p.r) / (1 + p.dr)
         good = (v > 0) & (jnp.abs(step) < v / 4)  # a larger one is rounding noise of two colliding roots
-        a, v = jnp.where(good, a + jnp.real(step), a), jnp.where(good, v + jnp.imag(step), v)
+        return jnp.where(good, a + jnp.real(step), a), jnp.where(good, v + jnp.imag(step), v)
+
+    a, v = lax.fori_loop(0, 2, polish, (a, v))
     bad = ~going
     return lax.complex(jnp.where(bad, jnp.nan, a), jnp.where(bad, jnp.nan, v))
 
@@ -192,7 +199,7 @@ def _sides(form: _Form, u: Array, g: Array) -> tuple[Array, Array]:
 def _contour(form: _Form, delta: Array, u: Array) -> tuple[Array, Array]:
     """Nodes and weights, (..., n), of an arc above the axis from u to a real point right of all singularities.
 
-    A half circle over the chord, graded towards u where the nearest singularity is at distance d: uniform accuracy in d.
+    A half circle over the chord, graded towards u, whose nearest singularity is at distance d: uniform accuracy in d.
     """
     form, delta = lax.stop_gradient((form, delta))
     low, high = form.law._cover(form.factor)
@@ -246,8 +253,8 @@ def _mass(form: _Form, eps: Array, delta: Array) -> Array:
 
 @_mass.defjvp
 def _mass_jvp(primals, tangents):
-    # The integrand vanishes at u_e: explicit partials only. Taking them on a contour from the differentiable u_e makes the
-    # second and higher derivatives right too.
+    # The integrand vanishes at u_e: explicit partials only. Taking them on a contour from the differentiable u_e makes
+    # the second and higher derivatives right too.
     u = _subordinate(*primals)
     _, dtail = jax.jvp(lambda *p: _tail(*p, u), primals, tangents)
     return _mass(*primals), -dtail
@@ -270,7 +277,7 @@ def _bisect(rises: Any, low: Array, high: Array) -> Array:
 
 
 def _islands(form: _Form) -> tuple[Array, Array]:
-    """Ends, ascending, of the pieces of the real axis where N is not analytic: each band of mu_delta contains one or more.
+    """Ends, ascending, of the pieces of the real axis where N is not analytic: one or more in each band of mu_delta.
 
     Those of G_A, and the poles ``c_i g = sqrt(kappa_i)`` of R: one right of each piece of G_A (left of it for c_i < 0).
     """
@@ -297,7 +304,7 @@ def _islands(form: _Form) -> tuple[Array, Array]:
 class _Bands(NamedTuple):
     """The curve over the support, cut into panels.
 
-    `ends` a of the panels, (..., P, 2); `edges`, critical points of z where N' = 1, (..., 2 E), of which `exists` are there.
+    `ends` a of the panels, (..., P, 2); `edges`, critical points of z where N' = 1, (..., 2 E), those that `exists`.
     """
 
     ends: Array
@@ -306,9 +313,9 @@ class _Bands(NamedTuple):
 
 
 def _bands(form: _Form, delta: Array) -> _Bands:
-    """Panels end at band edges, at each singularity of N, and, where no gap separates two of them, where N' is smallest:
+    """Panels end at band edges, at singularities of N, and where N' is smallest between two of these without a gap.
 
-    an edge of a gap about to open, or a light pole, is then a singularity next to the end of a panel, where nodes cluster.
+    The edge of a gap about to open, or a light pole, is then next to the end of a panel, where nodes cluster.
     """
     fixed, d = lax.stop_gradient((form, delta[..., None]))
     low, high = _islands(fixed)
@@ -319,10 +326,15 @@ def _bands(form: _Form, delta: Array) -> _Bands:
     # N' is convex between two singularities: its minimum says whether there is a gap.
     bottom = _bisect(lambda a: jax.jvp(stretch, (a,), (jnp.ones_like(a),))[1] < 0, left, right)
     gap = stretch(bottom) < 1
-    falls = _bisect(lambda a: stretch(a) > 1, left, bottom)
-    climbs = _bisect(lambda a: ~(stretch(a) > 1), bottom, right)
-    first = _bisect(lambda a: ~(stretch(a) > 1), low[:1] - tau, low[:1] + 0 * tau)
-    last = _bisect(lambda a: stretch(a) > 1, high[-1:] + 0 * tau, high[-1:] + tau)
+    # All ends at once: where the stretch falls to 1 (right ends) or climbs above it (left ends).
+    low0, high0 = jnp.broadcast_to(low[:1], d.shape), jnp.broadcast_to(high[-1:], d.shape)
+    lower, upper = (
+        jnp.concatenate([low0 - tau, bottom, left, high0], -1),
+        jnp.concatenate([low0, right, bottom, high0 + tau], -1),
+    )
+    start = np.arange(lower.shape[-1]) < low.size
+    ends = _bisect(lambda a: (stretch(a) > 1) != start, lower, upper)
+    first, climbs, falls, last = jnp.split(ends, [1, low.size, 2 * low.size - 1], -1)
     yes = jnp.ones((*delta.shape, 1), bool)
     from_, to = jnp.concatenate([yes, gap], -1), jnp.concatenate([gap, yes], -1)
     exists = jnp.concatenate([from_, to], -1)
@@ -335,9 +347,31 @@ def _bands(form: _Form, delta: Array) -> _Bands:
     start = jnp.where(from_, start, jnp.concatenate([first, bottom], -1))
     stop = jnp.where(to, stop, jnp.concatenate([bottom, last], -1))
     low, high = jnp.broadcast_to(low, start.shape), jnp.broadcast_to(high, start.shape)
-    cuts = (start, low, high, stop) if form.law._wide else (start, low, stop)
-    ends = jnp.stack([jnp.stack(pair, -1) for pair in itertools.pairwise(cuts)], -2)
-    return _Bands(ends.reshape(*delta.shape, -1, 2), a, exists)
+    panels = [jnp.stack([start, low], -1), jnp.stack([high, stop], -1)]
+    if form.law._wide:
+        panels.append(_within(fixed, lax.stop_gradient(delta)))
+    return _Bands(jnp.concatenate(panels, -2), a, exists)
+
+
+def _within(form: _Form, delta: Array) -> Array:
+    """Panels inside the support of A, (..., P, 2), with equal changes of log v: it falls from a bulk to its tail."""
+    shape = (*delta.shape, 97)
+    t = jnp.broadcast_to(jnp.linspace(0.0, 1.0, shape[-1]), shape)
+    d = jnp.broadcast_to(delta[..., None], shape)
+    target = np.linspace(0, 1, shape[-1])
+    inverse = jnp.vectorize(lambda f, t: jnp.interp(target, f, t), signature="(n),(n)->(n)")
+
+    def spread(_, t):
+        a = form.law._inner(t, form.factor)
+        change = jnp.abs(jnp.diff(jnp.log(_lift(form, d, a, jnp.sqrt(_variance(form, d)) / 2))))
+        total = jnp.maximum(jnp.sum(change, -1, keepdims=True), 1.0)
+        fraction = jnp.cumsum(change / total + jnp.diff(t), -1)
+        fraction = jnp.concatenate([jnp.zeros_like(fraction[..., :1]), fraction], -1) / fraction[..., -1:]
+        return inverse(fraction, t)
+
+    t = lax.fori_loop(0, 3, spread, t)
+    a = jnp.sort(form.law._inner(t[..., :: (shape[-1] - 1) // _PANELS], form.factor), -1)
+    return jnp.stack([a[..., :-1], a[..., 1:]], -1)
 
 
 def _curve(form: _Form, delta: Array, a: Array, guess: Array) -> tuple[Array, Array, Array]:
@@ -355,7 +389,8 @@ def _curve(form: _Form, delta: Array, a: Array, guess: Array) -> tuple[Array, Ar
     u = lax.complex(a, v)
     p = _at(form, delta, u)
     slope = jnp.real(1 + p.dr)
-    rise = jnp.where(slope > 0, (slope**2 + jnp.imag(p.dr) ** 2) / jnp.where(slope > 0, slope, 1.0), 0.0)
+    rise = (slope**2 + jnp.imag(p.dr) ** 2) / jnp.where(slope > 0, slope, 1.0)
+    rise = jnp.where(slope > 0, jnp.minimum(rise, 2.0), 0.0)  # |z'|^2 <= 2 Re z' on the curve (Cauchy-Schwarz)
     return jnp.real(u + p.r), jnp.where(live, -jnp.imag(p.g) / jnp.pi, 0.0), jnp.where(live, rise, 0.0)
 
 
@@ -416,6 +451,15 @@ def _pair_response(law: BaseLaw, delta: ArrayLike, eps: ArrayLike, n: int) -> Ar
 # ---- the laws --------------------------------------------------------------------------------------------------
 
 
+def _scalar(name: str, value: Any, allowed: str, low: float) -> Array:
+    out = real(name, value, allowed, low)
+    if out.ndim:
+        raise SettingError(
+            f"{name} has shape {out.shape}; allowed: {allowed}, one number (map over laws with jax.vmap)"
+        )
+    return out
+
+
 class BaseLaw(eqx.Module):
     """Law of the eigenvalues of a symmetric matrix S; ``mu_delta = law of S + delta * (semicircle of variance 1)``.
 
@@ -446,8 +490,8 @@ class BaseLaw(eqx.Module):
     def J(self, delta: ArrayLike, eps: ArrayLike) -> Array:
         """``J(delta, eps) = int_{x > eps} (x - eps)^2 mu_delta(dx)``.
 
-        ``(m - eps)^2 + variance + delta^2`` left of the support, exactly 0 right of it. Derivatives through the third order,
-        in delta, eps and every leaf, are exact and finite everywhere; higher ones would miss terms.
+        ``(mean - eps)^2 + variance + delta^2`` left of the support, exactly 0 right of it. Derivatives through the
+        third order, in delta, eps and every leaf, are exact and finite everywhere; higher ones would miss terms.
         """
 
     @abc.abstractmethod
@@ -460,18 +504,18 @@ class BaseLaw(eqx.Module):
 
     @abc.abstractmethod
     def band_nodes(self, delta: ArrayLike, n: int = 64) -> BandNodes:
-        """Nodes x, weights w and density, (..., B n): ``sum w f(x) = int f dmu_delta``, n nodes a band.
+        """Nodes x, weights w and density, (..., B n): ``sum w f(x) = int f dmu_delta``, spectrally accurate, f smooth.
 
-        A cosine map along the curve of `lorastate.base_law` removes the square-root edges: spectral accuracy for smooth f.
-        The weights of bands that do not exist are 0.
+        n nodes on each of B panels (the bands of one Wishart; else two a singularity of N, and eight more on the support
+        of a power law): 1e-13 at n = 64; where a steep power law turns into its tail, 1e-7. Not in the order of x.
         """
 
     @abc.abstractmethod
     def pair_response(self, delta: ArrayLike, eps: ArrayLike, n: int = 64) -> Array:
         """``int int ((r(x) - r(y)) / (x - y))^2 mu_delta(dx) mu_delta(dy)``, ``r(x) = ReLU(x - eps)``.
 
-        The spectral factor of the stability (replicon) condition (arXiv:2509.24914): 1 left of the support, 0 right of it.
-        Double-exponential nodes, n a band and side of eps; memory (B n)^2 per setting.
+        The spectral factor of the stability (replicon) condition (arXiv:2509.24914): 1 left of the support, 0 right of
+        it. n double-exponential nodes a panel and side of eps: about 1e-7 at n = 64. Memory (B n)^2 per setting.
         """
 
     def density(self, x: ArrayLike, delta: ArrayLike) -> Array:
@@ -480,7 +524,7 @@ class BaseLaw(eqx.Module):
 
 
 class Wishart(BaseLaw):
-    """``W W^T / sqrt(P D)``, entries N(0, 1), of rank ratio ``kappa0 = P / D > 0``; closed forms of `lorastate.spectrum`."""
+    """``W W^T / sqrt(P D)``, entries N(0, 1), of rank ratio ``kappa0 = P / D > 0``; closed forms of `spectrum`."""
 
     kappa0: Any
 
@@ -604,6 +648,106 @@ class Atoms(_General):
         return jnp.zeros_like(a, bool)
 
 
+class PowerLaw(_General):
+    """Eigenvalues of density proportional to ``x^-(1 + s)`` on [low, high], 0 < low < high; `exponent` s is any real.
+
+    ``P(eigenvalue > x) ~ x^-s`` up to the cut at high: the k-th largest eigenvalue falls as ``k^-gamma``, gamma = 1 / s
+    (`PowerLaw.ranked`). s = 0 is flat in log x, s = -1 flat in x.
+    """
+
+    exponent: Any
+    low: Any
+    high: Any
+
+    _wide: ClassVar[bool] = True
+
+    def __init__(self, exponent, low, high):
+        require_float64()
+        self.exponent = _scalar("power_law.exponent", exponent, "a real number", -np.inf)
+        self.low = _scalar("power_law.low", low, "low > 0", 0.0)
+        self.high = _scalar("power_law.high", high, "high > low", 0.0)
+        if is_concrete(self.low) and is_concrete(self.high) and not bool(self.low < self.high):
+            raise SettingError(
+                f"power_law.high = {float(self.high)!r} is not above low = {float(self.low)!r}; allowed: high > low"
+            )
+
+    @classmethod
+    def ranked(cls, gamma, low, high) -> PowerLaw:
+        """Eigenvalues that fall with their rank k as ``k^-gamma``, gamma > 0, from high to low."""
+        return cls(1 / real("power_law.gamma", gamma, "gamma > 0", 0.0), low, high)
+
+    def _path(self) -> tuple[Array, Array, Array, Array]:
+        """Nodes t = log(x / low) and weights on a path below the real axis; log(high / low); norm of the density.
+
+        The integrand is entire in t but for the pole of the transform: the path may be bent away from it.
+        """
+        length = jnp.log(self.high / self.low)
+        node, weight = (jnp.asarray(f, length.dtype) for f in _gauss_legendre(_LOG_NODES))
+        depth = lax.stop_gradient(jnp.minimum(length / 2, 1.0))
+        t = lax.complex(length * node, -4 * depth * node * (1 - node))
+        dt = weight * lax.complex(jnp.broadcast_to(length, node.shape), -4 * depth * (1 - 2 * node))
+        norm = jnp.sum(weight * length * jnp.exp(-self.exponent * length * node))
+        return t, dt, length, norm
+
+    def _power(self, k: int) -> Array:
+        """``Tr S^k / D``."""
+        t, dt, _, norm = self._path()
+        return self.low**k * jnp.real(jnp.sum(dt * jnp.exp((k - self.exponent) * t))) / norm
+
+    @property
+    def mean(self):
+        return self._power(1)
+
+    @property
+    def variance(self):
+        return self._power(2) - self._power(1) ** 2
+
+    def _transform(self, u, factor):
+        # Of factor S: conjugation exchanges the half planes for a negative factor.
+        negative = factor < 0
+        u = u / (factor * self.low)
+        u = jnp.where(negative, jnp.conj(u), u)
+        g, dg = self._scaled(lax.complex(jnp.real(u), jnp.abs(jnp.imag(u))))
+        g, dg = (jnp.where(negative, jnp.conj(f), f) for f in (g, dg))
+        return g / (factor * self.low), dg / (factor * self.low) ** 2
+
+    def _scaled(self, u):
+        """Transform and its derivative in units of low, Im u >= 0.
+
+        Gauss-Legendre in t, exact but for the pole at t = log u; that one is taken out and its logarithm put back.
+        """
+        s = self.exponent
+        t, dt, length, norm = self._path()
+        pole = 1 / (u[..., None] - jnp.exp(t))
+        share = dt * jnp.exp(-s * t) * pole
+        g, dg = jnp.sum(share, -1), -jnp.sum(share * pole, -1)
+        size, angle = jnp.abs(u), jnp.angle(u)
+        near = (size > 0.25) & (size < 4 * jnp.exp(length)) & (angle < 2.5)
+        u = jnp.where(near, u, 0.5)
+        there = jnp.log(u)
+        away = 1 / (t - there[..., None])
+        end, start = there - length, there
+        good = (end != 0) & (start != 0)
+        start, end = jnp.where(good, start, 1.0), jnp.where(good, end, 1.0)
+        lack = jnp.sum(dt * away, -1) - jnp.log(end) + jnp.log(start)
+        dlack = (jnp.sum(dt * away * away, -1) - 1 / end + 1 / start) / u
+        p = jnp.exp(-s * there) / u
+        g = g + jnp.where(near, p * lack, 0.0)
+        dg = dg + jnp.where(near, p * (dlack - (1 + s) * lack / u), 0.0)
+        return g / norm, dg / norm
+
+    def _cover(self, factor):
+        a, b = factor * self.low, factor * self.high
+        return jnp.minimum(a, b)[None], jnp.maximum(a, b)[None]
+
+    def _inner(self, t, factor):
+        return factor * self.low * (self.high / self.low) ** t
+
+    def _covers(self, a, factor):
+        low, high = self._cover(factor)
+        return (a >= low[0]) & (a <= high[0])
+
+
 class Part(eqx.Module):
     """One term of a free sum: ``factor * S``."""
 
@@ -614,8 +758,8 @@ class Part(eqx.Module):
 class FreeSum(_General):
     """Law of ``sum_i factor_i S_i`` of independent, rotationally invariant matrices S_i (free in the limit).
 
-    `parts`: pairs (factor, law); a factor is any real number. At most one law may lack an explicit R-transform (atoms at
-    more than one value).
+    `parts`: pairs (factor, law); a factor is any real number. At most one law may lack an explicit R-transform (a power
+    law, or atoms at more than one value). The leaves are `parts[i].factor` and those of `parts[i].law`.
     """
 
     parts: tuple[Part, ...]
@@ -629,9 +773,14 @@ class FreeSum(_General):
             if len(p) != 2 or not isinstance(p[1], BaseLaw):
                 raise SettingError(f"free_sum.parts[{i}] = {p!r} is not a pair; allowed: (factor, law)")
         self.parts = tuple(
-            Part(real(f"free_sum.parts[{i}].factor", c, "a real number", -np.inf), law)
+            Part(_scalar(f"free_sum.parts[{i}].factor", c, "a real number", -np.inf), law)
             for i, (c, law) in enumerate(parts)
         )
+        for factor, law in _terms(self, 1.0):
+            if isinstance(law, Wishart):
+                _scalar("wishart.kappa0", law.kappa0, "kappa0 > 0 (a scalar in a free sum)", 0.0)
+            elif isinstance(law, PowerLaw) and is_concrete(factor) and not bool(jnp.all(factor != 0)):
+                raise SettingError("free_sum.parts has a power law with factor = 0.0; allowed: any other real number")
         _form(self)
 
     @property
