@@ -621,6 +621,13 @@ class Atoms(_General):
         if is_concrete(self.weights) and abs(float(jnp.sum(self.weights)) - 1) > 1e-9:
             raise SettingError(f"atoms.weights sum to {float(jnp.sum(self.weights))!r}; allowed: 1 to within 1e-9")
 
+    def eigenvalues(self, dimension: int) -> np.ndarray:
+        """Eigenvalues of one matrix of that size: the quantiles at (k + 1/2) / dimension."""
+        places = (np.arange(dimension) + 0.5) / dimension
+        order = np.argsort(self.values)
+        steps = np.cumsum(np.asarray(self.weights)[order])
+        return np.asarray(self.values)[order][np.minimum(np.searchsorted(steps, places), len(steps) - 1)]
+
     @property
     def _shares(self):
         return self.weights / jnp.sum(self.weights)
@@ -675,6 +682,14 @@ class PowerLaw(_General):
     def ranked(cls, gamma, low, high) -> PowerLaw:
         """Eigenvalues that fall with their rank k as ``k^-gamma``, gamma > 0, from high to low."""
         return cls(1 / real("power_law.gamma", gamma, "gamma > 0", 0.0), low, high)
+
+    def eigenvalues(self, dimension: int) -> np.ndarray:
+        """Eigenvalues of one matrix of that size: the quantiles at (k + 1/2) / dimension."""
+        places = (np.arange(dimension) + 0.5) / dimension
+        s, length = float(self.exponent), float(np.log(self.high / self.low))
+        # In t = log(x / low) the density is e^(-s t): its quantiles, also where s is near zero.
+        t = places * length if abs(s) < 1e-9 else -np.log1p(places * np.expm1(-s * length)) / s
+        return float(self.low) * np.exp(t)
 
     def _path(self) -> tuple[Array, Array, Array, Array]:
         """Nodes t = log(x / low) and weights on a path below the real axis; log(high / low); norm of the density.

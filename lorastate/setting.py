@@ -72,7 +72,9 @@ class Pretraining(eqx.Module):
         self.lam = real("pretraining.lam", lam, _WHY_LAM, 0.0)
         self.base = as_base(base)
         if self.base is not None and kappa0 is not None:
-            raise SettingError(f"pretraining.kappa0 = {kappa0!r} has no meaning beside pretraining.base; allowed: one of them")
+            raise SettingError(
+                f"pretraining.kappa0 = {kappa0!r} has no meaning beside pretraining.base; allowed: one of them"
+            )
         self.kappa0 = real("pretraining.kappa0", 1.0 if kappa0 is None else kappa0, "kappa0 > 0", 0.0)
         self.kappa = real("pretraining.kappa", kappa, "kappa > 0", 0.0)
         self.delta = real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
@@ -135,7 +137,9 @@ def as_base(value: Any) -> BaseLaw | None:
         return value
     known = ", ".join(f'"{name}"' for name in BASE_LAWS)
     if not isinstance(value, Mapping):
-        raise SettingError(f"pretraining.base = {value!r} is not a law; allowed: law = one of {known}, with its parameters")
+        raise SettingError(
+            f"pretraining.base = {value!r} is not a law; allowed: law = one of {known}, with its parameters"
+        )
     given = {key: v for key, v in value.items() if key != "law"}
     name = value.get("law")
     if name not in BASE_LAWS:

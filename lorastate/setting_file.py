@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from .activation import Softmax
+from .base_law import BaseLaw, PowerLaw
 from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs, homes
 from .errors import SettingError
-from .base_law import BaseLaw, PowerLaw
 from .setting import BASE_KEYS, BASE_LAWS, Finetuning, Numerics, Pretraining, Setting
 from .task import Task
 
@@ -53,7 +53,9 @@ def setting_from_dict(data: Mapping[str, Any], overrides: Iterable[str] = ()) ->
             selected = name == "finetuning" and key == "alpha" and sections[name].get("inputs") == "selected"
             if key not in sections[name] and not selected:
                 raise SettingError(f"{name}.{key} is missing; allowed: {key} > 0")
-    pre = Pretraining(**sections["pretraining"], task=sections["pretraining.task"] or None, base=sections["pretraining.base"] or None)
+    pre = Pretraining(
+        **sections["pretraining"], task=sections["pretraining.task"] or None, base=sections["pretraining.base"] or None
+    )
     fine = sections["finetuning"]
     if "beta" in fine:
         fine.setdefault("activation", pre.activation.name)

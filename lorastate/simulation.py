@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ._lbfgs import Minimum, minimise
+from .base_law import BaseLaw, FreeSum, Wishart
 from .channel import FixedScale, Fresh, Mixed, Reused, Selected
 from .errors import Code, SettingError, SolveError, is_concrete, require_float64
 from .setting import Finetuning, Pretraining, Setting
@@ -234,6 +235,22 @@ class _Trained(NamedTuple):
     row: dict[str, Any]
 
 
+def _matrix(key, law: BaseLaw, dimension: int, rank: int):
+    """A matrix of that law: of a Wishart one with `rank` factors, else with the law's quantiles for eigenvalues."""
+    if isinstance(law, Wishart):
+        return _wishart(key, dimension, rank)
+    if isinstance(law, FreeSum):
+        keys = jax.random.split(key, len(law.parts))
+        ranks = [round(float(getattr(part.law, "kappa0", 0.0)) * dimension) for part in law.parts]
+        terms = (p.factor * _matrix(k, p.law, dimension, r) for k, p, r in zip(keys, law.parts, ranks, strict=True))
+        return sum(terms, jnp.zeros((dimension, dimension)))
+    if not hasattr(law, "eigenvalues"):
+        raise SettingError(f"pretraining.base = {law} cannot be simulated; allowed: Wishart, Atoms, PowerLaw, FreeSum")
+    frame, triangle = jnp.linalg.qr(jax.random.normal(key, (dimension, dimension)))
+    frame = frame * jnp.sign(jnp.diag(triangle))
+    return (frame * law.eigenvalues(dimension)) @ frame.T
+
+
 def _wishart(key, dimension: int, rank: int):
     """W W^T / sqrt(rank D)."""
     factor = jax.random.normal(key, (dimension, rank))
@@ -242,7 +259,7 @@ def _wishart(key, dimension: int, rank: int):
 
 def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
     D = sizes.dimension
-    base = _wishart(_key(key, "teacher"), D, sizes.base_rank)
+    base = _matrix(_key(key, "teacher"), pre.downstream_law, D, sizes.base_rank)
     task = base
     if pre.task is not None:
         task = pre.task.a * base + pre.task.c * _wishart(_key(key, "task"), D, sizes.task_rank)

@@ -7,6 +7,7 @@ import pytest
 
 import lorastate as ls
 from lorastate import stability
+from lorastate.base_law import Atoms, FreeSum, PowerLaw, Wishart
 from lorastate.bayes import bayes_optimal_pretraining
 from lorastate.setting_file import continuous_fields, get, load_setting, replace, setting_to_dict
 
@@ -174,3 +175,79 @@ def test_bad_tasks(task, words):
 def test_a_field_of_a_task_that_is_not_there():
     with pytest.raises(ls.SettingError, match="has no meaning without a task"):
         get(setting(), "pretraining.task.a")
+
+
+# ---- base maps of any law --------------------------------------------------------------------------------------
+
+POWER = {"law": "power_law", "exponent": 0.5, "low": 0.1, "high": 4.0}
+
+
+def of_law(base, task=None, **pre):
+    pre = {"alpha": 0.1, "lam": 0.1, "activation": "identity", "tokens": 2, **pre}
+    return ls.Setting(ls.Pretraining(**pre, base=base, task=task), ls.Finetuning(4.0, 0.3), NUMERICS)
+
+
+def test_atoms_and_a_wishart_part_are_the_wishart_setting():
+    # 0 * atoms + Wishart goes through the general law; the published setting through the closed forms.
+    general = FreeSum([(0.0, Atoms([0.5, 0.5], [0.0, 2.0])), (1.0, Wishart(0.8))])
+    want, got = ls.predict(of_law(None, kappa0=0.8)), ls.predict(of_law(general))
+    for name, value in want.pretraining.items():
+        np.testing.assert_allclose(got.pretraining[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(got.test_error, want.test_error, rtol=1e-9)
+
+
+def test_gradient_in_a_power_law():
+    s = of_law(POWER)
+    value, slopes = ls.gradient(s)
+    assert tuple(slopes) == continuous_fields(s) and "pretraining.kappa0" not in slopes
+    for path in ("pretraining.base.exponent", "pretraining.base.low", "pretraining.base.high"):
+        h = 1e-4 * float(get(s, path))
+        up, down = (float(ls.predict(replace(s, path, float(get(s, path)) + d)).test_error) for d in (h, -h))
+        assert (up - down) / (2 * h) == pytest.approx(slopes[path], rel=1e-5, abs=1e-9 * value), path
+
+
+def test_training_with_two_eigenvalues():
+    base = {"law": "atoms", "weights": [0.7, 0.3], "values": [0.2, 2.5]}
+    s = of_law(base, {"a": 0.9, "c": 0.4, "kappa_perp": 1.0}, alpha=0.25)
+    theory, found = ls.predict(s), ls.simulate(s, dimension=60, runs=4, test_samples=5000)
+    for stage, name in (("pretraining", "M"), ("pretraining", "M_down"), ("pretraining", "Q"),
+                        ("finetuning", "overlap"), ("finetuning", "test_error")):  # fmt: skip
+        value, mean = float(getattr(theory, stage)[name]), found.mean(stage, name)
+        assert abs(mean - value) < 4 * found.stderr(stage, name) + 0.05 * value, name
+
+
+def test_files_of_laws(tmp_path):
+    path = tmp_path / "base.toml"
+    law = '[pretraining.base]\nlaw = "atoms"\nweights = [0.5, 0.5]\nvalues = [0, 2]\n'
+    path.write_text(f"[pretraining]\nalpha = 0.1\nlam = 0.1\n{law}[finetuning]\nalpha = 3\nlam = 1\n")
+    s = load_setting(path)
+    shown = setting_to_dict(s)["pretraining"]
+    assert shown["base"] == {"law": "atoms", "weights": [0.5, 0.5], "values": [0.0, 2.0]} and "kappa0" not in shown
+    assert float(s.pretraining.Q0) == pytest.approx(2.0)
+    np.testing.assert_allclose(Atoms([0.25, 0.75], [3.0, 1.0]).eigenvalues(8), [1] * 6 + [3] * 2)
+    law = PowerLaw(1.5, 0.2, 3.0)
+    np.testing.assert_allclose(law.eigenvalues(100_000).mean(), law.mean, rtol=1e-6)
+    assert float(get(replace(of_law(POWER), "pretraining.base.low", 0.3), "pretraining.base.low")) == 0.3
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"base": {"law": "cauchy"}}, 'pretraining.base.law = \'cauchy\' is unknown; allowed: "atoms", "power_law"'),
+        ({"base": {"law": "atoms", "values": [1.0]}}, "pretraining.base.weights is missing"),
+        ({"base": {**POWER, "weights": [1.0]}}, 'pretraining.base.weights has no meaning for "power_law"'),
+        ({"base": 3}, "pretraining.base = 3 is not a law"),
+        ({"base": POWER, "kappa0": 1.0}, "has no meaning beside pretraining.base"),
+        ({"base": {"law": "atoms", "weights": [0.5, 0.6], "values": [0.0, 1.0]}}, "weights sum to 1.1"),
+        ({"base": POWER | {"low": 5.0}}, "allowed: high > low"),
+    ],
+)
+def test_bad_laws(given, words):
+    with pytest.raises(ls.SettingError) as error:
+        ls.Pretraining(0.1, 0.1, **given)
+    assert words in str(error.value)
+
+
+def test_a_field_of_a_law_that_is_not_there():
+    with pytest.raises(ls.SettingError, match="has no meaning here"):
+        get(setting(), "pretraining.base.low")
