@@ -256,7 +256,7 @@ def _mass_jvp(primals, tangents):
     # The integrand vanishes at u_e: explicit partials only. Taking them on a contour from the differentiable u_e makes
     # the second and higher derivatives right too.
     u = _subordinate(*primals)
-    _, dtail = jax.jvp(lambda *p: _tail(*p, u), primals, tangents)
+    _, dtail = jax.jvp(lambda f, e, d: _tail(f, e, d, u), primals, tangents)
     return _mass(*primals), -dtail
 
 
@@ -506,8 +506,8 @@ class BaseLaw(eqx.Module):
     def band_nodes(self, delta: ArrayLike, n: int = 64) -> BandNodes:
         """Nodes x, weights w and density, (..., B n): ``sum w f(x) = int f dmu_delta``, spectrally accurate, f smooth.
 
-        n nodes on each of B panels (the bands of one Wishart; else two a singularity of N, eight more on the support of a
-        power law): 1e-13 at n = 64; where a steep power law turns into its tail, 1e-7. Not in the order of x.
+        n nodes on B panels (the bands of one Wishart; else two a singularity of N, eight more on the support
+        of a power law): 1e-13 at n = 64; where a steep power law turns into its tail, 1e-7. Not in the order of x.
         """
 
     @abc.abstractmethod
