@@ -150,7 +150,7 @@ def _locate(form: _Form, x: Array, delta: Array) -> Array:
         near |= jnp.abs(miss) <= 2e-16 * (size + jnp.abs(p.r))
         done = near | (high_new - low_new <= 4e-16 * size)
         keep = lambda new, old: jnp.where(going, new, old)  # noqa: E731
-        a_next = jnp.where(done & (v_new > 0), a, a_new)  # v belongs to a
+        a_next = jnp.where(done, a, a_new)  # v belongs to a, and on an edge the step is noise
         v_next = jnp.where(done | ~jnp.isfinite(step), v_new, jnp.abs(v_new + jnp.imag(step)))
         out = keep(low_new, low), keep(high_new, high), keep(a_next, a), keep(v_next, v)
         return (*out, keep(width, width), going & ~done, k + 1)
@@ -256,7 +256,7 @@ def _mass_jvp(primals, tangents):
     # The integrand vanishes at u_e: explicit partials only. Taking them on a contour from the differentiable u_e makes
     # the second and higher derivatives right too.
     u = _subordinate(*primals)
-    _, dtail = jax.jvp(lambda *p: _tail(*p, u), primals, tangents)
+    _, dtail = jax.jvp(lambda f, e, d: _tail(f, e, d, u), primals, tangents)
     return _mass(*primals), -dtail
 
 
@@ -506,7 +506,7 @@ class BaseLaw(eqx.Module):
     def band_nodes(self, delta: ArrayLike, n: int = 64) -> BandNodes:
         """Nodes x, weights w and density, (..., B n): ``sum w f(x) = int f dmu_delta``, spectrally accurate, f smooth.
 
-        n nodes on each of B panels (the bands of one Wishart; else two a singularity of N, and eight more on the support
+        n nodes on B panels (the bands of one Wishart; else two a singularity of N, eight more on the support
         of a power law): 1e-13 at n = 64; where a steep power law turns into its tail, 1e-7. Not in the order of x.
         """
 

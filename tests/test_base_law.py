@@ -35,7 +35,6 @@ LAWS = [
     two_wisharts(1.0, 0.6, 0.5, 0.2),
     two_wisharts(0.4, -0.3, 0.3, 2.0),
     FreeSum([(0.5, two_wisharts(1.0, 0.6, 0.5, 0.2)), (1.0, Atoms([1.0], [0.4])), (0.5, Wishart(0.5))]),
-    Atoms([0.3, 0.5, 0.2], [2.0, -1.0, 0.5]),
     FreeSum([(-0.5, Atoms([0.25] * 4, [1.0, 1.0, 3.0, 7.0])), (0.3, Wishart(0.3))]),
 ]
 WIDE = [PowerLaw(1.2, 0.2, 3.0), powers(3.0, 0.01, 5.0, -1.0, 0.3, 0.4)]
@@ -111,11 +110,17 @@ def quartic_density(x, delta, a, c, kappa, other) -> np.ndarray:
     return np.array([np.max(-(fixed - g * s * t * float(v)).roots.imag) for v in x]) / np.pi
 
 
-@pytest.mark.parametrize(
-    "args", [(1.0, 0.6, 0.5, 0.2), (1.0, 1.0, 0.3, 0.3), (0.4, -0.3, 0.3, 2.0), (1.0, 1e-4, 0.5, 2.0)]
-)
-@pytest.mark.parametrize("delta", [0.03, 0.4])
-def test_two_wisharts_are_the_quartic(args, delta):
+QUARTIC = [
+    (0.03, (1.0, 0.6, 0.5, 0.2)),
+    (0.03, (1.0, 1.0, 0.3, 0.3)),
+    (0.03, (1.0, 1e-4, 0.5, 2.0)),
+    (0.4, (1.0, 0.6, 0.5, 0.2)),
+    (0.4, (0.4, -0.3, 0.3, 2.0)),
+]
+
+
+@pytest.mark.parametrize(("delta", "args"), QUARTIC)
+def test_two_wisharts_are_the_quartic(delta, args):
     law = two_wisharts(*args)
     edges = np.asarray(law.edges(delta))
     edges = edges[~np.isnan(edges)]
@@ -134,8 +139,7 @@ def test_two_wisharts_are_the_quartic(args, delta):
     close(1 - law.mass_below(eps, delta), want[1], 1e-9)
 
 
-@pytest.mark.parametrize("delta", [0.05, 0.5, 3.0])
-@pytest.mark.parametrize("law", [*LAWS, *WIDE])
+@pytest.mark.parametrize(("law", "delta"), [*itertools.product(LAWS, (0.05, 0.5, 3.0)), *((w, 0.5) for w in WIDE)])
 def test_moments_mass_and_edges(law, delta):
     x, w, rho = (np.asarray(f) for f in law.band_nodes(delta))
     moments = [1.0, law.mean, law.second_moment + delta**2]
@@ -155,6 +159,8 @@ def test_moments_mass_and_edges(law, delta):
     close(law.J(delta, eps), rise**2 @ w, tight)
     close(1 - law.mass_below(eps, delta), above @ w, tight)
     assert law.J(delta, eps[-1]) == 0 and law.mass_below(eps[0], delta) == 0
+    if not (law is LAWS[0] or law is LAWS[3]) or delta > 1:
+        return
     want = []
     for e, up in zip(eps, above, strict=True):
         cross = up & ~up[:, None]
@@ -289,7 +295,7 @@ def sample(law, delta, dim, rng) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("law", "delta", "dim"),
-    [(LAWS[0], 0.2, 1500), (LAWS[4], 0.3, 800), (WIDE[0], 0.2, 800), (powers(1.2, 0.2, 3.0, 0.7, -0.3, 0.5), 0.1, 800)],
+    [(LAWS[0], 0.2, 1500), (LAWS[3], 0.3, 800), (WIDE[0], 0.2, 800), (powers(1.2, 0.2, 3.0, 0.7, -0.3, 0.5), 0.1, 800)],
 )
 def test_sampled_matrices(law, delta, dim):
     x = sample(law, delta, dim, np.random.default_rng(5))
