@@ -318,5 +318,3 @@ def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start
     assert [p.wait(120) for p in both] == [0, 0], [p.said() for p in both]
     data = xarray.load_dataset(tmp_path / "sweep.nc", engine="scipy")
     assert np.all(np.isfinite(data["finetuning.test_error"]))
-
-
