@@ -177,8 +177,7 @@ def _solve_transposed(low, b):
 
 @Program
 def _response(log_s, noise, alpha, nodes: Nodes, xi, tokens: int, shift: bool, count):
-    """(log of the new s, free entropy without the part of s) at one log s for the first `count` replicas; (R,) each, NaN
-    for the others."""
+    """(log of the new s, free entropy without the part of s) at one log s, (R,) each; NaN from replica `count` on."""
     normal, weight = jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)
 
     def one(r, out):

@@ -21,7 +21,7 @@ from .channel import Fields, FrozenMap
 from .fixed_point import COLD, Map
 from .order import Order, decode, from_norm, slopes
 from .prox import VectorProblem
-from .quadrature import Nodes, mean, over_replicas, sweep
+from .quadrature import Nodes, in_blocks, mean, over_replicas, sweep
 from .setting import Finetuning
 
 #: Size of the LoRA teacher: entries of w* are N(0, q0).
@@ -159,7 +159,7 @@ def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: we
     def use(d, chi, *_):
         return conjugates_at(fine, order, d, chi)
 
-    return with_minimisers(fine, order, draws(fine, frozen, nodes), inner, use)
+    return in_blocks(lambda n, i: with_minimisers(fine, order, draws(fine, frozen, n), i, use), nodes, inner)
 
 
 def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> Conjugates:

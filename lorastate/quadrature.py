@@ -87,6 +87,40 @@ def sweep(f, nodes: Nodes, memory, count):
     return jax.lax.fori_loop(0, count, one, (zero, memory))
 
 
+#: Nodes that are averaged over together on a CPU, so that their matrices stay in its caches.
+_BLOCK = 256
+
+
+def in_blocks(f, nodes: Nodes, inner):
+    """`f(nodes, inner)` of one replica, a sum over its nodes, as the sum over blocks of them on a CPU.
+
+    `inner` (any pytree): arrays whose last axis runs over the nodes, or over several copies of them, and scalars.
+    A node and its mirror image are in the same block.
+    """
+    half = nodes.weight.shape[-1] // 2
+    size = min(half, _BLOCK // 2)
+    count = half // size
+    if count == 1 or half % size or jax.default_backend() != "cpu":
+        return f(nodes, inner)
+
+    def cut(a, k):
+        a = jnp.asarray(a)
+        if a.ndim == 0:
+            return a
+        parts = a.reshape(*a.shape[:-1], -1, half)
+        return jax.lax.dynamic_slice_in_dim(parts, k * size, size, -1).reshape(*a.shape[:-1], -1)
+
+    def at(k):
+        return f(*jax.tree_util.tree_map(lambda a: cut(a, k), (nodes, inner)))
+
+    def one(total, k):
+        return jax.tree_util.tree_map(jnp.add, total, at(k)), None
+
+    shape = jax.eval_shape(at, 0)
+    zero = jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), shape)
+    return jax.lax.scan(one, zero, jnp.arange(count))[0]
+
+
 def mean(tree):
     """Average over the leading replica axis of every leaf."""
     return jax.tree_util.tree_map(lambda a: a.mean(0), tree)

@@ -22,7 +22,7 @@ from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, 
 from .generalization import finetuning_error, node_dimension, pretraining_error
 from .order import RESPONSE_FLOOR, Order, decode, from_norm
 from .prox import ldl_solve
-from .quadrature import Nodes, gaussian_nodes, mean, over_replicas
+from .quadrature import Nodes, gaussian_nodes, in_blocks, mean, over_replicas
 from .setting import Finetuning, Numerics, Pretraining
 from .symmetric import dimension
 
@@ -191,11 +191,14 @@ def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None, inner: pt.
 
 
 def _map_replica(pre, order, nodes, inner) -> MapAverages:
-    u = pt.minimiser(pre, order, nodes, inner)
-    c, conjugates = pt.conjugates_at(pre, order, nodes, u)
-    hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
-    s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response))
-    return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells))
+    def block(nodes, inner):
+        u = pt.minimiser(pre, order, nodes, inner)
+        c, conjugates = pt.conjugates_at(pre, order, nodes, u)
+        hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
+        s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response))
+        return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells))
+
+    return in_blocks(block, nodes, inner)
 
 
 def _response_gap(hess, scale):
@@ -224,7 +227,10 @@ def _lora_replica(fine: Finetuning, frozen: FrozenMap, order: Order, nodes, inne
         s = jnp.sum(d.weight * _response_gap(hess, order.response))
         return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two))
 
-    return ft.with_minimisers(fine, order, ft.draws(fine, frozen, nodes), inner, use)
+    def block(nodes, inner):
+        return ft.with_minimisers(fine, order, ft.draws(fine, frozen, nodes), inner, use)
+
+    return in_blocks(block, nodes, inner)
 
 
 def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, inner) -> LoraAverages:
