@@ -22,7 +22,7 @@ from .channel import field_dimension, standard_fields
 from .fixed_point import COLD, Map
 from .order import Order, decode, from_norm, slopes
 from .prox import MapProblem, attach_minimum, locate, polish
-from .quadrature import Nodes, in_blocks, mean, over_replicas, sweep
+from .quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from .setting import Pretraining
 from .symmetric import dimension, to_coordinates
 
@@ -178,12 +178,12 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
 
     def jacobian(x, memory, count):
         def plain(x):
-            c, _ = sweep(lambda n, i: (conjugates(pre, decode(x), n, i), i), nodes, memory, count)
+            c, _ = sweep(lambda n, i: (conjugates(pre, decode(x), n, i), i), nodes, memory, count, write=False)
             return order_parameters(pre, c).encode()
 
         return jax.jacfwd(plain)(x)
 
-    return Map(image, jacobian)
+    return Map(image, jacobian, Slots.commit)
 
 
 def start(pre: Pretraining, weak_ridge: bool = False):

@@ -64,27 +64,60 @@ def over_replicas(f, nodes: Nodes, *mapped):
     return jax.vmap(lambda x: f(*x))(xs)
 
 
-def sweep(f, nodes: Nodes, memory, count):
+class Slots(NamedTuple):
+    """What a search remembers of every replica, in several rows (rows, R, ...): it reads `here` and writes `there`.
+
+    Large arrays are then never copied: a step that is accepted only changes the places of the two rows.
+    """
+
+    data: Any
+    here: Any
+    there: Any
+
+    @staticmethod
+    def of(memory, rows: int = 2) -> Slots:
+        many = jax.tree_util.tree_map(lambda a: jnp.broadcast_to(a, (rows, *jnp.shape(a))), memory)
+        return Slots(many, jnp.array(0), jnp.array(rows - 1))
+
+    def read(self):
+        """What is remembered: the row that is valid."""
+        return jax.tree_util.tree_map(lambda a: a[self.here], self.data)
+
+    def commit(self, accept) -> Slots:
+        """What was written last counts, if `accept`."""
+        return self._replace(
+            here=jnp.where(accept, self.there, self.here), there=jnp.where(accept, self.here, self.there)
+        )
+
+
+def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
     """Mean of `value` over the first `count` replicas, and the new memory, for `f(replica, memory) -> (value, memory)`.
 
     `count` may be traced: a coarse and a fine solve share one compiled loop. An accelerator takes all replicas at
-    once whatever `count` is. Forward-mode derivatives only.
+    once whatever `count` is. Without `write` the memory stays as it is. Forward-mode derivatives only.
     """
     nodes = jax.tree_util.tree_map(jnp.asarray, nodes)
+    each = jax.tree_util.tree_map
     if jax.default_backend() != "cpu":
-        values, memory = jax.vmap(f)(nodes, memory)
+        values, new = jax.vmap(f)(nodes, memory.read())
+        if write:
+            memory = memory._replace(data=each(lambda m, n: m.at[memory.there].set(n), memory.data, new))
         return mean(values), memory
 
-    def one(r, carry):
-        total, memory = carry
-        take = functools.partial(jax.tree_util.tree_map, lambda a: a[r])
-        value, new = f(take(nodes), take(memory))
-        memory = jax.tree_util.tree_map(lambda m, n: m.at[r].set(n), memory, new)
-        return jax.tree_util.tree_map(lambda t, v: t + v / count, total, value), memory
+    def at(r, data):
+        return f(each(lambda a: a[r], nodes), each(lambda a: a[memory.here, r], data))
 
-    shape = jax.eval_shape(lambda n, m: f(*jax.tree_util.tree_map(lambda a: a[0], (n, m)))[0], nodes, memory)
-    zero = jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), shape)
-    return jax.lax.fori_loop(0, count, one, (zero, memory))
+    def one(r, carry):
+        total, data = carry
+        value, new = at(r, memory.data if data is None else data)
+        if data is not None:
+            data = each(lambda m, n: m.at[memory.there, r].set(n), data, new)
+        return each(lambda t, v: t + v / count, total, value), data
+
+    shape = jax.eval_shape(lambda: at(0, memory.data)[0])
+    zero = each(lambda v: jnp.zeros(v.shape, v.dtype), shape)
+    total, data = jax.lax.fori_loop(0, count, one, (zero, memory.data if write else None))
+    return total, memory._replace(data=data) if write else memory
 
 
 #: Nodes that are averaged over together on a CPU, so that their matrices stay in its caches.
