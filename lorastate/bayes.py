@@ -38,6 +38,8 @@ from .activation import Activation, Custom, Identity
 from .base_law import BaseLaw, Wishart
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, fixed_point
+from .generalization import node_dimension, row_error
+from .program import Program
 from .quadrature import Nodes, gaussian_nodes
 from .setting import Finetuning, Pretraining, Setting
 from .symmetric import complement, to_matrix
@@ -111,6 +113,7 @@ class BayesFinetuning(NamedTuple):
 
 
 _REPLICAS, _OUTER, _INNER = 8, 4096, 256  # replicas, nodes, samples from the prior (and as many around the peaks)
+_CLEAR = 0.3  # distance of log s from its image from which on one replica tells the sign
 
 
 def _posterior(log_s, noise, normal, weight, xi, tokens: int, shift: bool):
@@ -176,15 +179,18 @@ def _solve_transposed(low, b):
     return jnp.stack(x)
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "shift"))
-def _response(log_s, noise, alpha, nodes: Nodes, xi, tokens: int, shift: bool):
-    """(log of the new s, free entropy without the part of s) for all replicas, (R,) each, at one log s."""
+@Program
+def _response(log_s, noise, alpha, nodes: Nodes, xi, tokens: int, shift: bool, count):
+    """(log of the new s, free entropy without the part of s) at one log s, (R,) each; NaN from replica `count` on."""
+    normal, weight = jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)
 
-    def one(x):
-        size, log = _posterior(log_s, noise, x[0], x[1], xi, tokens, shift)
-        return -jnp.log1p(alpha * size / jnp.exp(log_s)), alpha * log
+    def one(r, out):
+        size, log = _posterior(log_s, noise, normal[r], weight[r], xi, tokens, shift)
+        found = -jnp.log1p(alpha * size / jnp.exp(log_s)), alpha * log
+        return tuple(a.at[r].set(v) for a, v in zip(out, found, strict=True))
 
-    return jax.lax.map(one, (jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)))
+    none = jnp.full(len(weight), jnp.nan)
+    return jax.lax.fori_loop(0, count, one, (none, none))
 
 
 def _nodes(tokens: int, shift: bool):
@@ -200,6 +206,27 @@ def root_between(f, a: float, b: float, xtol: float = 1e-10) -> float:
     return float(found)
 
 
+def _closed_in(excess, a: float, b: float) -> float:
+    """Root of `excess(x)` between a and b: that of one replica first, from there a few secant steps with all."""
+
+    def rough(x):
+        return excess(x, 1)
+
+    if rough(a) > 0 >= rough(b):
+        x = root_between(rough, a, b, 1e-6)
+        f, slope = excess(x), (rough(x + 1e-3) - rough(x - 1e-3)) / 2e-3
+        for _ in range(6):
+            step = -f / slope
+            if not a <= x + step <= b:
+                break
+            x, before = x + step, f
+            if abs(step) < 1e-10:
+                return x
+            f = excess(x)
+            slope = (f - before) / step if f != before else slope
+    return root_between(excess, a, b)
+
+
 def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesFinetuning:
     """Bayes-optimal limit of `fine` on fresh inputs with this Delta_eff (`lam` plays no part).
 
@@ -213,19 +240,25 @@ def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesF
         return BayesFinetuning(1.0, 1.0, max(noise, 0.0), 0.0)
     nodes, xi = _nodes(t, shift)
 
-    def at(log_s):
-        new, log = (np.asarray(v) for v in _response(log_s, noise, alpha, nodes, xi, t, shift))
-        return new, log
+    @functools.cache
+    def at(log_s: float, count: int = _REPLICAS):
+        given = (jnp.asarray(log_s), jnp.asarray(noise), jnp.asarray(alpha), nodes, xi, t, shift, jnp.asarray(count))
+        return [np.asarray(v)[:count] for v in _response(*given)]
 
-    def excess(log_s):
-        return float(np.log(np.mean(np.exp(at(log_s)[0])))) - log_s
+    def excess(log_s: float, count: int = _REPLICAS):
+        return float(np.log(np.mean(np.exp(at(float(log_s), count)[0])))) - float(log_s)
+
+    def height(log_s):
+        """`excess`, of one replica where that tells its sign."""
+        rough = excess(log_s, 1)
+        return rough if abs(rough) > _CLEAR else excess(log_s)
 
     low = np.log(1e-2 * min(1.0, noise / (4 * alpha * t)))
     grid = np.concatenate([np.linspace(low, np.log(0.5), 10), np.log([0.7, 0.85, 0.95, 0.99])])
-    heights = [excess(x) for x in grid]
+    heights = [height(x) for x in grid[:-1]] + [excess(grid[-1])]
     # A stable solution is where the new s passes s from above; q = 0 is one if it does so at the end.
     solutions = [
-        root_between(excess, float(a), float(b))
+        _closed_in(excess, float(a), float(b))
         for a, b, up, down in zip(grid, grid[1:], heights, heights[1:], strict=False)
         if up > 0 >= down
     ]
@@ -241,7 +274,7 @@ def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesF
     if best == 0.0:
         return BayesFinetuning(0.0, 0.0, noise, 0.0)
     q, h = 1 - float(np.exp(best)), 1e-3
-    slope = (excess(best + h) - excess(best - h)) / (2 * h)
+    slope = (excess(best + h, 1) - excess(best - h, 1)) / (2 * h)
     spread = float(np.std(at(best)[0], ddof=1) / np.sqrt(_REPLICAS)) / abs(slope)
     return BayesFinetuning(q, float(np.sqrt(q)), noise, (1 - q) * spread)
 
@@ -255,7 +288,8 @@ def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
     t, shift = fine.tokens, _shift(fine.activation)
     nodes, xi = _nodes(t, shift)
     q = 1e-3
-    new, _ = _response(np.log1p(-q), float(effective_noise), 1.0, nodes, xi, t, shift)
+    given = (jnp.asarray(v) for v in (np.log1p(-q), float(effective_noise), 1.0))
+    new, _ = _response(*given, nodes, xi, t, shift, jnp.asarray(_REPLICAS))
     return q / float(np.mean(np.expm1(-np.asarray(new))))
 
 
@@ -270,25 +304,17 @@ def _shift(activation: Activation) -> bool:
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "lora"))
+@functools.partial(Program, quick=True)
 def _posterior_error(activation: Activation, norm, noise, q, nodes: Nodes, tokens: int, lora: bool):
     """E || sigma(Y1) - sigma(Y2) ||^2 / 2 of every replica: Y = Z + sqrt(noise) GOE + chi chi^T given Z and omega."""
-    t = tokens
+    fields, tokens_law = (norm + noise, norm, norm + noise), (1.0, q, 1.0) if lora else (0.0, 0.0, 0.0)
 
-    def one(x, weight):
-        scale = jnp.ones((t, 1)).at[0].set(jnp.sqrt(2.0))  # a row of a GOE field: its diagonal entry varies twice
-        z, first, second = (scale * x[k * t : (k + 1) * t] for k in range(3))
-        rows = []
-        for k, g in enumerate((first, second)):
-            y = jnp.sqrt(norm) * z + jnp.sqrt(noise) * g
-            if lora:
-                own = x[(4 + k) * t : (5 + k) * t]
-                chi = jnp.sqrt(q) * x[3 * t : 4 * t] + jnp.sqrt(jnp.maximum(1 - q, 0.0)) * own
-                y = y + chi[:1] * chi
-            rows.append(activation.row(y))
-        return t * jnp.sum(weight * jnp.sum((rows[0] - rows[1]) ** 2, 0)) / 2
+    def one(n):
+        x, weight = n
+        pair = (x[0], q * x[0] + jnp.sqrt(jnp.maximum(1 - q**2, 0.0)) * x[1]) if lora else (0.0, 0.0)
+        return row_error(activation, tokens, fields, tokens_law, *pair, x[2:], weight) / 2
 
-    return jax.lax.map(lambda n: one(*n), (jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)))
+    return jax.lax.map(one, (jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)))
 
 
 def _error(activation, tokens, norm, noise, q=None) -> tuple[float, float]:
@@ -297,8 +323,9 @@ def _error(activation, tokens, norm, noise, q=None) -> tuple[float, float]:
         lora = 0.0 if q is None else 1 - q**2
         return (1 + 1 / tokens) * (noise + lora), 0.0
     lora = q is not None
-    nodes = gaussian_nodes((6 if lora else 3) * tokens, 2**17, _REPLICAS, 2)
-    values = np.asarray(_posterior_error(activation, norm, noise, q if lora else 0.0, nodes, tokens, lora))
+    nodes = gaussian_nodes(node_dimension(activation, tokens), 2**17, _REPLICAS, 2)
+    given = (jnp.asarray(v) for v in (norm, noise, q if lora else 0.0))
+    values = np.asarray(_posterior_error(activation, *given, nodes, tokens, lora))
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(_REPLICAS))
 
 

@@ -21,7 +21,7 @@ from .channel import Fields, FrozenMap
 from .fixed_point import COLD, Map
 from .order import Order, decode, from_norm, slopes
 from .prox import VectorProblem
-from .quadrature import Nodes, mean, over_replicas, sweep
+from .quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from .setting import Finetuning
 
 #: Size of the LoRA teacher: entries of w* are N(0, q0).
@@ -159,7 +159,7 @@ def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: we
     def use(d, chi, *_):
         return conjugates_at(fine, order, d, chi)
 
-    return with_minimisers(fine, order, draws(fine, frozen, nodes), inner, use)
+    return in_blocks(lambda n, i: with_minimisers(fine, order, draws(fine, frozen, n), i, use), nodes, inner)
 
 
 def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> Conjugates:
@@ -225,12 +225,15 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
 
     def jacobian(x, memory, count):
         def plain(x):
-            c, _ = sweep(lambda n, i: (conjugates(fine, frozen, decode(x), n, i), i), nodes, memory.inner, count)
+            def at(n, m):
+                return conjugates(fine, frozen, decode(x), n, m.inner), m
+
+            c, _ = sweep(at, nodes, memory, count, write=False)
             return order_parameters(fine, c).encode()
 
         return jax.jacfwd(plain)(x)
 
-    return Map(image, jacobian)
+    return Map(image, jacobian, Slots.commit)
 
 
 def start(informative: bool = True):

@@ -120,12 +120,13 @@ class Map(NamedTuple):
 
     `image(x, memory, cold, index) -> (F(x), memory, sure)`: `memory` (any pytree) carries what makes the next
     evaluation cheaper, such as inner minimisers. `cold` is `WARM`, `COLD` (do not rely on it) or `CHECK` (nor spare any
-    effort); `sure` says that a check would give the same. `jacobian(x, memory, index)` is dF/dx where `image` left
-    `memory`.
+    effort); `sure` says that a check would give the same. `commit(memory, accept)` makes that evaluation count or keeps
+    the memory of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts.
     """
 
     image: Callable
     jacobian: Callable
+    commit: Callable = lambda memory, accept: memory
 
 
 #: Residual at which a solve whose map may jump is first checked by a cold evaluation.
@@ -232,7 +233,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         length = jnp.where(accept, jnp.where(use_picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
         length = jnp.where(stay | renew, s.length, length)
         x = jnp.where(accept, trial, s.x)
-        memory = jax.tree_util.tree_map(lambda new, old: jnp.where(accept, new, old), memory, s.memory)
+        memory = fmap.commit(memory, accept & ~probing)
         move, change = trial - s.x, image - s.image
         square = move @ move
         secant = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
@@ -294,7 +295,8 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         # A map that jumps changes by more than its smooth part: its slope is measured over a finite distance.
         felt = (new.code == Code.stalled) | (new.code == Code.floor)
         new = new._replace(probe=jnp.where(felt & check, 0, s.probe))
-        return jax.tree_util.tree_map(lambda a, b: jnp.where(probing, a, b), probed, new)
+        small = (probed._replace(memory=None), new._replace(memory=None))
+        return jax.tree_util.tree_map(lambda a, b: jnp.where(probing, a, b), *small)._replace(memory=memory)
 
     inf, no, far, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0)
     start = _State(

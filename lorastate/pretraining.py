@@ -22,7 +22,7 @@ from .channel import field_dimension, standard_fields
 from .fixed_point import COLD, Map
 from .order import Order, decode, from_norm, slopes
 from .prox import MapProblem, attach_minimum, locate, polish
-from .quadrature import Nodes, mean, over_replicas, sweep
+from .quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from .setting import Pretraining
 from .symmetric import dimension, to_coordinates
 
@@ -132,8 +132,9 @@ def conjugates_at(pre: Pretraining, order: Order, nodes: Nodes | None, u):
 
 def conjugates(pre: Pretraining, order: Order, nodes: Nodes | None, inner: Inner | None) -> Conjugates:
     """First half-step, (V, M, Q) -> (q^, m^, s^), from one replica of nodes and its inner minimisers."""
-    u = None if nodes is None or inner is None else minimiser(pre, order, nodes, inner)
-    return conjugates_at(pre, order, nodes, u)[1]
+    if nodes is None:
+        return conjugates_at(pre, order, None, None)[1]
+    return in_blocks(lambda n, i: conjugates_at(pre, order, n, minimiser(pre, order, n, i))[1], nodes, inner)
 
 
 def thresholds(pre: Pretraining, c: Conjugates):
@@ -198,12 +199,12 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
 
     def jacobian(x, memory, count):
         def plain(x):
-            c, _ = sweep(lambda n, i: (conjugates(pre, decode(x), n, i), i), nodes, memory, count)
+            c, _ = sweep(lambda n, i: (conjugates(pre, decode(x), n, i), i), nodes, memory, count, write=False)
             return image_of(pre, c)
 
         return jax.jacfwd(plain)(x)
 
-    return Map(image, jacobian)
+    return Map(image, jacobian, Slots.commit)
 
 
 def start(pre: Pretraining, weak_ridge: bool = False):

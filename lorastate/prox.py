@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from .activation import Activation
 from .symmetric import hessian_to_coordinates, to_coordinates, to_matrix
@@ -228,12 +230,24 @@ def attach_minimum(problem, u):
     return u
 
 
-@attach_minimum.defjvp
 def _attach_minimum_jvp(primals, tangents):
     problem, u = primals
     u = attach_minimum(problem, u)
-    dg = jax.jvp(lambda p: p.terms(u)[1], (problem,), (tangents[0],))[1]
+    # Only what has a tangent is differentiated: omega and the response alone, where order parameters move.
+    moves = jax.tree_util.tree_map(lambda t: not _is_zero(t), tangents[0], is_leaf=_is_zero)
+    moving, still = eqx.partition(problem, moves)
+    velocity = eqx.filter(tangents[0], moves, is_leaf=_is_zero)
+    if not jax.tree_util.tree_leaves(velocity):
+        return u, jnp.zeros_like(u)
+    dg = jax.jvp(lambda p: eqx.combine(p, still).terms(u)[1], (moving,), (velocity,))[1]
     return u, -ldl_solve(problem.terms(u)[2], dg)[0]
+
+
+def _is_zero(t) -> bool:
+    return isinstance(t, SymbolicZero)
+
+
+attach_minimum.defjvp(_attach_minimum_jvp, symbolic_zeros=True)
 
 
 def minimise(problem, start, max_steps: int = 100):
@@ -246,8 +260,18 @@ def minimise(problem, start, max_steps: int = 100):
 def polish(problem, u, steps: int = 3):
     """A few Newton steps, each cut to 0.3, towards a minimiser that is near `u` already; carries no derivative."""
 
-    def body(_, u):
-        _, g, h = problem.terms(u)
-        return u - jnp.clip(ldl_solve(h, g)[0], -0.3, 0.3)
+    problem, u = jax.lax.stop_gradient((problem, u))
+    nodes = u.shape[1]
+    group = _group(nodes)
 
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, body, u))
+    def block(k, u):
+        index = jnp.minimum(k * group + jnp.arange(group), nodes - 1)
+        part = problem.take(index)
+
+        def body(_, u):
+            _, g, h = part.terms(u)
+            return u - jnp.clip(ldl_solve(h, g)[0], -0.3, 0.3)
+
+        return u.at[:, index].set(jax.lax.fori_loop(0, steps, body, u[:, index]))
+
+    return jax.lax.fori_loop(0, -(-nodes // group), block, u)

@@ -64,27 +64,94 @@ def over_replicas(f, nodes: Nodes, *mapped):
     return jax.vmap(lambda x: f(*x))(xs)
 
 
-def sweep(f, nodes: Nodes, memory, count):
+class Slots(NamedTuple):
+    """What a search remembers of every replica, in several rows (rows, R, ...): it reads `here` and writes `there`.
+
+    Large arrays are then never copied: a step that is accepted only changes the places of the two rows.
+    """
+
+    data: Any
+    here: Any
+    there: Any
+
+    @staticmethod
+    def of(memory, rows: int = 2) -> Slots:
+        many = jax.tree_util.tree_map(lambda a: jnp.broadcast_to(a, (rows, *jnp.shape(a))), memory)
+        return Slots(many, jnp.array(0), jnp.array(rows - 1))
+
+    def read(self):
+        """What is remembered: the row that is valid."""
+        return jax.tree_util.tree_map(lambda a: a[self.here], self.data)
+
+    def commit(self, accept) -> Slots:
+        """What was written last counts, if `accept`."""
+        return self._replace(
+            here=jnp.where(accept, self.there, self.here), there=jnp.where(accept, self.here, self.there)
+        )
+
+
+def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
     """Mean of `value` over the first `count` replicas, and the new memory, for `f(replica, memory) -> (value, memory)`.
 
     `count` may be traced: a coarse and a fine solve share one compiled loop. An accelerator takes all replicas at
-    once whatever `count` is. Forward-mode derivatives only.
+    once whatever `count` is. Without `write` the memory stays as it is. Forward-mode derivatives only.
     """
     nodes = jax.tree_util.tree_map(jnp.asarray, nodes)
+    each = jax.tree_util.tree_map
     if jax.default_backend() != "cpu":
-        values, memory = jax.vmap(f)(nodes, memory)
+        values, new = jax.vmap(f)(nodes, memory.read())
+        if write:
+            memory = memory._replace(data=each(lambda m, n: m.at[memory.there].set(n), memory.data, new))
         return mean(values), memory
 
-    def one(r, carry):
-        total, memory = carry
-        take = functools.partial(jax.tree_util.tree_map, lambda a: a[r])
-        value, new = f(take(nodes), take(memory))
-        memory = jax.tree_util.tree_map(lambda m, n: m.at[r].set(n), memory, new)
-        return jax.tree_util.tree_map(lambda t, v: t + v / count, total, value), memory
+    def at(r, data):
+        return f(each(lambda a: a[r], nodes), each(lambda a: a[memory.here, r], data))
 
-    shape = jax.eval_shape(lambda n, m: f(*jax.tree_util.tree_map(lambda a: a[0], (n, m)))[0], nodes, memory)
+    def one(r, carry):
+        total, data = carry
+        value, new = at(r, memory.data if data is None else data)
+        if data is not None:
+            data = each(lambda m, n: m.at[memory.there, r].set(n), data, new)
+        return each(lambda t, v: t + v / count, total, value), data
+
+    shape = jax.eval_shape(lambda: at(0, memory.data)[0])
+    zero = each(lambda v: jnp.zeros(v.shape, v.dtype), shape)
+    total, data = jax.lax.fori_loop(0, count, one, (zero, memory.data if write else None))
+    return total, memory._replace(data=data) if write else memory
+
+
+#: Nodes that are averaged over together on a CPU, so that their matrices stay in its caches.
+_BLOCK = 256
+
+
+def in_blocks(f, nodes: Nodes, inner):
+    """`f(nodes, inner)` of one replica, a sum over its nodes, as the sum over blocks of them on a CPU.
+
+    `inner` (any pytree): arrays whose last axis runs over the nodes, or over several copies of them, and scalars.
+    A node and its mirror image are in the same block.
+    """
+    half = nodes.weight.shape[-1] // 2
+    size = min(half, _BLOCK // 2)
+    count = half // size
+    if count == 1 or half % size or jax.default_backend() != "cpu":
+        return f(nodes, inner)
+
+    def cut(a, k):
+        a = jnp.asarray(a)
+        if a.ndim == 0:
+            return a
+        parts = a.reshape(*a.shape[:-1], -1, half)
+        return jax.lax.dynamic_slice_in_dim(parts, k * size, size, -1).reshape(*a.shape[:-1], -1)
+
+    def at(k):
+        return f(*jax.tree_util.tree_map(lambda a: cut(a, k), (nodes, inner)))
+
+    def one(total, k):
+        return jax.tree_util.tree_map(jnp.add, total, at(k)), None
+
+    shape = jax.eval_shape(at, 0)
     zero = jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), shape)
-    return jax.lax.fori_loop(0, count, one, (zero, memory))
+    return jax.lax.scan(one, zero, jnp.arange(count))[0]
 
 
 def mean(tree):
@@ -103,6 +170,25 @@ def _matched_weights(half: np.ndarray, even: np.ndarray) -> np.ndarray:
         return np.full(2 * n, 0.5 / n)
     target = np.zeros(len(features))
     target[0] = 1.0
-    coefficients = np.linalg.solve(features @ features.T / n, target - features.mean(1))
-    weight = (1.0 + coefficients @ features) / n
+    weight = (1.0 + _least_change(features, target - features.mean(1))) / n
     return np.concatenate([weight, weight]) / 2
+
+
+def _least_change(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The shortest w (n,) with `features @ w / n = wanted`, by conjugate gradients: features are nearly orthonormal.
+
+    Without BLAS, whose threads take a hundred times longer where other work keeps the cores busy.
+    """
+    n = features.shape[1]
+    w, residual = np.zeros(n), wanted
+    direction, size = np.zeros_like(wanted), np.inf
+    for _ in range(20 * len(wanted)):
+        before, size = size, np.sum(residual**2)
+        if size <= 1e-32 * np.sum(wanted**2):
+            break
+        direction = residual + size / before * direction
+        along = np.einsum("ij,i->j", features, direction)
+        length = size * n / np.sum(along**2)
+        w = w + length * along
+        residual = residual - length / n * np.einsum("ij,j->i", features, along)
+    return w

@@ -23,6 +23,7 @@ from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, Stage, iterate
 from .order import Order, decode, from_norm
 from .program import Program
+from .quadrature import Slots
 from .setting import Pretraining, Setting
 from .setting_file import replace
 from .solution import Solution, predict
@@ -59,8 +60,9 @@ def _at_rest(fine, frozen, numerics, nodes):
     method = Method(tolerance=1e-7, max_steps=numerics.max_steps, floor=5e-3, require_stable=False)
     start = from_norm(jnp.array(0.3), jnp.array(0.0), jnp.array(0.5), ft.TEACHER_SIZE).encode()
     stage = Stage.of(method, numerics.replicas)
+    memory = Slots.of(ft.no_memory(fine, nodes))
     point, jacobian, _ = iterate(
-        ft.state_evolution(fine, frozen, nodes), stage, False, start, jnp.zeros((3, 3)), ft.no_memory(fine, nodes)
+        ft.state_evolution(fine, frozen, nodes), stage, False, start, jnp.zeros((3, 3)), memory
     )
     return point, jacobian[1, 1]
 

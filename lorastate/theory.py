@@ -6,7 +6,6 @@ touch (`lorastate.solution`, `lorastate.design`) is a view of it. It is jitted o
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, 
 from .generalization import finetuning_error, node_dimension, pretraining_error
 from .order import RESPONSE_FLOOR, Order, decode, from_norm
 from .prox import ldl_solve
-from .quadrature import Nodes, gaussian_nodes, mean, over_replicas
+from .quadrature import Nodes, Slots, gaussian_nodes, in_blocks, mean, over_replicas
 from .setting import Finetuning, Numerics, Pretraining
 from .symmetric import dimension
 
@@ -77,10 +76,10 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
     """Fixed point of pre-training (no derivative), from the usual start or, where that fails, that of weak ridges."""
     pre = jax.lax.stop_gradient(pre)
     if nodes is None:
-        fmap, memory = plain_map(pt.step, pre), None
+        fmap, memory = plain_map(pt.step, pre), Slots.of(None)
         rules = [Stage.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))]
     else:
-        fmap, memory = pt.state_evolution(pre, nodes), pt.no_inner(pre, nodes)
+        fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
         rules = _stages(numerics, 1e-4)
     # The first stage twice, from either start; the second time only if the first has failed: NaN stops at once.
     rules = _stacked([rules[0], *rules])
@@ -90,19 +89,20 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
     index = jnp.arange(len(starts))
 
     def stage(carry, job):
-        x, solved, *kept = carry
+        x, solved, jac, memory = carry
         rules, start, k = job
         x0 = jnp.where(k < 2, jnp.where(solved, jnp.nan, start), x)
-        point, *found = iterate(fmap, rules, True, x0, *kept)
+        point, found, memory = iterate(fmap, rules, True, x0, jac, memory)
         skip = (k == 1) & (solved | ~succeeded(point.code))
-        keep = functools.partial(jax.tree_util.tree_map, lambda a, b: jnp.where(skip, a, b))
-        return (keep(x, point.x), skip | succeeded(point.code), *keep(kept, found)), (point, skip)
+        x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
+        return (x, skip | succeeded(point.code), jac, memory), (point, skip)
 
     first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory)
     carry, (points, skipped) = jax.lax.scan(stage, first, (rules, starts, index))
     taken = jnp.max(jnp.where(skipped, 0, index))
     chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
-    return Solved(chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps))), carry[2], carry[3])
+    chosen = chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps)))
+    return Solved(chosen, carry[2], carry[3].read())
 
 
 def _stacked(trees):
@@ -118,13 +118,14 @@ class Branches(NamedTuple):
 
 
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes):
-    """Solutions from both starts, stacked, and whether the two are the same one (no derivatives)."""
+    """Solutions from both starts, stacked, with their Jacobians, c of every replica and rows of the memory as `inner`;
+    that memory; whether the two are the same one. No derivatives."""
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
     fmap = ft.state_evolution(fine, frozen, nodes)
     last, escape = 1, 2
 
     def job(carry, rules_kind_branch):
-        xs, jacs, memories, codes, same = carry
+        xs, jacs, potentials, rows, codes, memory, same = carry
         rules, kind, k = rules_kind_branch
         same = jnp.where((kind == last) & (k == 0), jnp.max(jnp.abs(xs[0] - xs[1])) < 0.02, same)
         # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
@@ -133,32 +134,45 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         lost = (codes[0] == Code.unstable) & ~succeeded(codes[1])
         skip = ((kind == escape) & ~lost) | ((kind == last) & same & (k == 1))
         x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, _pushed(xs[k]), xs[k]))
-        start = jax.tree_util.tree_map(lambda a: a[k], (jacs, memories))
-        point, jac, memory = iterate(fmap, rules, True, x0, *start)
+        # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
+        here = jnp.where(kind == escape, rows[1], rows[k])
+        memory = _with_flags(memory._replace(here=here), *(v[rows[k]] for v in _flags(memory)))
+        point, jac, memory = iterate(fmap, rules, True, x0, jacs[k], memory)
         # What the first replica found at the end of the coarse stage decides how all of them are searched.
-        inner = memory.inner
-        thorough, needed = (jnp.where(kind > 0, v, inner.needed[0]) for v in (inner.thorough, inner.needed))
-        memory = memory._replace(inner=inner._replace(thorough=thorough, needed=needed))
+        thorough, needed = (v[memory.here] for v in _flags(memory))
+        memory = _with_flags(memory, *(jnp.where(kind > 0, v, needed[0]) for v in (thorough, needed)))
         kept = (kind == escape) & ~jnp.all(jnp.isfinite(point.x))
         put = jax.tree_util.tree_map(
             lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)),
-            (xs, jacs, memories, codes),
-            (point.x, jac, memory, point.code),
+            (xs, jacs, potentials, rows, codes),
+            (point.x, jac, memory.data.potential[memory.here], memory.here, point.code),
         )
-        return (*put, same), (point, kept)
+        return (*put, memory, same), (point, kept)
 
     x0 = jnp.stack([ft.start(True), ft.start(False)])
-    two = jax.tree_util.tree_map(lambda a: jnp.stack([a, a]), ft.no_memory(fine, nodes))
+    memory = Slots.of(ft.no_memory(fine, nodes), 3)
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     rough, refined = _stages(numerics, 1e-3, settle=0.03)
     rules = (rough, refined, refined._replace(settle=0.0))
     kinds, branches = jnp.array([0, 0, last, last, escape]), jnp.array([0, 1, 0, 1, 0])
     jobs = (_stacked([rules[i] for i in (0, 0, 1, 1, 2)]), kinds, branches)
-    state = (x0, jnp.zeros((2, 3, 3)), two, jnp.zeros(2, int), jnp.array(False))
-    (_, jacs, memories, _, same), (points, kept) = jax.lax.scan(job, state, jobs)
+    potentials = memory.data.potential[:2]
+    state = (x0, jnp.zeros((2, 3, 3)), potentials, jnp.arange(2), jnp.zeros(2, int), memory, jnp.array(False))
+    (_, jacs, potentials, rows, _, memory, same), (points, kept) = jax.lax.scan(job, state, jobs)
     final = jax.tree_util.tree_map(lambda a: jnp.stack([jnp.where(kept[4], a[2], a[4]), a[3]]), points)
     steps = points.steps[:2] + points.steps[2:4] + jnp.array([1, 0]) * points.steps[4]
-    return Solved(final._replace(steps=steps), jacs, memories), same
+    return Solved(final._replace(steps=steps), jacs, (potentials, rows)), memory, same
+
+
+def _flags(memory: Slots):
+    return memory.data.inner.thorough, memory.data.inner.needed
+
+
+def _with_flags(memory: Slots, thorough, needed) -> Slots:
+    """The memory with these two flags of every replica in its valid row."""
+    inner, here = memory.data.inner, memory.here
+    inner = inner._replace(thorough=inner.thorough.at[here].set(thorough), needed=inner.needed.at[here].set(needed))
+    return memory._replace(data=memory.data._replace(inner=inner))
 
 
 def _pushed(x):
@@ -192,11 +206,14 @@ def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None, inner: pt.
 
 
 def _map_replica(pre, order, nodes, inner) -> MapAverages:
-    u = pt.minimiser(pre, order, nodes, inner)
-    c, conjugates = pt.conjugates_at(pre, order, nodes, u)
-    hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
-    s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response))
-    return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells))
+    def block(nodes, inner):
+        u = pt.minimiser(pre, order, nodes, inner)
+        c, conjugates = pt.conjugates_at(pre, order, nodes, u)
+        hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
+        s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response))
+        return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells))
+
+    return in_blocks(block, nodes, inner)
 
 
 def _response_gap(hess, scale):
@@ -225,7 +242,10 @@ def _lora_replica(fine: Finetuning, frozen: FrozenMap, order: Order, nodes, inne
         s = jnp.sum(d.weight * _response_gap(hess, order.response))
         return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two))
 
-    return ft.with_minimisers(fine, order, ft.draws(fine, frozen, nodes), inner, use)
+    def block(nodes, inner):
+        return ft.with_minimisers(fine, order, ft.draws(fine, frozen, nodes), inner, use)
+
+    return in_blocks(block, nodes, inner)
 
 
 def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, inner) -> LoraAverages:
@@ -416,7 +436,8 @@ def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, nume
     frozen = jax.lax.stop_gradient(frozen_at(pre, fine, first.x))
     fine = jax.lax.stop_gradient(fine)
     prepared = ft.prepare(fine, frozen, nodes)
-    solved, same = search_finetuning(fine, frozen, numerics, prepared)
+    solved, memory, same = search_finetuning(fine, frozen, numerics, prepared)
+    potentials, rows = solved.inner
     # Where the second start found nothing new it stands for the first.
     starts = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), solved.point)
 
@@ -424,11 +445,11 @@ def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, nume
         order = decode(x)
         return ft.free_energy(fine, order, ft.conjugates_of(fine, order), potential.mean())
 
-    energies = jax.vmap(energy_at)(solved.point.x, solved.inner.potential)
+    energies = jax.vmap(energy_at)(solved.point.x, potentials)
     energies = jnp.where(same, energies[0], energies)
     chosen = jnp.where(same, 0, _lowest(starts.code, energies))
-    best = jax.tree_util.tree_map(lambda a: a[chosen], solved)
-    best = best._replace(inner=best.inner.inner)
+    point, jacobian = jax.tree_util.tree_map(lambda a: a[chosen], (solved.point, solved.jacobian))
+    best = Solved(point, jacobian, memory._replace(here=rows[chosen]).read().inner)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
     code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
