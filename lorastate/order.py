@@ -8,6 +8,9 @@ In both stages the theory is the expectation, over a Gaussian pair (teacher, stu
 The pair is written as  student = (overlap / size) teacher + noise * g  with g an independent standard field and
 noise^2 = norm - overlap^2 / size >= 0. The solver works with (log response, overlap, noise): the teacher's
 nodes never move, and the trivial solution (a student that is exactly zero) is an ordinary point.
+
+All three are numbers or, for an update of higher rank than its teacher, pairs (2,): of its directions along the
+teacher's and of the spare ones, whose overlap is zero.
 """
 
 from __future__ import annotations
@@ -33,11 +36,15 @@ class Order(NamedTuple):
         return self.overlap**2 / size + self.noise**2
 
     def encode(self):
-        return jnp.stack([jnp.log(self.response), self.overlap, self.noise])
+        """The solver's coordinates, (3,), or (5,) for pairs: the overlap of spare directions is none of them."""
+        response, overlap, noise = (jnp.atleast_1d(v) for v in (jnp.log(self.response), self.overlap, self.noise))
+        return jnp.concatenate([response, overlap[:1], noise])
 
 
 def decode(x) -> Order:
-    return Order(jnp.exp(x[0]), x[1], x[2])
+    if len(x) == 3:
+        return Order(jnp.exp(x[0]), x[1], x[2])
+    return Order(jnp.exp(x[:2]), jnp.stack([x[2], jnp.zeros_like(x[2])]), x[3:])
 
 
 def from_norm(response, overlap, norm, size) -> Order:
