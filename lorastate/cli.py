@@ -705,7 +705,7 @@ def _branch_line(branches: Any) -> str:
 
     parts = []
     for k, name in enumerate(("informative", "small")):
-        energy, m = float(branches.free_energy[k]), float(decode(branches.solution.x[k]).overlap)
+        energy, m = float(branches.free_energy[k]), float(decode(branches.solution.x[k]).along.overlap)
         code = Code(int(branches.solution.code[k])).name
         mark = " (taken)" if int(branches.chosen) == k else ""
         parts.append(f"{name} start {code}, m {_number(m, 4)}, phi {_number(energy)}{mark}")

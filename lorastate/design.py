@@ -37,7 +37,7 @@ from .solution import Solution, predict, solve
 OBJECTIVES = {
     "test_error": theory.lora_error,
     "effective_noise": lambda fine, frozen, order, nodes: fine.effective_noise(frozen),
-    "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(order),
+    "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(fine, order),
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 #: Floors of response and noise; a solution that sits on them is the zero student and is reported as such.
 RESPONSE_FLOOR, NOISE_FLOOR = 1e-9, 1e-7
@@ -34,6 +35,11 @@ class Order(NamedTuple):
     def norm(self, size):
         """Q (or q) = overlap^2 / size + noise^2."""
         return self.overlap**2 / size + self.noise**2
+
+    @property
+    def along(self) -> Order:
+        """The numbers of the directions along the teacher's."""
+        return self if jnp.ndim(self.response) == 0 else Order(*(v[0] for v in self))
 
     def encode(self):
         """The solver's coordinates, (3,), or (5,) for pairs: the overlap of spare directions is none of them."""
@@ -52,6 +58,29 @@ def from_norm(response, overlap, norm, size) -> Order:
     square = norm - overlap**2 / size
     noise = jnp.sqrt(jnp.where(square <= NOISE_FLOOR**2, NOISE_FLOOR**2, square))
     return Order(jnp.where(response <= RESPONSE_FLOOR, RESPONSE_FLOOR, response), overlap, noise)
+
+
+def directions(rank: int, teacher_rank: int) -> Any:
+    """How many columns of an update each number of its `Order` stands for: r, or the pair (r*, r - r*)."""
+    return rank if rank <= teacher_rank else np.array([teacher_rank, rank - teacher_rank])
+
+
+def student_field(order: Order, teacher, rows: int, size):
+    """(base, scale) of omega = base + scale g, (rows, N), along a `teacher` (r* T, N): columns one after the other."""
+    along = len(teacher)
+    base = per_row(order.overlap, along, rows) / size * matched(teacher, rows)
+    return base, per_row(order.noise, along, rows)
+
+
+def matched(teacher, rows: int):
+    """The column of the teacher that each column of the student follows, (rows, N); zero where there is none."""
+    missing = rows - len(teacher)
+    return teacher[:rows] if missing <= 0 else jnp.pad(teacher, ((0, missing), (0, 0)))
+
+
+def per_row(value, along: int, rows: int):
+    """A number as it is; a pair as one number for each of the first `along` rows and one for the others, (rows, 1)."""
+    return value if jnp.ndim(value) == 0 else jnp.where(jnp.arange(rows)[:, None] < along, value[0], value[1])
 
 
 class Slopes(NamedTuple):

@@ -20,8 +20,8 @@ from .setting import Finetuning, Numerics, Pretraining, Setting
 #: Sections and keys of a settings file.
 KEYS: dict[str, tuple[str, ...]] = {
     "pretraining": ("activation", "beta", "tokens", "alpha", "kappa0", "kappa", "delta", "lam"),
-    "finetuning": ("alpha", "lam", "delta", "activation", "beta", "tokens", "inputs", "label_noise", "reused_fraction",
-                   "rho", "pool", "score", "recalibration"),
+    "finetuning": ("alpha", "lam", "rank", "teacher_rank", "delta", "activation", "beta", "tokens", "inputs",
+                   "label_noise", "reused_fraction", "rho", "pool", "score", "recalibration"),
     "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps"),
 }  # fmt: skip
 _CONTINUOUS = ("alpha", "kappa0", "kappa", "delta", "lam", "beta")

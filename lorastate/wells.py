@@ -36,6 +36,8 @@ from .prox import VectorProblem, attach_minimum, ldl_solve
 class Student(NamedTuple):
     """omega = base + scale g at every node: `base` (T, N), scalar `scale`, standard normal `g` (T, N).
 
+    For an update of rank r there are r T rows, and `scale` is one number or one per row, (r T, 1).
+
     `side` (N,) is +1 on a node and -1 on its mirror image g -> -g; `guess` (T, N) a start for descents.
     """
 
@@ -72,15 +74,15 @@ class Inner(NamedTuple):
     needed: Any
 
 
-def nothing(replicas: int, tokens: int, nodes: int) -> Inner:
-    """Placeholder for all replicas, to be filled by `locate`."""
+def nothing(replicas: int, unknowns: int, nodes: int) -> Inner:
+    """Placeholder for all replicas, to be filled by `locate`; `unknowns` = r T."""
 
     def no(*shape, kind: Any = float):
         return jnp.zeros((replicas, *shape), kind)
 
     return Inner(
-        no(kind=bool), no(3, tokens, nodes), no(3, tokens, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
-        no(tokens, nodes), no(nodes), no(nodes, kind=bool), no(2, tokens, nodes), no(kind=bool), ~no(kind=bool),
+        no(kind=bool), no(3, unknowns, nodes), no(3, unknowns, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
+        no(unknowns, nodes), no(nodes), no(nodes, kind=bool), no(2, unknowns, nodes), no(kind=bool), ~no(kind=bool),
     )  # fmt: skip
 
 
