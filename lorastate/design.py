@@ -101,16 +101,20 @@ def check_objective(name: str) -> str:
 
 
 class InexactGradient(UserWarning):
-    """Some nodes of softmax have wells off the line that they are split along: part of the surface term is missing."""
+    """Some nodes have wells that they are not split between: part of the surface term is missing.
+
+    So it is with wells of softmax off the line that nodes are split along, and with updates of rank r > 1.
+    """
 
 
-#: Share of nodes with two wells from which on gradients of an activation other than the identity are warned about.
+#: Share of nodes with two wells from which on gradients are warned about, but for rank one and the identity.
 _VISIBLE_WELLS = 1e-3
 
 
 def _inexact(setting: Setting, share: float) -> str:
     """What to say about gradients where that share of the nodes has two wells; nothing where they are exact."""
-    if share <= _VISIBLE_WELLS or isinstance(setting.finetuning_resolved.activation, Identity):
+    fine = setting.finetuning_resolved
+    if share <= _VISIBLE_WELLS or (fine.rank == 1 and isinstance(fine.activation, Identity)):
         return ""
     return (
         f"{share:.1%} of the nodes have two wells: the gradient lacks part of the surface term and can be off by "

@@ -154,19 +154,19 @@ def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
 
 def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.Inner, use):
     """`use(draws, chi, two wells)` on split nodes if any node can have two wells, else on the plain ones."""
-    law = student_law(order, plain)
+    law, rest = student_law(order, plain), _at_rest(fine, order, plain)
 
     def split(_):
-        factor, g, chi = wells.samples(_at_rest(fine, order, plain), law, inner)
+        factor, g, chi = wells.samples(rest, law, inner)
         thrice = jax.tree_util.tree_map(lambda a: wells.flat([a] * 3), plain)
         d = thrice._replace(noise=g, weight=factor * thrice.weight)
         return use(d, chi, wells.flat(inner.two_wells))
 
     def single(_):
-        chi = wells.plain(_at_rest(fine, order, plain), law, inner)
+        chi = wells.plain(rest, law, inner)
         return use(plain, chi, inner.two_wells[0])
 
-    return jax.lax.cond(inner.split, split, single, 0.0)
+    return wells.either(rest, inner, split, single)
 
 
 def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner):
