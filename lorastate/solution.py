@@ -20,7 +20,7 @@ from .spectrum import LearnedSpectrum
 _SUMMARY = {
     "pretraining": ("V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
                     "rank_fraction", "replicon"),
-    "finetuning": ("v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
+    "finetuning": ("v", "m", "q", "v_spare", "q_spare", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
                    "recalibration", "free_energy", "replicon", "double_well_share"),
 }  # fmt: skip
 
@@ -137,9 +137,10 @@ class Solution(eqx.Module):
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined."""
         values = {"pretraining": self.pretraining, "finetuning": self.finetuning}
-        out: dict[str, Any] = {s: {n: _plain(values[s][n]) for n in names} for s, names in _SUMMARY.items()}
+        names = {s: [n for n in some if n in values[s]] for s, some in _SUMMARY.items()}
+        out: dict[str, Any] = {s: {n: _plain(values[s][n]) for n in some} for s, some in names.items()}
         out["quadrature_error"] = {
-            s: {n: _plain(self.errors[s].get(n, 0.0)) for n in names} for s, names in _SUMMARY.items()
+            s: {n: _plain(self.errors[s].get(n, 0.0)) for n in some} for s, some in names.items()
         }
         out["status"] = {
             s: {
