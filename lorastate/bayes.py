@@ -21,7 +21,7 @@ Among the stable solutions the one of largest free entropy counts,
     (r - log(1 + r))/2 - r q/2 + alpha' E log E_xi exp(-||P(R - chi chi^T)||^2 / (4 Delta_eff)),    r = q/(1 - q)
 
 and the errors are those of the posterior mean of the label, E = E || sigma(Y1) - sigma(Y2) ||^2 / 2 with two
-independent draws from the posterior.
+independent draws from the posterior. The teacher of the update has rank one; the rank of the update plays no part.
 """
 
 from __future__ import annotations
@@ -200,9 +200,11 @@ def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesF
     """Bayes-optimal limit of `fine` on fresh inputs with this Delta_eff (`lam` plays no part).
 
     `fine` with tokens and activation filled in (`Setting.finetuning_resolved`). Outside of JAX transformations only.
-    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift.
+    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift, and for a
+    teacher of higher rank.
     """
     require_float64()
+    _rank_one(fine)
     t, shift = fine.tokens, _shift(fine.activation)
     alpha, noise = float(fine.alpha), float(effective_noise)
     if noise <= 1e-9:  # noiseless labels and a perfectly known map: any two samples settle w up to its sign
@@ -248,6 +250,7 @@ def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
     q' is proportional to alpha' at given q, so that alpha'_c = lim q / (q'/alpha') as q -> 0; no search is needed.
     """
     require_float64()
+    _rank_one(fine)
     t, shift = fine.tokens, _shift(fine.activation)
     nodes, xi = _nodes(t, shift)
     q = 1e-3
@@ -261,6 +264,13 @@ def _shift(activation: Activation) -> bool:
             "the Bayes-optimal limit of an activation of your own is not known; allowed: softmax and identity"
         )
     return activation.forgets_shift
+
+
+def _rank_one(fine: Finetuning) -> None:
+    if fine.teacher_rank > 1:
+        raise SettingError(
+            f"finetuning.teacher_rank = {fine.teacher_rank} is too high for the Bayes-optimal limit; allowed: 1"
+        )
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------
@@ -314,9 +324,11 @@ class BayesLimits(NamedTuple):
 def bayes_optimal(setting: Setting) -> BayesLimits:
     """Bayes-optimal limits of both stages, E_BO and E'_BO included: below every trained model on fresh inputs.
 
-    Raises `SettingError` for activations of one's own and `SolveError` if pre-training cannot be solved.
+    Raises `SettingError` for activations of one's own and for a teacher of the update whose rank is above one, and
+    `SolveError` if pre-training cannot be solved.
     """
     pre, fine = setting.pretraining, setting.finetuning_resolved
+    _rank_one(fine)
     for stage in (pre, fine):
         _shift(stage.activation)
     best = bayes_optimal_pretraining(pre)

@@ -334,9 +334,9 @@ class Simulate:
 
 @dataclass
 class Figure:
-    """Reproduce a figure of arXiv:2606.05899, or draw the learned spectrum or the phase diagram."""
+    """Reproduce a figure of arXiv:2606.05899, or draw the learned spectrum, the phase diagram, E' against the rank."""
 
-    which: Annotated[Positional[str], arg(metavar="WHICH", help="1 to 6, spectrum, phase, or all.")]
+    which: Annotated[Positional[str], arg(metavar="WHICH", help="1 to 6, spectrum, phase, rank, or all.")]
     simulate: Annotated[bool, arg(help="Add finite-size simulations to the theory lines.")] = False
     dimension: Annotated[int | None, arg(help="D of the simulated model (150; 300 for the spectrum).")] = None
     runs: _Runs = 4

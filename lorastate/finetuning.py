@@ -1,14 +1,14 @@
 """Fine-tuning: state evolution of the LoRA update w in R^{D x r} on the frozen map (arXiv:2606.05899).
 
     phi = Tr [ (q' v + 2 m'^T m - l' q)/2 - (m' q0 m'^T + q') (l' + 2 lam')^-1 / 2 ] + alpha' c(v, m, q)
-    c   = E min_chi [ ||sigma(Z_W + chi chi^T) - sigma(Y0 + chi* chi*^T)||_F^2 + Tr (chi - omega) v^-1 (chi - omega)^T / 2 ]
+    c   = E min_chi [ ||sigma(Z_W + chi chi^T) - sigma(Y0 + chi* chi*^T)||_F^2 + Tr d v^-1 d^T / 2 ],   d = chi - omega
 
     q' = -2 alpha' dc/dv       m' = -alpha' dc/dm     l' = 2 alpha' dc/dq
     v  = (l' + 2 lam')^-1      m  = v m' q0           q  = v (m' q0 m'^T + q') v
 
-m = w^T w*/D is r x r*, q = w^T w/D and v are r x r. The loss knows w w^T alone, so w may be turned by any O in O(r), and
-the teacher w* in R^{D x r*}, whose entries are N(0, q0), by any in O(r*). Up to that a solution is as symmetric as it
-can be: with k = min(r, r*),
+m = w^T w*/D is r x r*, q = w^T w/D and v are r x r. The loss knows w w^T alone, so w may be turned by any O in O(r),
+and the teacher w* in R^{D x r*}, whose entries are N(0, q0), by any in O(r*). Up to that a solution is as symmetric as
+it can be: with k = min(r, r*),
 
     m = mu [1_k 0]     q = diag(q_1 1_k, q_2 1_(r - k))     v = diag(v_1 1_k, v_2 1_(r - k))
 

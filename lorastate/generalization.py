@@ -31,8 +31,9 @@ def node_dimension(activation: Activation, tokens: int, ranks: tuple[int, int] =
 
 
 def finetuning_error(
-    activation: Activation, tokens: int, label_size, overlap, norm, lora: Order | None, ranks: tuple[int, int], nodes: Any
-):
+    activation: Activation, tokens: int, label_size, overlap, norm, lora: Order | None, nodes: Any,
+    ranks: tuple[int, int] = (1, 1),
+):  # fmt: skip
     """E' for label size Q0 + delta'/2, map overlap M and norm Q; `lora` is (v, m, q), or None for w = 0.
 
     `ranks` = (r, r*); `nodes` is one replica, or None for the identity, where Gaussian moments give

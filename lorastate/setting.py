@@ -87,8 +87,9 @@ class SettingWarning(UserWarning):
 class Finetuning(eqx.Module):
     """LoRA update w w^T of rank r on the frozen map, with labels from a teacher w* w*^T of rank r*.
 
-    `rank` r and `teacher_rank` r* (static, 1 to 4) are independent: w in R^{D x r}, w* in R^{D x r*} with entries N(0, 1),
-    so that the teacher's update has r* directions of the same size whatever r* is.
+    `rank` r and `teacher_rank` r* (static, 1 to 4) are independent: w in R^{D x r}, w* in R^{D x r*} with entries
+    N(0, 1), so that the teacher's update has r* directions of the same size whatever r* is.
+
     `alpha` = N' / D (samples: a sample ratio, not LoRA's `lora_alpha`), `lam` = ridge on w, `delta` = variance of the
     label noise. `delta`, `activation` and `tokens` left at None follow the pre-training ones
     (`Setting.finetuning_resolved`).
@@ -111,7 +112,7 @@ class Finetuning(eqx.Module):
 
     def __init__(
         self, alpha=None, lam=None, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None,
-        recalibration: Any = 1.0, rank=1, teacher_rank=1, **options,
+        recalibration: Any = 1.0, rank: Any = 1, teacher_rank: Any = 1, **options,
     ):  # fmt: skip
         require_float64()
         self.inputs = _as_inputs(inputs, options)

@@ -324,9 +324,10 @@ class Simulation:
     eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` = |w.w*|/D (the sign of w is free; without
     recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` = |w.w*|/(|w||w*|), `train_loss` = L'/D,
     `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T) - sigma(Y')||_F^2 on fresh
-    inputs, `test_error_frozen` = the same at w = 0. For higher ranks `m` is the mean singular value of w^T w*/D, `q` the
-    mean size of the columns of w that go with it, `q_spare` that of the others (r > r*), `overlap` =
-    ||w^T w*||_F / sqrt(||w^T w||_F ||w*^T w*||_F). Source of the model: arXiv:2606.05899.
+    inputs, `test_error_frozen` = the same at w = 0. For higher ranks `m` is the mean singular value of w^T w*/D, `q`
+    the mean size of the columns of w that go with it, `q_spare` that of the others (r > r*), `overlap` =
+    ||w^T w*||_F / sqrt(||w^T w||_F ||w*^T w*||_F). With r < r* training prefers the larger singular values of w*: a
+    bias of order D^(-1/2) where it is otherwise 1/D. Source of the model: arXiv:2606.05899.
 
     `codes[stage]` says for each run whether its training reached a stationary point. A run that did not stays
     in the arrays (NaN where the loss was not finite) and makes `mean`, `stderr` and `summary` raise

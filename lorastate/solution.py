@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 
 from . import theory
@@ -20,8 +21,8 @@ from .spectrum import LearnedSpectrum
 _SUMMARY = {
     "pretraining": ("V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
                     "rank_fraction", "replicon"),
-    "finetuning": ("v", "m", "q", "v_spare", "q_spare", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
-                   "recalibration", "free_energy", "replicon", "double_well_share"),
+    "finetuning": ("v", "m", "q", "v_spare", "q_spare", "overlap", "train_loss", "test_error", "test_error_frozen",
+                   "effective_noise", "recalibration", "free_energy", "replicon", "double_well_share"),
 }  # fmt: skip
 
 
@@ -59,6 +60,11 @@ class Solution(eqx.Module):
     and train_error; test_error (E'), test_error_frozen (E' at w = 0); effective_noise (Delta_eff); replicon (of
     smooth nodes); double_well_share (share of nodes whose inner problem has two minima).
 
+    For higher ranks v, m, q, ... are the entries of the matrices (`lora_matrices`) in the directions along the
+    teacher's and, for r > r*, v_spare, q_spare, qhat_spare, lhat_spare those in the others; overlap = ||m||_F /
+    sqrt(||q||_F ||q0||_F). Where two or more directions have no overlap (spare ones, or all at m = 0) `replicon` is
+    never below one: they are free to turn among themselves.
+
     All are scalars and differentiable in the setting's fields. `NaN` means undefined (the overlap of a zero map).
     """
 
@@ -84,8 +90,23 @@ class Solution(eqx.Module):
 
     @property
     def overlap(self):
-        """o_w = m / sqrt(q q0), the cosine of w and w*."""
+        """o_w = m / sqrt(q q0), the cosine of w and w*.
+
+        For higher ranks ||m||_F / sqrt(||q||_F ||q0||_F), the root of the cosine of w w^T and w* w*^T: with r < r* at
+        most (r / r*)^(1/4).
+        """
         return self.finetuning["overlap"]
+
+    @property
+    def lora_matrices(self) -> dict[str, Any]:
+        """m = w^T w*/D (r, r*), q = w^T w/D (r, r) and v (r, r), with w and w* turned so that they are diagonal."""
+        fine, p = self.setting.finetuning, self.finetuning
+        k = min(fine.rank, fine.teacher_rank)
+
+        def diagonal(name):
+            return jnp.diag(jnp.stack([p[name]] * k + [p.get(f"{name}_spare")] * (fine.rank - k)))
+
+        return {"m": p["m"] * jnp.eye(fine.rank, fine.teacher_rank), "q": diagonal("q"), "v": diagonal("v")}
 
     @property
     def map_overlap(self):

@@ -346,7 +346,7 @@ def _lora_errors(fine, frozen, order, nodes):
     size = frozen.Q0 + fine.delta / 2
     common = (fine.activation, fine.tokens, size, frozen.overlap, frozen.norm)
     ranks = fine.rank, fine.teacher_rank
-    return finetuning_error(*common, order, ranks, nodes), finetuning_error(*common, None, ranks, nodes)
+    return finetuning_error(*common, order, nodes, ranks), finetuning_error(*common, None, nodes, ranks)
 
 
 def lora_error(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes | None):

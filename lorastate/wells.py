@@ -226,16 +226,18 @@ def _axis(k, t: int, n: int):
     return jnp.broadcast_to(along, (t, n))
 
 
-def _search_plain(problem: VectorProblem, starts, count):
-    """`(pair, improved)` at the plain samples from the first `count` of the usual starts and the axes.
-
-    `starts(pair)` are the usual ones, (_USUAL, r T, N), given what has been found so far.
-    """
+def _search_plain(problem: VectorProblem, usual, count):
+    """`(pair, improved)` at the plain samples from the first `count` starts: the `usual` ones, (1 to _USUAL, r T, N),
+    made up to _USUAL by reflections of what has been found, and the axes."""
     t, n = problem.omega.shape
+    given = len(usual)
 
     def one(carry):
         k, pair, improved = carry
-        u = jnp.where(k < _USUAL, starts(pair)[jnp.minimum(k, _USUAL - 1)], _axis(k, t, n))
+        u = usual[jnp.minimum(k, given - 1)]
+        if given < _USUAL:
+            u = jnp.where(k < given, u, _reflected(problem, pair.u[0]))
+        u = jnp.where(k < _USUAL, u, _axis(k, t, n))
         pair, lower = pair.meet(*prox.locate(problem, u))
         return k + 1, pair, improved | (lower & (k > 0))
 
@@ -286,18 +288,11 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = COLD
         near = ldl_solve(h - _ZONE * eye, problem.omega)[1] <= 0
         e = jax.lax.cond(search, lambda: _REACH * _softest(h), lambda: jnp.zeros_like(start))
         usual, few = jnp.stack([start, s.side * s.guess, -e, e]), 1
-
-        def starts(_):
-            return usual
     else:
         h, near = None, jnp.zeros((n,), bool)
-        second = jnp.where(cold, s.side * s.guess, previous.other[0])
+        usual = jnp.stack([start, jnp.where(cold, s.side * s.guess, previous.other[0])])
         few = jnp.where(cold, _USUAL, jnp.where(jnp.any(previous.two_wells[0]), 2, 1))
-
-        def starts(pair):
-            return jnp.stack([start, second, *2 * [_reflected(plain, pair.u[0])]])
-
-    pair, improved = _search_plain(plain, starts, jnp.where(search, _USUAL + 2 * t, few))
+    pair, improved = _search_plain(plain, usual, jnp.where(search, _USUAL + 2 * t, few))
     inner = previous._replace(
         split=jnp.any(near),
         chi=previous.chi.at[0].set(jnp.where(pair.ok, pair.u[0], start)),
