@@ -21,7 +21,7 @@ Among the stable solutions the one of largest free entropy counts,
     (r - log(1 + r))/2 - r q/2 + alpha' E log E_xi exp(-||P(R - chi chi^T)||^2 / (4 Delta_eff)),    r = q/(1 - q)
 
 and the errors are those of the posterior mean of the label, E = E || sigma(Y1) - sigma(Y2) ||^2 / 2 with two
-independent draws from the posterior.
+independent draws from the posterior. The teacher of the update has rank one; the rank of the update plays no part.
 """
 
 from __future__ import annotations
@@ -231,9 +231,11 @@ def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesF
     """Bayes-optimal limit of `fine` on fresh inputs with this Delta_eff (`lam` plays no part).
 
     `fine` with tokens and activation filled in (`Setting.finetuning_resolved`). Outside of JAX transformations only.
-    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift.
+    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift, and for a
+    teacher of higher rank.
     """
     require_float64()
+    _rank_one(fine)
     t, shift = fine.tokens, _shift(fine.activation)
     alpha, noise = float(fine.alpha), float(effective_noise)
     if noise <= 1e-9:  # noiseless labels and a perfectly known map: any two samples settle w up to its sign
@@ -285,6 +287,7 @@ def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
     q' is proportional to alpha' at given q, so that alpha'_c = lim q / (q'/alpha') as q -> 0; no search is needed.
     """
     require_float64()
+    _rank_one(fine)
     t, shift = fine.tokens, _shift(fine.activation)
     nodes, xi = _nodes(t, shift)
     q = 1e-3
@@ -301,18 +304,26 @@ def _shift(activation: Activation) -> bool:
     return activation.forgets_shift
 
 
+def _rank_one(fine: Finetuning) -> None:
+    if fine.teacher_rank > 1:
+        raise SettingError(
+            f"finetuning.teacher_rank = {fine.teacher_rank} is too high for the Bayes-optimal limit; allowed: 1"
+        )
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 
 @functools.partial(Program, quick=True)
 def _posterior_error(activation: Activation, norm, noise, q, nodes: Nodes, tokens: int, lora: bool):
     """E || sigma(Y1) - sigma(Y2) ||^2 / 2 of every replica: Y = Z + sqrt(noise) GOE + chi chi^T given Z and omega."""
-    fields, tokens_law = (norm + noise, norm, norm + noise), (1.0, q, 1.0) if lora else (0.0, 0.0, 0.0)
+    fields = (norm + noise, norm, norm + noise)
 
     def one(n):
         x, weight = n
-        pair = (x[0], q * x[0] + jnp.sqrt(jnp.maximum(1 - q**2, 0.0)) * x[1]) if lora else (0.0, 0.0)
-        return row_error(activation, tokens, fields, tokens_law, *pair, x[2:], weight) / 2
+        chi, other = (x[0], q * x[0] + jnp.sqrt(jnp.maximum(1 - q**2, 0.0)) * x[1]) if lora else (0.0, 0.0)
+        sizes = (chi**2, other**2)
+        return row_error(activation, tokens, fields, (sizes[0], q * chi * other, sizes[1]), sizes, x[2:], weight) / 2
 
     return jax.lax.map(one, (jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)))
 
@@ -345,9 +356,11 @@ class BayesLimits(NamedTuple):
 def bayes_optimal(setting: Setting) -> BayesLimits:
     """Bayes-optimal limits of both stages, E_BO and E'_BO included: below every trained model on fresh inputs.
 
-    Raises `SettingError` for activations of one's own and `SolveError` if pre-training cannot be solved.
+    Raises `SettingError` for activations of one's own and for a teacher of the update whose rank is above one, and
+    `SolveError` if pre-training cannot be solved.
     """
     pre, fine = setting.pretraining, setting.finetuning_resolved
+    _rank_one(fine)
     for stage in (pre, fine):
         _shift(stage.activation)
     best = bayes_optimal_pretraining(pre)

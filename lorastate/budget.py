@@ -117,10 +117,11 @@ def _compiled(node: ast.expr, text: str, setting: Setting) -> Callable[[Setting]
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
         act, a = _OPERATORS[type(node.op)], _compiled(node.operand, text, setting)
         return lambda s: act(a(s))
-    call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
-    if call and len(node.args) == 1 and not node.keywords:
-        f, a = _FUNCTIONS[node.func.id], _compiled(node.args[0], text, setting)
-        return lambda s: f(a(s))
+    if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+        f = _FUNCTIONS.get(ast.unparse(node.func))
+        if f is not None:
+            a = _compiled(node.args[0], text, setting)
+            return lambda s: f(a(s))
     if isinstance(node, ast.Name) and node.id in QUANTITIES:
         return QUANTITIES[node.id]
     if isinstance(node, ast.Attribute | ast.Name):

@@ -363,9 +363,9 @@ class Simulate:
 
 @dataclass
 class Figure:
-    """Reproduce a figure of arXiv:2606.05899, or draw the learned spectrum or the phase diagram."""
+    """Reproduce a figure of arXiv:2606.05899, or draw the learned spectrum, the phase diagram, E' against the rank."""
 
-    which: Annotated[Positional[str], arg(metavar="WHICH", help="1 to 6, spectrum, phase, or all.")]
+    which: Annotated[Positional[str], arg(metavar="WHICH", help="1 to 6, spectrum, phase, rank, or all.")]
     simulate: Annotated[bool, arg(help="Add finite-size simulations to the theory lines.")] = False
     dimension: Annotated[int | None, arg(help="D of the simulated model (150; 300 for the spectrum).")] = None
     runs: _Runs = 4
@@ -734,7 +734,7 @@ def _branch_line(branches: Any) -> str:
 
     parts = []
     for k, name in enumerate(("informative", "small")):
-        energy, m = float(branches.free_energy[k]), float(decode(branches.solution.x[k]).overlap)
+        energy, m = float(branches.free_energy[k]), float(decode(branches.solution.x[k]).along.overlap)
         code = Code(int(branches.solution.code[k])).name
         mark = " (taken)" if int(branches.chosen) == k else ""
         parts.append(f"{name} start {code}, m {_number(m, 4)}, phi {_number(energy)}{mark}")

@@ -6,6 +6,7 @@ coordinates, shares between 0 and 1 in those of the logistic function.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -41,7 +42,7 @@ from .solution import Solution, predict, solve
 OBJECTIVES = {
     "test_error": theory.lora_error,
     "effective_noise": lambda fine, frozen, order, nodes: fine.effective_noise(frozen),
-    "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(order),
+    "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(fine, order),
 }
 
 
@@ -108,16 +109,20 @@ def check_objective(name: str) -> str:
 
 
 class InexactGradient(UserWarning):
-    """Some nodes of softmax have wells off the line that they are split along: part of the surface term is missing."""
+    """Some nodes have wells that they are not split between: part of the surface term is missing.
+
+    So it is with wells of softmax off the line that nodes are split along, and with updates of rank r > 1.
+    """
 
 
-#: Share of nodes with two wells from which on gradients of an activation other than the identity are warned about.
+#: Share of nodes with two wells from which on gradients are warned about, but for rank one and the identity.
 _VISIBLE_WELLS = 1e-3
 
 
 def _inexact(setting: Setting, share: float) -> str:
     """What to say about gradients where that share of the nodes has two wells; nothing where they are exact."""
-    if share <= _VISIBLE_WELLS or isinstance(setting.finetuning_resolved.activation, Identity):
+    fine = setting.finetuning_resolved
+    if share <= _VISIBLE_WELLS or (fine.rank == 1 and isinstance(fine.activation, Identity)):
         return ""
     return (
         f"{share:.1%} of the nodes have two wells: the gradient lacks part of the surface term and can be off by "
@@ -425,6 +430,16 @@ class _Lost(Exception):
     """A trial whose solve failed."""
 
 
+def _tried(problem: _Problem, trials: dict[bytes, _Trial], u) -> _Trial:
+    """The trial at u, from those made before if it is among them."""
+    name = np.asarray(u, float).tobytes()
+    if name not in trials:
+        trials[name] = problem.at(np.array(u, float))
+    if not trials[name].good:
+        raise _Lost
+    return trials[name]
+
+
 def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: float, max_steps: int):
     """SLSQP in a box around the best point so far, then Newton steps on the conditions of stationarity.
 
@@ -434,15 +449,7 @@ def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: f
     problem.record(now, within.rest(now.u, now.slope))
     for _ in range(max_steps):
         begin, trials = best, {best.u.tobytes(): best}
-
-        def at(u, trials=trials) -> _Trial:
-            name = np.asarray(u, float).tobytes()
-            if name not in trials:
-                trials[name] = problem.at(np.array(u, float))
-                if not trials[name].good:
-                    raise _Lost
-            return trials[name]
-
+        at = functools.partial(_tried, problem, trials)
         try:
             found: Any = scipy_minimize(
                 lambda u, at=at: at(u).value, begin.u, jac=lambda u, at=at: at(u).slope, method="SLSQP",

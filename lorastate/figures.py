@@ -54,7 +54,7 @@ def _scan(setting: Setting, path: str, values, names, bar=None) -> list[dict[str
 
     def at(x):
         row: dict[str, float | None] = {path: float(x)}
-        solution = predict(replace(setting, path, float(x)), throw=False)
+        solution = predict(replace(setting, path, np.asarray(x).item()), throw=False)
         good = solution.ok
         for name in (*names, "replicon"):
             value = float(solution.finetuning[name])
@@ -251,7 +251,7 @@ def _mark(panels, c: Curve, training: Training, progress: bool) -> list[dict]:
 
     found = []
     for x in tqdm(c.marked, desc="simulation", disable=not progress):
-        here = replace(c.setting, c.path, float(x))
+        here = replace(c.setting, c.path, x)
         result = simulate(here, **training.size, memory=training.memory)
         row: dict[str, Any] = {c.path: float(x), **training.size}
         for name, axes in panels.items():
@@ -464,10 +464,33 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     return _save(figure, Path(out), "phase", data)
 
 
+def rank(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """E' against the rank r of the update at fixed data, for a teacher of rank two and three numbers of samples."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    data: dict[str, Any] = {"figure": "rank"}
+    numerics, ranks = Numerics(nodes=4096, finetuning_nodes=8192, replicas=8), np.arange(1, 5)
+    for axes, (name, lam) in zip(panels, (("identity", 0.1), ("softmax", 0.02)), strict=True):
+        pre = Pretraining(0.1, lam, activation=name)
+        curves = [
+            Curve(rf"$lpha'={alpha:g}$", Setting(pre, Finetuning(alpha, 0.3, teacher_rank=2), numerics),
+                  "finetuning.rank", ranks, color, (1, 2, 3, 4))
+            for alpha, color in ((1.0, "C0"), (3.0, "C1"), (10.0, "C2"))
+        ]  # fmt: skip
+        data[name] = _draw({"test_error": axes}, curves, training, progress)
+        axes.set(xlabel="rank $r$ of the update", ylabel="$E'$", title=rf"{name}, $\lambda={lam:g}$", xticks=ranks)
+        axes.axvline(2, color="0.6", lw=0.8)
+    figure.suptitle(
+        r"teacher of rank $r^*=2$ (grey), $T=3$, $\alpha=0.1$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda'=0.3$; "
+        "dotted: replica symmetry unstable", fontsize=9,
+    )  # fmt: skip
+    figure.tight_layout()
+    return _save(figure, Path(out), "rank", data)
+
+
 #: Figures by name; each takes (out, training, progress).
 FIGURES: dict[str, Any] = {
     "1": figure1, "2": figure2, "3": figure3, "4": figure4, "5": figure5, "6": figure6, "spectrum": spectrum,
-    "phase": phase,
+    "phase": phase, "rank": rank,
 }  # fmt: skip
 
 

@@ -1,10 +1,19 @@
-"""Fine-tuning: state evolution of the rank-one LoRA update w on the frozen map (arXiv:2606.05899).
+"""Fine-tuning: state evolution of the LoRA update w in R^{D x r} on the frozen map (arXiv:2606.05899).
 
-    phi = (q' v + 2 m' m - l' q)/2 + alpha' c(v, m, q) - (m'^2 q0 + q') / (2 (l' + 2 lam'))
-    c   = E min_chi [ ||sigma(Z_W + chi chi^T) - sigma(Y0 + chi* chi*^T)||_F^2 + ||chi - omega||^2 / (2 v) ]
+    phi = Tr [ (q' v + 2 m'^T m - l' q)/2 - (m' q0 m'^T + q') (l' + 2 lam')^-1 / 2 ] + alpha' c(v, m, q)
+    c   = E min_chi [ ||sigma(Z_W + chi chi^T) - sigma(Y0 + chi* chi*^T)||_F^2 + Tr d v^-1 d^T / 2 ],   d = chi - omega
 
-    q' = -2 alpha' dc/dv     m' = -alpha' dc/dm     l' = 2 alpha' dc/dq
-    v  = 1/(l' + 2 lam')     m  = m' q0 v           q  = (m'^2 q0 + q') v^2
+    q' = -2 alpha' dc/dv       m' = -alpha' dc/dm     l' = 2 alpha' dc/dq
+    v  = (l' + 2 lam')^-1      m  = v m' q0           q  = v (m' q0 m'^T + q') v
+
+m = w^T w*/D is r x r*, q = w^T w/D and v are r x r. The loss knows w w^T alone, so w may be turned by any O in O(r),
+and the teacher w* in R^{D x r*}, whose entries are N(0, q0), by any in O(r*). Up to that a solution is as symmetric as
+it can be: with k = min(r, r*),
+
+    m = mu [1_k 0]     q = diag(q_1 1_k, q_2 1_(r - k))     v = diag(v_1 1_k, v_2 1_(r - k))
+
+k directions follow the teacher's alike, and where r > r* the others are spare and alike too. The equations map such
+matrices to such matrices, and `Order` holds their numbers: (v, m, q) as for rank one, or pairs where some are spare.
 
 The inner minimiser jumps where the loss has two wells; `lorastate.wells` deals with that.
 """
@@ -19,8 +28,8 @@ import jax.numpy as jnp
 from . import wells
 from .channel import Fields, FrozenMap
 from .fixed_point import COLD, Map
-from .order import Order, decode, from_norm, slopes
-from .prox import VectorProblem
+from .order import Order, decode, directions, from_norm, matched, per_row, slopes, student_field
+from .prox import VectorProblem, gram
 from .quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from .setting import Finetuning
 
@@ -29,7 +38,7 @@ TEACHER_SIZE = 1.0
 
 
 class Conjugates(NamedTuple):
-    """q', m', l' of fine-tuning."""
+    """q', m', l' of fine-tuning, numbers or pairs as in `Order`."""
 
     qhat: Any
     mhat: Any
@@ -39,8 +48,8 @@ class Conjugates(NamedTuple):
 class Draws(NamedTuple):
     """Samples that the fine-tuning expectation runs over, node-last; `weight` sums to one.
 
-    `teacher` is chi* (T, N), `noise` the independent standard field g of omega = (m/q0) chi* + noise g; `side` is +1
-    on a node and -1 on its mirror image g -> -g.
+    `teacher` is chi* (r* T, N), `noise` the independent standard field g (r T, N) of omega = (m/q0) chi* + noise g;
+    `side` is +1 on a node and -1 on its mirror image g -> -g.
     """
 
     fields: Fields
@@ -52,8 +61,13 @@ class Draws(NamedTuple):
 
 def node_dimension(fine: Finetuning) -> int:
     """Gaussian dimensions: chi*, g, and what the channel needs."""
+    return mirrored(fine)[1] + fine.inputs.dimension(fine.tokens, fine.activation.forgets_shift)
+
+
+def mirrored(fine: Finetuning) -> tuple[int, int]:
+    """Where the coordinates of g, which mirror images negate, begin and end: those of chi* come first."""
     assert fine.tokens is not None
-    return 2 * fine.tokens + fine.inputs.dimension(fine.tokens, fine.activation.forgets_shift)
+    return fine.teacher_rank * fine.tokens, (fine.teacher_rank + fine.rank) * fine.tokens
 
 
 def prepare(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Nodes:
@@ -68,30 +82,31 @@ def refresh_nodes(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Nodes:
 
 def _found(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, previous: Any = None):
     # The channel's coordinates are the same on a node and on its mirror image: one half is searched.
-    x = nodes.normal[2 * fine.tokens :, : nodes.normal.shape[1] // 2]
+    x = nodes.normal[mirrored(fine)[1] :, : nodes.normal.shape[1] // 2]
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
     return fine.inputs.search(frozen, fine.tokens, fine.activation.forgets_shift, x, previous)
 
 
 def draws(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Draws:
     """Plain draws from the nodes: chi* first, then g, then the channel's coordinates; once for each of its parts."""
-    t = fine.tokens
+    begin, end = mirrored(fine)
     x, shares = nodes.normal, fine.inputs.shares
     found = None if nodes.found is None else jnp.concatenate([nodes.found, nodes.found], -1)
-    y0, zw = fine.inputs.fields(frozen, fine.delta, t, fine.activation.forgets_shift, x[2 * t :], found)
-    teacher = jnp.sqrt(TEACHER_SIZE) * x[:t]
-    parts = [(teacher, x[t : 2 * t], share * nodes.weight, nodes.side) for share in shares]
+    y0, zw = fine.inputs.fields(frozen, fine.delta, fine.tokens, fine.activation.forgets_shift, x[end:], found)
+    teacher = jnp.sqrt(TEACHER_SIZE) * x[:begin]
+    parts = [(teacher, x[begin:end], share * nodes.weight, nodes.side) for share in shares]
     return Draws(Fields(y0, fine.scale(frozen) * zw), *(jnp.concatenate(p, -1) for p in zip(*parts, strict=True)))
 
 
 def label(fine: Finetuning, d: Draws):
     """sigma(Y') with Y' = Y0 + chi* chi*^T."""
-    return fine.activation(d.fields.y0 + d.teacher[:, None] * d.teacher[None])
+    return fine.activation(d.fields.y0 + gram(d.teacher, len(d.fields.y0)))
 
 
 def student_law(order: Order, d: Draws) -> wells.Student:
     """omega = (m/q0) chi* + noise g: jointly Gaussian with chi*, covariance [[q0, m], [m, q]]."""
-    return wells.Student(order.overlap / TEACHER_SIZE * d.teacher, order.noise, d.noise, d.side, d.teacher)
+    base, scale = student_field(order, d.teacher, len(d.noise), TEACHER_SIZE)
+    return wells.Student(base, scale, d.noise, d.side, matched(d.teacher, len(d.noise)))
 
 
 def student(order: Order, d: Draws):
@@ -100,7 +115,8 @@ def student(order: Order, d: Draws):
 
 
 def inner_problem(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
-    return VectorProblem(fine.activation, d.fields.zw, student(order, d), label(fine, d), order.response)
+    v = per_row(order.response, len(d.teacher), len(d.noise))
+    return VectorProblem(fine.activation, d.fields.zw, student(order, d), label(fine, d), v)
 
 
 def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner, cold: Any = COLD) -> wells.Inner:
@@ -132,25 +148,25 @@ def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
         return channel_potential(fine, o, d, chi)
 
     s = slopes(potential, order, TEACHER_SIZE)
-    c = Conjugates(-2 * fine.alpha * s.response, -fine.alpha * s.overlap, 2 * fine.alpha * s.norm)
-    return potential(order), c
+    each = fine.alpha / directions(fine.rank, fine.teacher_rank)
+    return potential(order), Conjugates(-2 * each * s.response, -each * s.overlap, 2 * each * s.norm)
 
 
 def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.Inner, use):
     """`use(draws, chi, two wells)` on split nodes if any node can have two wells, else on the plain ones."""
-    law = student_law(order, plain)
+    law, rest = student_law(order, plain), _at_rest(fine, order, plain)
 
     def split(_):
-        factor, g, chi = wells.samples(_at_rest(fine, order, plain), law, inner)
+        factor, g, chi = wells.samples(rest, law, inner)
         thrice = jax.tree_util.tree_map(lambda a: wells.flat([a] * 3), plain)
         d = thrice._replace(noise=g, weight=factor * thrice.weight)
         return use(d, chi, wells.flat(inner.two_wells))
 
     def single(_):
-        chi = wells.plain(_at_rest(fine, order, plain), law, inner)
+        chi = wells.plain(rest, law, inner)
         return use(plain, chi, inner.two_wells[0])
 
-    return jax.lax.cond(inner.split, split, single, 0.0)
+    return wells.either(rest, inner, split, single)
 
 
 def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner):
@@ -168,10 +184,11 @@ def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> 
 
 
 def free_energy(fine: Finetuning, order: Order, c: Conjugates, potential):
-    """phi = (q' v + 2 m' m - l' q)/2 + alpha' c - (m'^2 q0 + q') / (2 (l' + 2 lam')), per D."""
+    """phi, per D: (q' v + 2 m' m - l' q)/2 - (m'^2 q0 + q') / (2 (l' + 2 lam')) of every direction, and alpha' c."""
     q0 = TEACHER_SIZE
     work = (c.qhat * order.response + 2 * c.mhat * order.overlap - c.lhat * order.norm(q0)) / 2
-    return work + fine.alpha * potential - (c.mhat**2 * q0 + c.qhat) / (c.lhat + 2 * fine.lam) / 2
+    prior = (c.mhat**2 * q0 + c.qhat) / (c.lhat + 2 * fine.lam) / 2
+    return jnp.sum(directions(fine.rank, fine.teacher_rank) * (work - prior)) + fine.alpha * potential
 
 
 def conjugates_of(fine: Finetuning, order: Order) -> Conjugates:
@@ -206,7 +223,7 @@ def no_memory(fine: Finetuning, nodes: Nodes) -> Memory:
     """Placeholder for all replicas, to be filled by the first evaluation."""
     r, _, n = nodes.normal.shape
     assert fine.tokens is not None
-    return Memory(wells.nothing(r, fine.tokens, n * len(fine.inputs.shares)), jnp.zeros(r))
+    return Memory(wells.nothing(r, fine.rank * fine.tokens, n * len(fine.inputs.shares)), jnp.zeros(r))
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
@@ -236,7 +253,28 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:
     return Map(image, jacobian, Slots.commit)
 
 
-def start(informative: bool = True):
+def start(fine: Finetuning, informative: bool = True):
     """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap."""
-    m = 0.9 if informative else 0.05
-    return from_norm(jnp.array(0.3), jnp.array(m), jnp.array(0.9 if informative else 0.5), TEACHER_SIZE).encode()
+    return _start(fine, 0.9 if informative else 0.05, 0.9 if informative else 0.5)
+
+
+def start_at_rest(fine: Finetuning):
+    """A start with no overlap, which the iteration keeps."""
+    return _start(fine, 0.0, 0.5)
+
+
+def _start(fine: Finetuning, m: float, q: float):
+    like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
+    return from_norm(0.3 * like, m * _along(like), q * like, TEACHER_SIZE).encode()
+
+
+def pushed(x):
+    """The same response and norm with half of the largest overlap."""
+    order = decode(x)
+    q = order.norm(TEACHER_SIZE)
+    return from_norm(order.response, 0.5 * jnp.sqrt(_along(q) * TEACHER_SIZE), q, TEACHER_SIZE).encode()
+
+
+def _along(value):
+    """A number as it is; a pair without its second entry, that of the spare directions."""
+    return value if jnp.ndim(value) == 0 else value * jnp.array([1.0, 0.0])

@@ -1,15 +1,16 @@
 """Test errors: expectations over fresh inputs, with no inner minimisation in them (arXiv:2606.05899).
 
     E  = E || sigma(Omega) - sigma(Y) ||_F^2                               pre-training
-    E' = E || sigma(Z_W + omega omega^T) - sigma(Y0 + chi* chi*^T) ||_F^2  fine-tuning
+    E' = E || sigma(Z_W + omega omega^T) - sigma(Y0 + chi* chi*^T) ||_F^2  fine-tuning, omega in R^{T x r}
 
-Labels are noisy. The identity has closed forms. For a row-wise activation all rows contribute the same. Given the two
-numbers chi*_1 and omega_1 the first row of (Y', Z') is Gaussian: with b over the other tokens
+Labels are noisy. The identity has closed forms. For a row-wise activation all rows contribute the same. Given the
+updates chi*_1 and omega_1 of one token the first row of (Y', Z') is Gaussian: with b over the other tokens
 
-    Y'_11 = chi*_1^2 + sqrt(2) y_1,   Y'_1b = chi*_1 chi*_b + y_b,   Z' alike,
-    cov(Y'_1b, Z'_1b) = C + [[chi*_1^2, m chi*_1 omega_1], [., q omega_1^2]],   C = [[size, M], [M, Q]]
+    Y'_11 = |chi*_1|^2 + sqrt(2) y_1,   Y'_1b = chi*_1 . chi*_b + y_b,   Z' alike,
+    cov(Y'_1b, Z'_1b) = C + [[|chi*_1|^2, chi*_1 . m omega_1], [., omega_1 . q omega_1]],   C = [[size, M], [M, Q]]
 
-so that 2 T + 2 of the T(T+1) + 2T dimensions are left. Softmax sees the differences to Y'_11 only: 2 T dimensions.
+so that 2 T + r + r* of the T(T+1) + (r + r*) T dimensions are left. Softmax sees the differences to Y'_11 only: two
+less.
 """
 
 from __future__ import annotations
@@ -20,38 +21,59 @@ import jax.numpy as jnp
 
 from .activation import Activation, Identity
 from .channel import field_dimension, standard_fields
-from .order import Order
+from .order import Order, directions, matched, per_row, student_field
+from .prox import gram
 
 
-def node_dimension(activation: Activation, tokens: int) -> int:
-    """Normal dimensions of a test expectation: chi*, g (of one token where a row is enough), then the two fields."""
+def node_dimension(activation: Activation, tokens: int, ranks: tuple[int, int] = (1, 1)) -> int:
+    """Normal dimensions of a test expectation: chi*, g (of one token where a row is enough), then the two fields.
+
+    `ranks` = (r, r*) of the update and of its teacher. The nodes of pre-training leave those of an update alone.
+    """
     if isinstance(activation, Identity):
         return 0
     if activation.rowwise:
-        return 2 + 2 * (tokens - activation.forgets_shift)
-    return 2 * tokens + field_dimension(tokens, activation.forgets_shift)
+        return sum(ranks) + 2 * (tokens - activation.forgets_shift)
+    return sum(ranks) * tokens + field_dimension(tokens, activation.forgets_shift)
 
 
-def finetuning_error(activation: Activation, tokens: int, label_size, overlap, norm, lora: Order | None, nodes: Any):
+def finetuning_error(
+    activation: Activation, tokens: int, label_size, overlap, norm, lora: Order | None, nodes: Any,
+    ranks: tuple[int, int] = (1, 1),
+):  # fmt: skip
     """E' for label size Q0 + delta'/2, map overlap M and norm Q; `lora` is (v, m, q), or None for w = 0.
 
-    `nodes` is one replica, or None for the identity:
+    `ranks` = (r, r*); `nodes` is one replica, or None for the identity, where Gaussian moments give
 
-        E' = (1 + 1/T) (label_size - 2 M + Q) + [T(T+2)(q0^2 + q^2) - 2 T q0 q - 2 T(T+1) m^2] / T^2,  q0 = 1.
+        E' = (1 + 1/T) (label_size - 2 M + Q) + [(T+1) (r* + Tr q^2 - 2 Tr m m^T) + (r* - Tr q)^2] / T,  q0 = 1.
     """
-    t = tokens
-    m, q, noise = (0.0, 0.0, 0.0) if lora is None else (lora.overlap, lora.norm(1.0), lora.noise)
+    t, (rank, teacher_rank) = tokens, ranks
     if isinstance(activation, Identity):
         gap = label_size - 2 * overlap + norm
-        return (1 + 1 / t) * gap + (t * (t + 2) * (1 + q**2) - 2 * t * q - 2 * t * (t + 1) * m**2) / t**2
+        if lora is None:
+            trace = cross = square = 0.0
+        else:
+            n, q = directions(rank, teacher_rank), lora.norm(1.0)
+            trace, square, cross = jnp.sum(n * q), jnp.sum(n * q**2), jnp.sum(n * lora.overlap**2)
+        return (1 + 1 / t) * gap + ((t + 1) * (teacher_rank + square - 2 * cross) + (teacher_rank - trace) ** 2) / t
     x, count = nodes.normal, 1 if activation.rowwise else t
-    chi, g, fields = x[:count], x[count : 2 * count], x[2 * count :]
-    omega = m * chi + noise * g
+    begin, end = teacher_rank * count, (teacher_rank + rank) * count
+    chi, g, fields = x[:begin], x[begin:end], x[end:]
+    omega = jnp.zeros_like(g)
+    if lora is not None:
+        base, scale = student_field(lora, chi, len(g), 1.0)
+        omega = base + scale * g
     law = (label_size, overlap, norm)
     if activation.rowwise:
-        return row_error(activation, t, law, (1.0, m, q), chi[0], omega[0], fields, nodes.weight)
+        sizes = jnp.sum(chi**2, 0), jnp.sum(omega**2, 0)
+        zero = jnp.zeros_like(sizes[0])
+        update = (sizes[0], zero, zero)
+        if lora is not None:
+            m, q = (per_row(v, begin, end - begin) for v in (lora.overlap, lora.norm(1.0)))
+            update = (sizes[0], jnp.sum(m * matched(chi, rank) * omega, 0), jnp.sum(q * omega**2, 0))
+        return row_error(activation, t, law, update, sizes, fields, nodes.weight)
     y, z = _fields(activation, t, law, fields)
-    y, z = y + chi[:, None] * chi[None], z + omega[:, None] * omega[None]
+    y, z = y + gram(chi, t), z + gram(omega, t)
     return jnp.sum(nodes.weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
 
 
@@ -61,7 +83,7 @@ def pretraining_error(activation: Activation, tokens: int, label_size, overlap, 
     if isinstance(activation, Identity):
         return (1 + 1 / tokens) * (label_size - 2 * overlap + norm)
     if activation.rowwise:
-        return row_error(activation, tokens, law, (0.0, 0.0, 0.0), 0.0, 0.0, nodes.normal[2:], nodes.weight)
+        return row_error(activation, tokens, law, (0.0, 0.0, 0.0), (0.0, 0.0), nodes.normal[2:], nodes.weight)
     y, z = _fields(activation, tokens, law, nodes.normal[2 * tokens :])
     return jnp.sum(nodes.weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
 
@@ -79,13 +101,14 @@ def _root_of(xx, xy, yy):
     return a, xy / a, jnp.sqrt(jnp.maximum(yy - xy**2 / xx, 1e-20))
 
 
-def row_error(activation, tokens: int, law, lora, chi, omega, normal, weight):
+def row_error(activation, tokens: int, law, update, sizes, normal, weight):
     """T times the mean square distance of one row of sigma between two attention maps.
 
-    `law` and `lora` are (xx, xy, yy) of the fields and of the tokens' updates in both maps, `chi` and `omega` (N,) the
-    first token's updates, `normal` the nodes of what is left (see the module).
+    `law` is (xx, xy, yy) of the fields in both maps, `update` what the first token's updates add to it off the diagonal
+    and `sizes` what they add to the diagonal entries themselves, (N,) each; `normal`: nodes of what is left (see the
+    module).
     """
-    both = [xx + square * p for xx, square, p in zip(law, lora, (chi**2, chi * omega, omega**2), strict=True)]
+    both = [xx + more for xx, more in zip(law, update, strict=True)]
     rest = tokens - 1
     one, two = normal[:rest], normal[-rest:]
     a, b, c = _root_of(*both)
@@ -97,10 +120,10 @@ def row_error(activation, tokens: int, law, lora, chi, omega, normal, weight):
         y = a * one + d * mean[0]
         z = b * one + c * two + e * mean[0] + f * mean[1]
         first = [jnp.zeros_like(y[0])] * 2
-        y, z = y - chi**2, z - omega**2
+        y, z = y - sizes[0], z - sizes[1]
     else:
         d, e, f = (jnp.sqrt(2.0) * v for v in _root_of(*law))
         y, z = a * one, b * one + c * two
-        first = [d * normal[rest] + chi**2, e * normal[rest] + f * normal[rest + 1] + omega**2]
+        first = [d * normal[rest] + sizes[0], e * normal[rest] + f * normal[rest + 1] + sizes[1]]
     y, z = (jnp.concatenate([row[None], v]) for row, v in zip(first, (y, z), strict=True))
     return tokens * jnp.sum(weight * jnp.sum((activation.row(z) - activation.row(y)) ** 2, 0))

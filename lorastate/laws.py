@@ -62,13 +62,18 @@ def sample_finetuning(solution: Solution, inputs: str = "test", samples: int = 1
     t, frozen, key = fine.tokens, frozen_map(solution), jax.random.key(seed)
     if inputs == "test":
         b = fine.scale(frozen)
-        clean = Finetuning(fine.alpha, fine.lam, fine.delta, fine.activation, t, Fresh(), recalibration=b)
+        clean = Finetuning(
+            fine.alpha, fine.lam, fine.delta, fine.activation, t, Fresh(),
+            recalibration=b, rank=fine.rank, teacher_rank=fine.teacher_rank,
+        )  # fmt: skip
         x = _normal(key, ft.node_dimension(clean), samples)
         d = ft.draws(clean, frozen, Nodes(x, jnp.full(samples, 1 / samples), jnp.ones(samples)))
         return {"chi_star": d.teacher, "chi": ft.student(order, d), "Y0": d.fields.y0, "Z_W": d.fields.zw}
     half = -(-samples // 2)
     x = np.array(_normal(key, ft.node_dimension(fine), half))
-    x = np.concatenate([x, x * np.repeat([1.0, -1.0, 1.0], [t, t, len(x) - 2 * t])[:, None]], 1)
+    flip = np.ones((len(x), 1))
+    flip[slice(*ft.mirrored(fine))] = -1.0
+    x = np.concatenate([x, flip * x], 1)
     nodes = Nodes(jnp.asarray(x), jnp.full(2 * half, 0.5 / half), jnp.repeat(jnp.array([1.0, -1.0]), half))
     d = ft.draws(fine, frozen, ft.refresh_nodes(fine, frozen, nodes))
     problem, omega = ft.inner_problem(fine, order, d), ft.student(order, d)

@@ -24,6 +24,8 @@ MEANING: dict[str, dict[str, str]] = {
         "v": "response of the update",
         "m": "w.w*/D, overlap with the teacher",
         "q": "|w|^2/D, size of the update",
+        "v_spare": "response of directions that the teacher has not",
+        "q_spare": "size of directions that the teacher has not",
         "overlap": "o_w = m/sqrt(q), cosine of student and teacher",
         "train_loss": "loss per D, penalty included",
         "train_error": "the same without the penalty",

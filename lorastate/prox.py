@@ -3,7 +3,7 @@
 Both stages minimise, node by node, a smooth function of a few unknowns u in R^n:
 
     pre-training   u = coordinates of Z in Sym_T :  ||sigma(Z) - t||^2 + ||Z - Omega||_F^2 / (4 V)
-    fine-tuning    u = chi in R^T                :  ||sigma(Z_W + chi chi^T) - t||^2 + ||chi - omega||^2 / (2 v)
+    fine-tuning    u = chi in R^{T x r}          :  ||sigma(Z_W + chi chi^T) - t||^2 + ||chi - omega||^2 / (2 v)
 
 A problem is a pytree with a method `terms(u) -> (f, g, H)`; arrays are node-last. The search (`locate`) and the
 derivative of what it finds (`attach_minimum`) are kept apart: searches need loops, derivatives do not.
@@ -11,6 +11,8 @@ derivative of what it finds (`attach_minimum`) are kept apart: searches need loo
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -43,8 +45,19 @@ class MapProblem(NamedTuple):
         return f + jnp.sum(d * d, 0) / (4 * self.V), to_coordinates(g) + d / (2 * self.V), hess
 
 
+def columns(u, tokens: int):
+    """The r columns (T, N) of chi in R^{T x r} from its coordinates u (r T, N), which hold one after the other."""
+    return [u[k : k + tokens] for k in range(0, len(u), tokens)]
+
+
+def gram(u, tokens: int):
+    """chi chi^T, (T, T, N)."""
+    return functools.reduce(operator.add, (c[:, None] * c[None, :] for c in columns(u, tokens)))
+
+
 class VectorProblem(NamedTuple):
-    """Fine-tuning proximal step: frozen `zw`, `target` (T, T, N), `omega` (T, N), response `v`."""
+    """Fine-tuning proximal step: frozen `zw`, `target` (T, T, N), `omega` (r T, N) as `columns` reads it, and the
+    response `v`, one number or one per coordinate, (r T, 1)."""
 
     activation: Activation
     zw: Any
@@ -56,28 +69,40 @@ class VectorProblem(NamedTuple):
         """The same problem on a subset of the nodes."""
         return self._replace(zw=self.zw[..., index], omega=self.omega[..., index], target=self.target[..., index])
 
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of chi."""
+        return len(self.omega) // len(self.zw)
+
     @jax.jit
     def terms(self, u):
-        f, g, h = self.activation.loss_terms(self.zw + u[:, None] * u[None, :], self.target)
+        t = len(self.zw)
+        f, g, h = self.activation.loss_terms(self.zw + gram(u, t), self.target)
         s = g + jnp.swapaxes(g, 0, 1)
         d = u - self.omega
-        grad = jnp.sum(s * u[None], 1) + d / self.v
-        eye = jnp.eye(u.shape[0])[:, :, None]
-        # dZ_ab = du_a u_b + u_a du_b, so a row Hessian H_a enters as u^T H_a u, u_a H_a u and u_a^2 H_a.
-        if h.ndim == 5:
-            hu = jnp.sum(h * u[None, None, None, :], 3)
-            uhu = jnp.einsum("abcn,bn->acn", hu, u)
-            cross = jnp.einsum("abcn,an->bcn", hu, u)
-            cross = cross + jnp.swapaxes(cross, 0, 1)
-            last = jnp.einsum("abcdn,an,cn->bdn", h, u, u)
-            curvature = uhu + cross + last
-        else:
-            hu = jnp.sum(h * u[None, None], 2)
-            uhu = jnp.sum(hu * u[None], 1)
-            cross = u[:, None] * hu
-            curvature = jnp.sum(h * (u * u)[:, None, None], 0) + eye * uhu + cross + jnp.swapaxes(cross, 0, 1)
-        hess = s + curvature + eye / self.v
-        return f + jnp.sum(d * d, 0) / (2 * self.v), grad, hess
+        chi = columns(u, t)
+        grad = jnp.concatenate([jnp.sum(s * c[None], 1) for c in chi]) + d / self.v
+        rows = [[_curvature(h, a, b) + s if a is b else _curvature(h, a, b) for b in chi[: k + 1]]
+                for k, a in enumerate(chi)]  # fmt: skip
+        upper = [[jnp.swapaxes(rows[l][k], 0, 1) for l in range(k + 1, len(chi))] for k in range(len(chi))]
+        hess = jnp.concatenate([jnp.concatenate(a + b, 1) for a, b in zip(rows, upper, strict=True)])
+        hess = hess + jnp.eye(len(u))[:, :, None] / jnp.asarray(self.v)[..., None]
+        return f + jnp.sum(d * d / self.v, 0) / 2, grad, hess
+
+
+def _curvature(h, a, b):
+    """d^2 f / da db (T, T, N) through Z + a a^T + b b^T, from the Hessian `h` of f in Z; the columns may be the same.
+
+    dZ_ij = da_i a_j + a_i da_j, so a row Hessian H_i enters as a^T H_i b, b_i H_i a and a_i b_i H_i.
+    """
+    if h.ndim == 5:
+        ha, hb = (jnp.sum(h * u[None, None, None, :], 3) for u in (a, b))
+        cross = jnp.einsum("ijkn,in->jkn", hb, a) + jnp.einsum("klin,kn->iln", ha, b)
+        return jnp.einsum("ijkn,jn->ikn", hb, a) + cross + jnp.einsum("ijkln,in,kn->jln", h, a, b)
+    ha, hb = (jnp.sum(h * u[None, None], 2) for u in (a, b))
+    eye = jnp.eye(len(a))[:, :, None]
+    cross = jnp.swapaxes(a[:, None] * hb, 0, 1) + b[:, None] * ha
+    return jnp.sum(h * (a * b)[:, None, None], 0) + eye * jnp.sum(hb * a[None], 1) + cross
 
 
 @jax.jit

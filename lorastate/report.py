@@ -168,7 +168,7 @@ def page(facts: dict[str, Any]) -> str:
     ]
     limits = facts["bayes_optimal"]
     if limits is None:
-        lines.append("  not known for this activation")
+        lines.append("  not known for this activation, or a teacher of this rank")
     else:
         p = facts["predictions"]["pretraining"]
         lines += [

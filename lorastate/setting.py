@@ -155,12 +155,19 @@ def as_base(value: Any) -> BaseLaw | None:
     return BASE_LAWS[name](**given)
 
 
+#: Largest rank of a LoRA update and of its teacher: the inner problem has r T unknowns.
+MAX_RANK = 4
+
+
 class SettingWarning(UserWarning):
     """A setting that is accepted, with something in it replaced."""
 
 
 class Finetuning(eqx.Module):
-    """Rank-one LoRA update on the frozen map.
+    """LoRA update w w^T of rank r on the frozen map, with labels from a teacher w* w*^T of rank r*.
+
+    `rank` r and `teacher_rank` r* (static, 1 to 4) are independent: w in R^{D x r}, w* in R^{D x r*} with entries
+    N(0, 1), so that the teacher's update has r* directions of the same size whatever r* is.
 
     `alpha` = N' / D (samples: a sample ratio, not LoRA's `lora_alpha`), `lam` = ridge on w, `delta` = variance of the
     label noise. `delta`, `activation` and `tokens` left at None follow the pre-training ones
@@ -179,10 +186,12 @@ class Finetuning(eqx.Module):
     tokens: Any = eqx.field(static=True, default=None)
     inputs: Inputs = Fresh()
     recalibration: Recalibration = FixedScale(1.0)
+    rank: int = eqx.field(static=True, default=1)
+    teacher_rank: int = eqx.field(static=True, default=1)
 
     def __init__(
         self, alpha=None, lam=None, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None,
-        recalibration: Any = 1.0, **options,
+        recalibration: Any = 1.0, rank: Any = 1, teacher_rank: Any = 1, **options,
     ):  # fmt: skip
         require_float64()
         self.inputs = _as_inputs(inputs, options)
@@ -205,6 +214,8 @@ class Finetuning(eqx.Module):
         self.activation = None if activation is None else as_activation("finetuning.activation", activation, beta)
         self.tokens = None if tokens is None else whole("finetuning.tokens", tokens, 2, 8)
         self.recalibration = _as_recalibration(recalibration)
+        self.rank = whole("finetuning.rank", rank, 1, MAX_RANK)
+        self.teacher_rank = whole("finetuning.teacher_rank", teacher_rank, 1, MAX_RANK)
 
     @property
     def _drops(self) -> bool:
@@ -328,6 +339,8 @@ class Setting(eqx.Module):
             tokens=pre.tokens if fine.tokens is None else fine.tokens,
             inputs=fine.inputs.after(pre),
             recalibration=fine.recalibration,
+            rank=fine.rank,
+            teacher_rank=fine.teacher_rank,
         )
         resolved.inputs.check(pre, resolved)
         return resolved

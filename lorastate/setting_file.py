@@ -22,8 +22,8 @@ from .task import Task
 #: Sections and keys of a settings file.
 KEYS: dict[str, tuple[str, ...]] = {
     "pretraining": ("activation", "beta", "tokens", "alpha", "kappa0", "kappa", "delta", "lam"),
-    "finetuning": ("alpha", "lam", "delta", "activation", "beta", "tokens", "inputs", "label_noise", "reused_fraction",
-                   "rho", "pool", "score", "recalibration"),
+    "finetuning": ("alpha", "lam", "rank", "teacher_rank", "delta", "activation", "beta", "tokens", "inputs",
+                   "label_noise", "reused_fraction", "rho", "pool", "score", "recalibration"),
     "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps"),
     "pretraining.task": ("a", "c", "kappa_perp"),
     "pretraining.base": ("law", *dict.fromkeys(key for keys in BASE_KEYS.values() for key in keys)),
@@ -152,11 +152,12 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
         # A task that is not there yet is that of plain pre-training, a = 1 and c = 0.
         task = setting.pretraining.task or Task()
         task = Task(**{k: getattr(task, k) for k in KEYS[name]} | {key: value})
-        pre = Pretraining(**_fields(setting.pretraining) | {"task": task})
-        return Setting(pre, setting.finetuning, setting.numerics)
+        fields: dict[str, Any] = {**_fields(setting.pretraining), "task": task}
+        return Setting(Pretraining(**fields), setting.finetuning, setting.numerics)
     if name == "pretraining.base":
-        base = _base_of(path, setting.pretraining) | {key: value}
-        pre = Pretraining(**_fields(setting.pretraining) | {"base": base})
+        fields = _fields(setting.pretraining)
+        fields["base"] = _base_of(path, setting.pretraining) | {key: value}
+        pre = Pretraining(**fields)
         return Setting(pre, setting.finetuning, setting.numerics)
     stage = getattr(setting, name)
     if name == "numerics":

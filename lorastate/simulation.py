@@ -17,16 +17,17 @@ import numpy as np
 from tqdm import tqdm
 
 from ._lbfgs import Minimum, minimise
-from .base_law import BaseLaw, FreeSum, Wishart
+from .base_law import Atoms, BaseLaw, FreeSum, PowerLaw, Wishart
 from .channel import FixedScale, Fresh, Mixed, Reused, Selected
 from .errors import Code, SettingError, SolveError, is_concrete, require_float64
+from .prox import gram
 from .setting import Finetuning, Pretraining, Setting
 from .setting_file import replace
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "pretraining": ("M", "Q", "M_down", "overlap", "train_loss", "train_error", "test_error", "test_error_noiseless",
                     "rank_fraction"),
-    "finetuning": ("m", "q", "overlap", "train_loss", "train_error", "test_error", "test_error_frozen"),
+    "finetuning": ("m", "q", "q_spare", "overlap", "train_loss", "train_error", "test_error", "test_error_frozen"),
 }  # fmt: skip
 #: Independent random streams of one run. Append only: the positions fix what a seed means.
 _STREAMS = ("teacher", "inputs", "noise", "start", "lora_teacher", "lora_inputs", "lora_noise", "lora_start",
@@ -72,9 +73,10 @@ def factor_preactivation(inputs, W):
 
 
 def lora_update(inputs, w):
-    """chi chi^T with chi_a = x_a . w / sqrt(D), (T, T, N)."""
-    chi = (inputs @ w).T / np.sqrt(inputs.shape[2])
-    return chi[:, None] * chi[None]
+    """chi chi^T with chi_a = x_a . w / sqrt(D), (T, T, N), from w of shape (D, r), or (D,) for rank one."""
+    samples, tokens, dimension = inputs.shape
+    chi = inputs @ w.reshape(dimension, -1) / np.sqrt(dimension)
+    return gram(jnp.moveaxis(chi, 0, -1).swapaxes(0, 1).reshape(-1, samples), tokens)
 
 
 def label_noise(key, variance, tokens: int, samples: int):
@@ -95,7 +97,7 @@ def pretraining_loss(W, data):
 
 
 def finetuning_loss(w, data):
-    """L'(w)/D, L' = sum ||sigma(Z_W + chi chi^T) - sigma(Y')||^2 + lam |w|^2; data as unpacked below."""
+    """L'(w)/D, L' = sum ||sigma(Z_W + chi chi^T) - sigma(Y')||^2 + lam ||w||_F^2; data as unpacked below."""
     inputs, frozen, target, lam, activation = data
     fit = _square(activation(frozen + lora_update(inputs, w)) - target)
     return (fit + lam * _square(w)) / w.shape[0]
@@ -113,14 +115,12 @@ def _draw_batch(inputs_key, noise_key, base, delta, tokens, samples) -> _Batch:
 
 
 class _World(NamedTuple):
-    """What a run knows when fine-tuning starts: its key, S*, S_pre (S* without a task), the frozen S, w* and the
-    pre-training data."""
+    """What pre-training leaves behind: the key of the run, S*, S_pre (S* without a task), the frozen S and the data."""
 
     key: Any
     base: Any
     task: Any
     learned: Any
-    teacher: Any
     pretraining: _Batch
 
 
@@ -173,14 +173,18 @@ def _pretrain(key, batch: _Batch, pre: Any, sizes: Sizes) -> tuple[Minimum, dict
     return found, {"train_loss": found.value, "train_error": found.value - penalty}
 
 
-def _finetune(world: _World, fine: Any, sizes: Sizes, starts: int) -> tuple[Minimum, dict[str, Any]]:
-    """The lowest of several descents: from w*, then from random w of |w|^2/D = 0.01, 1, 0.01, ..."""
+def _finetune(world: _World, teacher, fine: Any, sizes: Sizes, starts: int) -> tuple[Minimum, dict[str, Any]]:
+    """The lowest of several descents: from w*, then from random w of |w|^2/D = 0.01, 1, 0.01, ... a column.
+
+    Columns that w has beyond those of w* start at random, those that w* has beyond those of w are left out.
+    """
     batch = _BATCHES[type(fine.inputs)](world, fine, sizes.lora_samples)
-    target = fine.activation(batch.labels + lora_update(batch.inputs, world.teacher))
+    target = fine.activation(batch.labels + lora_update(batch.inputs, teacher))
     frozen = fine.recalibration.b * preactivation(batch.inputs, world.learned)
     data = (batch.inputs, frozen, target, fine.lam, fine.activation)
-    points = jax.random.normal(_key(world.key, "lora_start"), (starts, sizes.dimension))
-    points = points.at[1::2].multiply(0.1).at[0].set(world.teacher)
+    points = jax.random.normal(_key(world.key, "lora_start"), (starts, sizes.dimension, fine.rank))
+    both = teacher[:, : fine.rank]
+    points = points.at[1::2].multiply(0.1).at[0, :, : both.shape[1]].set(both)
     tried = [minimise(finetuning_loss, x, data) for x in points]
     lowest = min((found.value for found in tried if np.isfinite(found.value)), default=np.nan)
     # Starts that met in one minimum differ by rounding: the one that converged stands for it.
@@ -221,6 +225,24 @@ def _overlaps(student, teacher, dimension: int) -> tuple[float, float, float]:
     return inner, size, inner / np.sqrt(size * known) if not size < 1e-6 else 0.0
 
 
+def _lora_overlaps(w, teacher) -> dict[str, float]:
+    """m, q, q_spare (of columns of w beyond those of w*) and the overlap: what no rotation of w or of w* changes.
+
+    With w^T w*/D = U diag(s) V^T, m is the mean of s, and q that of |w U|^2/D over the columns that follow the teacher.
+    """
+    dimension, rank = w.shape
+    if not np.all(np.isfinite(w)):
+        return dict.fromkeys(("m", "q", "overlap", "q_spare")[: 3 + (rank > teacher.shape[1])], np.nan)
+    k = min(rank, teacher.shape[1])
+    cross, own, known = (np.asarray(a.T @ b) / dimension for a, b in ((w, teacher), (w, w), (teacher, teacher)))
+    u, s, _ = np.linalg.svd(cross)
+    sizes = np.diag(u.T @ own @ u)
+    norm = np.linalg.norm(own)
+    cosine = np.linalg.norm(s) / np.sqrt(norm * np.linalg.norm(known)) if norm >= 1e-6 else 0.0
+    spare = {"q_spare": float(sizes[k:].mean())} if rank > k else {}
+    return {"m": float(s.mean()), "q": float(sizes[:k].mean()), "overlap": float(cosine), **spare}
+
+
 def _rank_fraction(eigenvalues) -> float:
     """Share of eigenvalues above 1e-3 of the largest, and above 1e-6 (a map shrunk to zero has rank 0)."""
     share = float(np.mean(eigenvalues > max(1e-3 * eigenvalues[-1], 1e-6)))
@@ -244,7 +266,7 @@ def _matrix(key, law: BaseLaw, dimension: int, rank: int):
         ranks = [round(float(getattr(part.law, "kappa0", 0.0)) * dimension) for part in law.parts]
         terms = (p.factor * _matrix(k, p.law, dimension, r) for k, p, r in zip(keys, law.parts, ranks, strict=True))
         return sum(terms, jnp.zeros((dimension, dimension)))
-    if not hasattr(law, "eigenvalues"):
+    if not isinstance(law, Atoms | PowerLaw):
         raise SettingError(f"pretraining.base = {law} cannot be simulated; allowed: Wishart, Atoms, PowerLaw, FreeSum")
     frame, triangle = jnp.linalg.qr(jax.random.normal(key, (dimension, dimension)))
     frame = frame * jnp.sign(jnp.diag(triangle))
@@ -276,8 +298,7 @@ def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
     row["test_error"], row["test_error_noiseless"] = _test(
         _key(key, "test"), pre, task, learned, None, pre.tokens, sizes.test_samples
     )
-    teacher = jax.random.normal(_key(key, "lora_teacher"), (D,))
-    return _Trained(_World(key, base, task, learned, teacher, batch), found, row)
+    return _Trained(_World(key, base, task, learned, batch), found, row)
 
 
 def _fingerprint(pre, sizes: Sizes, key) -> tuple:
@@ -297,17 +318,17 @@ def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar, memory: dict
     if name not in memory:
         memory[name] = _train_map(pre, sizes, key)
     world, found, row = memory[name]
-    row, base, learned, teacher = dict(row), world.base, world.learned, world.teacher
+    row, base, learned = dict(row), world.base, world.learned
+    teacher = jax.random.normal(_key(key, "lora_teacher"), (D, fine.teacher_rank))
     bar.update()
 
     bar.set_postfix_str("fine-tuning")
-    best, lora_row = _finetune(world, fine, sizes, starts)
+    best, lora_row = _finetune(world, teacher, fine, sizes, starts)
     w = best.x * (np.nan if best.code == Code.nonfinite else 1.0)
     bar.update()
 
     bar.set_postfix_str("measuring")
-    m, lora_row["q"], cosine = _overlaps(w, teacher, D)
-    lora_row["m"], lora_row["overlap"] = abs(m), abs(cosine)
+    lora_row |= _lora_overlaps(w, teacher)
     lora_row["test_error"], lora_row["test_error_frozen"] = _test(
         _key(key, "lora_test"),
         fine,
@@ -327,14 +348,18 @@ def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar, memory: dict
 class Simulation:
     """Finite-size training runs, measured under the names that the theory's predictions have.
 
-    `pretraining` and `finetuning` map a name to an array of one value per run. With S = W W^T/sqrt(P D):
-    `M` = Tr(S S*)/D (with a task, S_pre in the place of S* here and below), `M_down` = Tr(S S*)/D, `Q` = Tr(S^2)/D,
-    `overlap` = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` = the same without the penalty,
-    `test_error` = E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy labels, `test_error_noiseless` = against
-    sigma(Z*) instead, `rank_fraction` = share of eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` =
-    |w.w*|/D (the sign of w is free; without recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` =
-    |w.w*|/(|w||w*|), `train_loss` = L'/D, `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T)
-    - sigma(Y')||_F^2 on fresh inputs, `test_error_frozen` = the same at w = 0. Source of the model: arXiv:2606.05899.
+    `pretraining` and `finetuning` map a name to an array of one value per run. With S = W W^T/sqrt(P D): `M` = Tr(S
+    S*)/D (with a task, S_pre in the place of S* here and below), `M_down` = Tr(S S*)/D, `Q` = Tr(S^2)/D, `overlap`
+    = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` = the same without the penalty, `test_error` =
+    E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy labels, `test_error_noiseless` = against sigma(Z*)
+    instead, `rank_fraction` = share of eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` = |w.w*|/D (the
+    sign of w is free; without recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` = |w.w*|/(|w||w*|),
+    `train_loss` = L'/D, `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T) -
+    sigma(Y')||_F^2 on fresh inputs, `test_error_frozen` = the same at w = 0. For higher ranks `m` is the mean
+    singular value of w^T w*/D, `q` the mean size of the columns of w that go with it, `q_spare` that of the others
+    (r > r*), `overlap` = ||w^T w*||_F / sqrt(||w^T w||_F ||w*^T w*||_F). With r < r* training prefers the larger
+    singular values of w*: a bias of order D^(-1/2) where it is otherwise 1/D. Source of the model:
+    arXiv:2606.05899.
 
     `codes[stage]` says for each run whether its training reached a stationary point. A run that did not stays
     in the arrays (NaN where the loss was not finite) and makes `mean`, `stderr` and `summary` raise
@@ -365,8 +390,8 @@ class Simulation:
 
     def _sample(self, stage: str, name: str, only_converged: bool) -> np.ndarray:
         good = self.converged(stage)
-        if name not in _NAMES[stage]:
-            raise SettingError(f"name = {name!r} is unknown; allowed: {', '.join(_NAMES[stage])}")
+        if name not in getattr(self, stage):
+            raise SettingError(f"name = {name!r} is unknown; allowed: {', '.join(getattr(self, stage))}")
         if not good.all() and not only_converged:
             bad = np.flatnonzero(~good)
             where = f"in runs {bad.tolist()} of {len(good)}; only_converged=True leaves them out"
@@ -391,7 +416,7 @@ class Simulation:
             values = {key: method(stage, name, only_converged) for key, method in pair.items()}
             return {key: x if np.isfinite(x) else None for key, x in values.items()}
 
-        return {stage: {name: entry(stage, name) for name in names} for stage, names in _NAMES.items()}
+        return {stage: {name: entry(stage, name) for name in getattr(self, stage)} for stage in _NAMES}
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
@@ -499,7 +524,8 @@ def _collected(setting: Setting, sizes: Sizes, seed: int, outcomes: list[tuple[d
     rows = {stage: [outcome[i] for outcome in outcomes] for i, stage in enumerate(_NAMES)}
 
     def table(stage: str) -> dict[str, np.ndarray]:
-        return {name: np.array([float(row[name]) for row in rows[stage]]) for name in _NAMES[stage]}
+        names = [name for name in _NAMES[stage] if name in rows[stage][0]]
+        return {name: np.array([float(row[name]) for row in rows[stage]]) for name in names}
 
     return Simulation(
         setting,

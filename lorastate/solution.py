@@ -8,6 +8,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from . import theory
@@ -21,8 +22,8 @@ from .spectrum import LearnedSpectrum
 _SUMMARY = {
     "pretraining": ("V", "M", "Q", "M_down", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
                     "rank_fraction", "replicon"),
-    "finetuning": ("v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
-                   "recalibration", "free_energy", "replicon", "double_well_share"),
+    "finetuning": ("v", "m", "q", "v_spare", "q_spare", "overlap", "train_loss", "test_error", "test_error_frozen",
+                   "effective_noise", "recalibration", "free_energy", "replicon", "double_well_share"),
 }  # fmt: skip
 
 
@@ -87,6 +88,11 @@ class Solution(eqx.Module):
     and train_error; test_error (E'), test_error_frozen (E' at w = 0); effective_noise (Delta_eff); replicon (of
     smooth nodes); double_well_share (share of nodes whose inner problem has two minima).
 
+    For higher ranks v, m, q, ... are the entries of the matrices (`lora_matrices`) in the directions along the
+    teacher's and, for r > r*, v_spare, q_spare, qhat_spare, lhat_spare those in the others; overlap = ||m||_F /
+    sqrt(||q||_F ||q0||_F). Where two or more directions have no overlap (spare ones, or all at m = 0) `replicon` is
+    never below one: they are free to turn among themselves.
+
     All are scalars and differentiable in the setting's fields. `NaN` means undefined (the overlap of a zero map).
     """
 
@@ -112,8 +118,23 @@ class Solution(eqx.Module):
 
     @property
     def overlap(self):
-        """o_w = m / sqrt(q q0), the cosine of w and w*."""
+        """o_w = m / sqrt(q q0), the cosine of w and w*.
+
+        For higher ranks ||m||_F / sqrt(||q||_F ||q0||_F), the root of the cosine of w w^T and w* w*^T: with r < r* at
+        most (r / r*)^(1/4).
+        """
         return self.finetuning["overlap"]
+
+    @property
+    def lora_matrices(self) -> dict[str, Any]:
+        """m = w^T w*/D (r, r*), q = w^T w/D (r, r) and v (r, r), with w and w* turned so that they are diagonal."""
+        fine, p = self.setting.finetuning, self.finetuning
+        k = min(fine.rank, fine.teacher_rank)
+
+        def diagonal(name):
+            return jnp.diag(jnp.stack([p[name]] * k + [p.get(f"{name}_spare")] * (fine.rank - k)))
+
+        return {"m": p["m"] * jnp.eye(fine.rank, fine.teacher_rank), "q": diagonal("q"), "v": diagonal("v")}
 
     @property
     def map_overlap(self):
@@ -165,9 +186,10 @@ class Solution(eqx.Module):
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined."""
         values = {"pretraining": self.pretraining, "finetuning": self.finetuning}
-        out: dict[str, Any] = {s: {n: _plain(values[s][n]) for n in names} for s, names in _SUMMARY.items()}
+        names = {s: [n for n in some if n in values[s]] for s, some in _SUMMARY.items()}
+        out: dict[str, Any] = {s: {n: _plain(values[s][n]) for n in some} for s, some in names.items()}
         out["quadrature_error"] = {
-            s: {n: _plain(self.errors[s].get(n, 0.0)) for n in names} for s, names in _SUMMARY.items()
+            s: {n: _plain(self.errors[s].get(n, 0.0)) for n in some} for s, some in names.items()
         }
         out["status"] = {
             s: {

@@ -58,13 +58,13 @@ def _at_rest(fine, frozen, numerics, nodes):
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
     nodes = ft.prepare(fine, frozen, nodes)
     method = Method(tolerance=1e-7, max_steps=numerics.max_steps, floor=5e-3, require_stable=False)
-    start = from_norm(jnp.array(0.3), jnp.array(0.0), jnp.array(0.5), ft.TEACHER_SIZE).encode()
-    stage = Stage.of(method, numerics.replicas)
+    start = ft.start_at_rest(fine)
+    stage, n = Stage.of(method, numerics.replicas), len(start)
     memory = Slots.of(ft.no_memory(fine, nodes))
     point, jacobian, _ = iterate(
-        ft.state_evolution(fine, frozen, nodes), stage, False, start, jnp.zeros((3, 3)), memory
+        ft.state_evolution(fine, frozen, nodes), stage, False, start, jnp.zeros((n, n)), memory
     )
-    return point, jacobian[1, 1]
+    return point, jacobian[n // 2, n // 2]
 
 
 _solve_at_rest = Program(_at_rest, quick=True)
@@ -90,7 +90,7 @@ def order_of(solution: Solution, stage: str) -> Order:
     p = getattr(solution, stage)
     if stage == "pretraining":
         return from_norm(p["V"], p["M"], p["Q"], solution.setting.pretraining.label_size)
-    return from_norm(p["v"], p["m"], p["q"], ft.TEACHER_SIZE)
+    return theory.lora_order(p)
 
 
 def frozen_map(solution: Solution, setting: Setting | None = None):
@@ -154,7 +154,7 @@ class BranchPair(NamedTuple):
 def branches(solution: Solution) -> BranchPair:
     """Both branches of a solution; they are distinct where the two starts lead to different solutions."""
     b = solution.branches
-    orders = [decode(b.solution.x[k]) for k in (0, 1)]
+    orders = [decode(b.solution.x[k]).along for k in (0, 1)]
     m, q = ([float(v) for v in row] for row in zip(*((o.overlap, o.norm(1.0)) for o in orders), strict=True))
     energy = [float(e) for e in b.free_energy]
     codes = [Code(int(c)) for c in b.solution.code]

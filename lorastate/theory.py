@@ -19,7 +19,7 @@ from .channel import FrozenMap
 from .errors import Code, succeeded
 from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, plain_map, small_solve
 from .generalization import finetuning_error, node_dimension, pretraining_error
-from .order import RESPONSE_FLOOR, Order, decode, from_norm
+from .order import RESPONSE_FLOOR, Order, decode, directions, from_norm
 from .prox import ldl_solve
 from .quadrature import Nodes, Slots, gaussian_nodes, in_blocks, mean, over_replicas
 from .setting import Finetuning, Numerics, Pretraining
@@ -40,16 +40,16 @@ def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSet
     r, seed, t = numerics.replicas, numerics.seed, fine.tokens
     assert t is not None
 
-    def test(activation, tokens, stream):
-        d = node_dimension(activation, tokens)
+    def test(activation, tokens, stream, *ranks):
+        d = node_dimension(activation, tokens, *ranks)
         return gaussian_nodes(d, 2 * numerics.finetuning_nodes, r, seed + stream) if d else None
 
     d = pt.node_dimension(pre)
     return NodeSets(
         gaussian_nodes(d, numerics.nodes, r, seed) if d else None,
-        gaussian_nodes(ft.node_dimension(fine), numerics.finetuning_nodes, r, seed, (t, 2 * t)),
+        gaussian_nodes(ft.node_dimension(fine), numerics.finetuning_nodes, r, seed, ft.mirrored(fine)),
         test(pre.activation, pre.tokens, 10**6),
-        test(fine.activation, t, 2 * 10**6),
+        test(fine.activation, t, 2 * 10**6, (fine.rank, fine.teacher_rank)),
     )
 
 
@@ -133,7 +133,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         # NaN stops at once.
         lost = (codes[0] == Code.unstable) & ~succeeded(codes[1])
         skip = ((kind == escape) & ~lost) | ((kind == last) & same & (k == 1))
-        x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, _pushed(xs[k]), xs[k]))
+        x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, ft.pushed(xs[k]), xs[k]))
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         here = jnp.where(kind == escape, rows[1], rows[k])
         memory = _with_flags(memory._replace(here=here), *(v[rows[k]] for v in _flags(memory)))
@@ -149,15 +149,15 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         )
         return (*put, memory, same), (point, kept)
 
-    x0 = jnp.stack([ft.start(True), ft.start(False)])
+    x0 = jnp.stack([ft.start(fine, True), ft.start(fine, False)])
     memory = Slots.of(ft.no_memory(fine, nodes), 3)
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     rough, refined = _stages(numerics, 1e-3, settle=0.03)
     rules = (rough, refined, refined._replace(settle=0.0))
     kinds, branches = jnp.array([0, 0, last, last, escape]), jnp.array([0, 1, 0, 1, 0])
     jobs = (_stacked([rules[i] for i in (0, 0, 1, 1, 2)]), kinds, branches)
-    potentials = memory.data.potential[:2]
-    state = (x0, jnp.zeros((2, 3, 3)), potentials, jnp.arange(2), jnp.zeros(2, int), memory, jnp.array(False))
+    potentials, jacs = memory.data.potential[:2], jnp.zeros((*x0.shape, x0.shape[1]))
+    state = (x0, jacs, potentials, jnp.arange(2), jnp.zeros(2, int), memory, jnp.array(False))
     (_, jacs, potentials, rows, _, memory, same), (points, kept) = jax.lax.scan(job, state, jobs)
     final = jax.tree_util.tree_map(lambda a: jnp.stack([jnp.where(kept[4], a[2], a[4]), a[3]]), points)
     steps = points.steps[:2] + points.steps[2:4] + jnp.array([1, 0]) * points.steps[4]
@@ -173,13 +173,6 @@ def _with_flags(memory: Slots, thorough, needed) -> Slots:
     inner, here = memory.data.inner, memory.here
     inner = inner._replace(thorough=inner.thorough.at[here].set(thorough), needed=inner.needed.at[here].set(needed))
     return memory._replace(data=memory.data._replace(inner=inner))
-
-
-def _pushed(x):
-    """The same response and norm with half of the largest overlap."""
-    order = decode(x)
-    q = order.norm(ft.TEACHER_SIZE)
-    return from_norm(order.response, 0.5 * jnp.sqrt(q * ft.TEACHER_SIZE), q, ft.TEACHER_SIZE).encode()
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------
@@ -210,20 +203,29 @@ def _map_replica(pre, order, nodes, inner) -> MapAverages:
         u = pt.minimiser(pre, order, nodes, inner)
         c, conjugates = pt.conjugates_at(pre, order, nodes, u)
         hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
-        s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response))
+        s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response, len(u)))
         return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells))
 
     return in_blocks(block, nodes, inner)
 
 
-def _response_gap(hess, scale):
-    """|| H^{-1}/scale - 1 ||_F^2 at every node: the derivative of (minimiser - field) with respect to the field."""
+def _response_gap(hess, scale, along: int):
+    """|| H^{-1}/scale - 1 ||_F^2 at every node: the derivative of (minimiser - field) with respect to the field.
+
+    Where `along` is less than the number n of unknowns, of the four blocks before and from it on: (2, 2, N).
+    """
     n, nodes = hess.shape[0], hess.shape[2]
-    total = jnp.zeros((nodes,))
-    for i in range(n):
-        e = jnp.zeros((n, nodes)).at[i].set(1.0)
-        total = total + jnp.sum((ldl_solve(hess, e)[0] / scale - e) ** 2, 0)
-    return total
+    scale = jnp.broadcast_to(scale, (n, 1))
+    parts = [slice(along)] if along >= n else [slice(along), slice(along, n)]
+    total = []
+    for part in parts:
+        sums = [jnp.zeros((nodes,))] * len(parts)
+        for i in range(n)[part]:
+            e = jnp.zeros((n, nodes)).at[i].set(1.0)
+            square = (ldl_solve(hess, e)[0] / scale[i] - e) ** 2
+            sums = [total + jnp.sum(square[rows], 0) for total, rows in zip(sums, parts, strict=True)]
+        total.append(jnp.stack(sums))
+    return total[0][0] if along >= n else jnp.stack(total, 1)
 
 
 class LoraAverages(NamedTuple):
@@ -231,15 +233,15 @@ class LoraAverages(NamedTuple):
 
     conjugates: ft.Conjugates
     potential: Any  # c
-    susceptibility: Any  # E || d(chi - omega)/d omega ||_F^2
+    susceptibility: Any  # E || d(chi - omega)/d omega ||_F^2, (2, 2) where some directions are spare
     two_wells: Any
 
 
 def _lora_replica(fine: Finetuning, frozen: FrozenMap, order: Order, nodes, inner) -> LoraAverages:
     def use(d, chi, two):
         c, conjugates = ft.conjugates_at(fine, order, d, chi)
-        hess = ft.inner_problem(fine, order, d).terms(chi)[2]
-        s = jnp.sum(d.weight * _response_gap(hess, order.response))
+        problem = ft.inner_problem(fine, order, d)
+        s = jnp.sum(d.weight * _response_gap(problem.terms(chi)[2], problem.v, len(d.teacher)), -1)
         return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two))
 
     def block(nodes, inner):
@@ -287,11 +289,46 @@ def map_predictions(pre: Pretraining, x, a: MapAverages, errors) -> dict[str, An
 _LIVE = 1e-12
 
 
-def lora_overlap(order: Order):
-    """o_w = m / sqrt(q q0); NaN where the update is zero."""
-    q = order.norm(ft.TEACHER_SIZE)
-    live = q > _LIVE
-    return jnp.where(live, order.overlap / jnp.sqrt(jnp.where(live, q, 1.0) * ft.TEACHER_SIZE), jnp.nan)
+def lora_overlap(fine: Finetuning, order: Order):
+    """o_w = ||m||_F / sqrt(||q||_F ||q0 1||_F), for rank one m / sqrt(q q0); NaN where the update is zero."""
+    n, k = directions(fine.rank, fine.teacher_rank), min(fine.rank, fine.teacher_rank)
+    size = jnp.sqrt(jnp.sum(n * order.norm(ft.TEACHER_SIZE) ** 2))
+    live = size > _LIVE
+    most = jnp.sqrt(k * jnp.where(live, size, 1.0) * (ft.TEACHER_SIZE * np.sqrt(fine.teacher_rank)))
+    return jnp.where(live, jnp.sum(n * order.overlap) / most, jnp.nan)
+
+
+def _replicon(fine: Finetuning, a: LoraAverages):
+    """Growth of a difference between the norms of two replicas, alike in the directions along the teacher and in the
+    spare ones: largest eigenvalue of (alpha' / n_b) E || d(chi - omega)_b / d omega_b' ||_F^2, n_b directions in b."""
+    n = directions(fine.rank, fine.teacher_rank)
+    if np.ndim(n) == 0:
+        return fine.alpha * a.susceptibility / n
+    r = fine.alpha * a.susceptibility / n[:, None]
+    half, off = (r[0, 0] - r[1, 1]) / 2, r[0, 1] * r[1, 0]
+    return (r[0, 0] + r[1, 1]) / 2 + jnp.sqrt(half**2 + off + 1e-30)
+
+
+def _by_direction(values: dict[str, Any]) -> dict[str, Any]:
+    """Pairs as two predictions: of the directions along the teacher under their name, of the spare ones as `_spare`."""
+    out = {}
+    for name, value in values.items():
+        if jnp.ndim(value) == 0:
+            out[name] = value
+        else:
+            out[name] = value[0]
+            if name not in ("m", "mhat"):
+                out[f"{name}_spare"] = value[1]
+    return out
+
+
+def lora_order(values: dict[str, Any]) -> Order:
+    """The order parameters of fine-tuning from its predictions."""
+    v, m, q = (values[name] for name in "vmq")
+    if "q_spare" in values:
+        v, q = (jnp.stack([a, values[f"{name}_spare"]]) for name, a in (("v", v), ("q", q)))
+        m = jnp.stack([m, jnp.zeros_like(m)])
+    return from_norm(v, m, q, ft.TEACHER_SIZE)
 
 
 def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraAverages, errors) -> dict[str, Any]:
@@ -301,20 +338,18 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
     live = q > _LIVE
     phi = ft.free_energy(fine, order, c, a.potential)
     m, q = jnp.where(live, order.overlap, 0.0), jnp.where(live, q, 0.0)
+    penalty = jnp.sum(directions(fine.rank, fine.teacher_rank) * c.qhat * order.response)
     return {
-        "v": order.response,
-        "m": m,
-        "q": q,
-        **c._asdict(),
-        "overlap": lora_overlap(order),
+        **_by_direction({"v": order.response, "m": m, "q": q, **c._asdict()}),
+        "overlap": lora_overlap(fine, order),
         "train_loss": phi,
-        "train_error": fine.alpha * a.potential - c.qhat * order.response / 2,
+        "train_error": fine.alpha * a.potential - penalty / 2,
         "test_error": errors[0],
         "test_error_frozen": errors[1],
         "effective_noise": fine.effective_noise(frozen),
         "recalibration": fine.scale(frozen),
         "free_energy": phi,
-        "replicon": fine.alpha * a.susceptibility,
+        "replicon": _replicon(fine, a),
         "double_well_share": a.two_wells,
     }
 
@@ -332,7 +367,8 @@ def _lora_errors(fine, frozen, order, nodes):
     frozen = frozen.scaled(fine.scale(frozen))
     size = frozen.Q0 + fine.delta / 2
     common = (fine.activation, fine.tokens, size, frozen.overlap, frozen.norm)
-    return finetuning_error(*common, order, nodes), finetuning_error(*common, None, nodes)
+    ranks = fine.rank, fine.teacher_rank
+    return finetuning_error(*common, order, nodes, ranks), finetuning_error(*common, None, nodes, ranks)
 
 
 def lora_error(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes | None):
@@ -412,7 +448,7 @@ def describe_finetuning(
     """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
     frozen = frozen_at(pre, fine, first.x)
     prepared, solved = nodes.finetuning._replace(found=second.found), second.solved
-    x = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, ft.start(True))
+    x = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, ft.start(fine, True))
     order = decode(attach(ft.step, x, (fine, frozen), (prepared, solved.inner)))
     b = mean(lora_averages(fine, frozen, order, prepared, solved.inner))
     errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
@@ -463,7 +499,8 @@ _FLOOR_SHARE = 0.3
 def final_code(stage: str, status: dict[str, Any], errors: dict[str, Any]):
     """The code of a stage once its quadrature errors are known: a solve that stopped at a jump must be well inside the
     largest error of its order parameters."""
-    names = ("V", "M", "Q") if stage == "pretraining" else ("v", "m", "q")
+    names = ("V", "M", "Q") if stage == "pretraining" else ("v", "m", "q", "v_spare", "q_spare")
+    names = [n for n in names if n in errors]
     allowed = _FLOOR_SHARE * jnp.max(jnp.stack([jnp.asarray(errors[n]) for n in names]))
     far = (status["code"] == Code.floor) & ~(status["error"] <= allowed)
     return jnp.where(far, int(Code.stalled), status["code"])

@@ -16,6 +16,11 @@ Sloan, 2018, with one sampled point a side). Any e and p keep the equation true.
 
     E f = E [ (1 - s) f(t) + s (split form) ],   s from 0 to 1 as the smallest eigenvalue of the Hessian at rest falls.
 
+Updates of rank r > 1 are not split. Their wells come in orbits, chi O with O in O(r), on which omega chooses a point
+without a jump wherever O can be reached by turning: only where it has to reflect, and where the loss has further wells,
+does the minimiser jump. Several starts find it, a reflection of the lowest well among them; the share of nodes with two
+wells says how far derivatives may be off.
+
 The same two halves as everywhere: `locate` finds (loops, no derivative), `samples` differentiates (no loops).
 """
 
@@ -35,6 +40,8 @@ from .prox import VectorProblem, attach_minimum, ldl_solve
 
 class Student(NamedTuple):
     """omega = base + scale g at every node: `base` (T, N), scalar `scale`, standard normal `g` (T, N).
+
+    For an update of rank r there are r T rows, and `scale` is one number or one per row, (r T, 1).
 
     `side` (N,) is +1 on a node and -1 on its mirror image g -> -g; `guess` (T, N) a start for descents.
     """
@@ -72,15 +79,15 @@ class Inner(NamedTuple):
     needed: Any
 
 
-def nothing(replicas: int, tokens: int, nodes: int) -> Inner:
-    """Placeholder for all replicas, to be filled by `locate`."""
+def nothing(replicas: int, unknowns: int, nodes: int) -> Inner:
+    """Placeholder for all replicas, to be filled by `locate`; `unknowns` = r T."""
 
     def no(*shape, kind: Any = float):
         return jnp.zeros((replicas, *shape), kind)
 
     return Inner(
-        no(kind=bool), no(3, tokens, nodes), no(3, tokens, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
-        no(tokens, nodes), no(nodes), no(nodes, kind=bool), no(2, tokens, nodes), no(kind=bool), ~no(kind=bool),
+        no(kind=bool), no(3, unknowns, nodes), no(3, unknowns, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
+        no(unknowns, nodes), no(nodes), no(nodes, kind=bool), no(2, unknowns, nodes), no(kind=bool), ~no(kind=bool),
     )  # fmt: skip
 
 
@@ -208,32 +215,42 @@ class _Pair(NamedTuple):
 
 
 # Descents at a sample start at its last two wells. A cold search takes omega and the teacher instead, and both wells on
-# the softest line; a thorough one +-2 along every axis as well: a row of softmax is settled by one token, and the wells
-# that are not on the softest line lie there.
+# the softest line (of updates of higher rank, reflections of the lowest well so far); a thorough one +-2 along every
+# axis as well: a row of softmax is settled by one token, and the wells that are not on the softest line lie there.
 _USUAL, _REACH = 4, 2.0
 
 
 def _axis(k, t: int, n: int):
-    """+-2 along every axis, k = _USUAL, ..., _USUAL + 2 T - 1."""
+    """+-2 along every axis, k = _USUAL, ..., _USUAL + 2 t - 1."""
     along = jax.nn.one_hot(jnp.clip(k - _USUAL, 0) // 2, t)[:, None] * jnp.where(k % 2 == 0, _REACH, -_REACH)
     return jnp.broadcast_to(along, (t, n))
 
 
-def _search_plain(problem: VectorProblem, s: Student, h, start, search):
-    """`(pair, improved)` at the plain samples: from `start` alone or, in a thorough search, from all starts."""
-    t, n = start.shape
-    e = jax.lax.cond(search, lambda: _REACH * _softest(h), lambda: jnp.zeros_like(start))
-    usual = jnp.stack([start, s.side * s.guess, -e, e])
+def _search_plain(problem: VectorProblem, usual, count):
+    """`(pair, improved)` at the plain samples from the first `count` starts: the `usual` ones, (1 to _USUAL, r T, N),
+    made up to _USUAL by reflections of what has been found, and the axes."""
+    t, n = problem.omega.shape
+    given = len(usual)
 
     def one(carry):
         k, pair, improved = carry
-        u = jnp.where(k < _USUAL, usual[jnp.minimum(k, _USUAL - 1)], _axis(k, t, n))
+        u = usual[jnp.minimum(k, given - 1)]
+        if given < _USUAL:
+            u = jnp.where(k < given, u, _reflected(problem, pair.u[0]))
+        u = jnp.where(k < _USUAL, u, _axis(k, t, n))
         pair, lower = pair.meet(*prox.locate(problem, u))
         return k + 1, pair, improved | (lower & (k > 0))
 
-    count = jnp.where(search, _USUAL + 2 * t, 1)
-    carry = (jnp.array(0), _Pair.empty(start), jnp.zeros((n,), bool))
+    carry = (jnp.array(0), _Pair.empty(problem.omega), jnp.zeros((n,), bool))
     return jax.lax.while_loop(lambda c: c[0] < count, one, carry)[1:]
+
+
+def _reflected(problem: VectorProblem, u):
+    """chi (1 - 2 c c^T), as deep a well of the loss as chi: c the direction in which chi and omega agree least."""
+    chi, omega = (jnp.stack(prox.columns(a, len(problem.zw))) for a in (u, problem.omega / problem.v))
+    agree = jnp.einsum("ktn,ltn->kln", chi, omega)
+    c = _softest(agree + jnp.swapaxes(agree, 0, 1))
+    return (chi - 2 * c[:, None] * jnp.einsum("kn,ktn->tn", c, chi)).reshape(u.shape)
 
 
 # Descents for a node that is split, in their order, (point, start): at the origin from two starts; at the switching
@@ -261,14 +278,21 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = COLD
     cold = jnp.asarray(cold)
     search = ((cold == COLD) & previous.thorough) | ((cold == CHECK) & previous.needed)
     cold = cold > WARM
-    n = problem.omega.shape[1]
-    h = _hessian_at_rest(problem)
-    # No eigenvalue in the zone: no node is split, and no eigenvectors are needed.
-    eye = jnp.eye(h.shape[0])[:, :, None]
-    near = ldl_solve(h - _ZONE * eye, problem.omega)[1] <= 0
+    t, n = problem.omega.shape
     omega = s.at(s.g)
-    start = jnp.where(cold, omega, previous.chi[0])
-    pair, improved = _search_plain(problem._replace(omega=omega), s, h, start, search)
+    plain, start = problem._replace(omega=omega), jnp.where(cold, omega, previous.chi[0])
+    if splits(problem):
+        h = _hessian_at_rest(problem)
+        # No eigenvalue in the zone: no node is split, and no eigenvectors are needed.
+        eye = jnp.eye(h.shape[0])[:, :, None]
+        near = ldl_solve(h - _ZONE * eye, problem.omega)[1] <= 0
+        e = jax.lax.cond(search, lambda: _REACH * _softest(h), lambda: jnp.zeros_like(start))
+        usual, few = jnp.stack([start, s.side * s.guess, -e, e]), 1
+    else:
+        h, near = None, jnp.zeros((n,), bool)
+        usual = jnp.stack([start, jnp.where(cold, s.side * s.guess, previous.other[0])])
+        few = jnp.where(cold, _USUAL, jnp.where(jnp.any(previous.two_wells[0]), 2, 1))
+    pair, improved = _search_plain(plain, usual, jnp.where(search, _USUAL + 2 * t, few))
     inner = previous._replace(
         split=jnp.any(near),
         chi=previous.chi.at[0].set(jnp.where(pair.ok, pair.u[0], start)),
@@ -279,6 +303,8 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = COLD
         e=jnp.zeros_like(start),
         needed=jnp.where(search, jnp.any(improved | (pair.two & ~near)), previous.needed),
     )
+    if h is None:
+        return inner
     # Both wells of a node that is known to have two are followed.
     more = ~cold & inner.two_wells[0] & ~near
     size = min(n, _TOGETHER)
@@ -474,7 +500,17 @@ def refresh(problem: VectorProblem, s: Student, inner: Inner) -> Inner:
         chi = prox.polish(_repeat(problem, s.at(g)), flat(inner.chi))
         return inner._replace(chi=jnp.stack(jnp.split(chi, 3, -1)))
 
-    return jax.lax.cond(inner.split, split, alone, 0.0)
+    return either(problem, inner, split, alone)
+
+
+def splits(problem: VectorProblem) -> bool:
+    """Whether nodes are split where the minimiser jumps: those of updates of rank one."""
+    return problem.rank == 1
+
+
+def either(problem: VectorProblem, inner: Inner, split, alone):
+    """`split(...)` where any node of the replica is split, otherwise `alone(...)`."""
+    return jax.lax.cond(inner.split, split, alone, 0.0) if splits(problem) else alone(0.0)
 
 
 def samples(problem: VectorProblem, s: Student, inner: Inner):

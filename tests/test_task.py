@@ -149,7 +149,7 @@ def test_files_and_overrides(tmp_path):
     assert setting_to_dict(s)["pretraining"]["task"] == {"a": 0.9, "c": 0.5, "kappa_perp": 2.0}
     assert float(get(replace(s, "pretraining.task.c", 0.25), "pretraining.task.c")) == 0.25
     assert get(setting(), "pretraining.kappa0") == 1.0 and setting().pretraining.task is None
-    assert float(replace(setting(), "pretraining.task.c", 0.3).pretraining.task.a) == 1.0
+    assert float(get(replace(setting(), "pretraining.task.c", 0.3), "pretraining.task.a")) == 1.0
     # label power: a^2 (1 + kappa0) + c^2 (1 + kappa_perp) + 2 a c sqrt(kappa0 kappa_perp) + delta / 2
     want = 0.81 * 2 + 0.25 * 3 + 2 * 0.9 * 0.5 * 2**0.5 + 0.25
     assert float(s.pretraining.label_size) == pytest.approx(want)
