@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 from main_job import machine
@@ -85,7 +86,7 @@ def optimum() -> None:
         return [np.log(best.path[-1][path]) for path in over], best.solves
 
     def brent(over):
-        found = minimize_scalar(lambda u: error(u, over), bounds=np.log([1e-3, 0.3]), method="bounded",
+        found: Any = minimize_scalar(lambda u: error(u, over), bounds=np.log([1e-3, 0.3]), method="bounded",
                                 options={"xatol": 1e-3})  # fmt: skip
         return [found.x], count
 
@@ -182,7 +183,8 @@ def _on_devices(count: int) -> float:
 
 
 def flops() -> None:
-    """By hand: the compiler's count of one Newton step at a node, times the steps that a solve takes."""
+    """The compiler's count of one Newton step at a node, its time where its arrays stay in the cache, and how many of them
+    would take as long as the whole search."""
     import jax
     import jax.numpy as jnp
 
@@ -206,15 +208,14 @@ def flops() -> None:
 
     def stage(problem, u, steps=200):
         many = jax.jit(lambda p, u: jax.lax.fori_loop(0, steps, lambda _, u: u + 1e-9 * (newton(p, u) - u), u))
-        cost = jax.jit(newton).lower(problem, u).compile().cost_analysis()
+        cost: Any = jax.jit(newton).lower(problem, u).compile().cost_analysis()
         took = _seconds(lambda: jax.block_until_ready(many(problem, u)), repeats=5)
         return cost["flops"] / u.shape[1], cost.get("transcendentals", 0) / u.shape[1], took / steps / u.shape[1]
 
     few = slice(0, 128)
     replica = jax.tree_util.tree_map(lambda v: jnp.asarray(v[0]), sets.pretraining)
     of_map = pt.inner_problem(pre, decode(first.solved.point.x), replica).take(few)
-    one = stage(of_map, first.solved.inner.lower[0][:, few] if first.solved.inner.u.ndim == 3 else
-                first.solved.inner.u[0, 0][:, few])  # fmt: skip
+    one = stage(of_map, first.solved.inner.u[0, 0][:, few])
     draws = ft.draws(fine, fine.inputs.freeze(pre, first.order),
                      jax.tree_util.tree_map(lambda v: jnp.asarray(v[0]), sets.finetuning))  # fmt: skip
     of_lora = ft.inner_problem(fine, decode(second.solved.point.x), draws).take(few)
@@ -225,7 +226,7 @@ def flops() -> None:
         _seconds(lambda: jax.block_until_ready(solution._solve_pretraining(pre, given, sets.pretraining))),
         _seconds(lambda: jax.block_until_ready(search(pre, fine, first, given, sets.finetuning))),
     )
-    print(f"peak of a matrix product: {peak / 1e9:.1f} GFLOP/s\n")
+    print(f"peak of one core, by a matrix product: {peak / 1e9:.1f} GFLOP/s\n")
     print("| stage | operations of a Newton step | transcendental | time | of peak | search | steps' worth, a node |")
     print("|---|---|---|---|---|---|---|")
     for name, (operations, special, each), whole, n in (("pre-training", one, took[0], 16384),

@@ -51,8 +51,7 @@ def finetuning_error(activation: Activation, tokens: int, label_size, overlap, n
     if activation.rowwise:
         return row_error(activation, t, law, (1.0, m, q), chi[0], omega[0], fields, nodes.weight)
     y, z = _fields(activation, t, law, fields)
-    y, z = y + chi[:, None] * chi[None], z + omega[:, None] * omega[None]
-    return jnp.sum(nodes.weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
+    return _distance(activation, y + chi[:, None] * chi[None], z + omega[:, None] * omega[None], nodes.weight)
 
 
 def pretraining_error(activation: Activation, tokens: int, label_size, overlap, norm, nodes: Any):
@@ -62,8 +61,11 @@ def pretraining_error(activation: Activation, tokens: int, label_size, overlap, 
         return (1 + 1 / tokens) * (label_size - 2 * overlap + norm)
     if activation.rowwise:
         return row_error(activation, tokens, law, (0.0, 0.0, 0.0), 0.0, 0.0, nodes.normal[2:], nodes.weight)
-    y, z = _fields(activation, tokens, law, nodes.normal[2 * tokens :])
-    return jnp.sum(nodes.weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
+    return _distance(activation, *_fields(activation, tokens, law, nodes.normal[2 * tokens :]), nodes.weight)
+
+
+def _distance(activation: Any, y, z, weight):
+    return jnp.sum(weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
 
 
 def _fields(activation, tokens: int, law, normal):

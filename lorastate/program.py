@@ -53,23 +53,22 @@ class Program:
         backend = jax.default_backend()
         return self._jit(backend, _options(backend, self._quick))(*args)
 
+    def shapes(self, *args) -> Any:
+        """The output with NaN (or zero) in place of every number: traced, but neither compiled nor computed."""
+
+        def blank(s):
+            if not isinstance(s, jax.ShapeDtypeStruct):
+                return s
+            return np.full(s.shape, np.nan if np.issubdtype(s.dtype, np.floating) else 0, s.dtype)
+
+        out = eqx.filter_eval_shape(self._f, *args)
+        return jax.tree_util.tree_map(blank, out, is_leaf=lambda s: isinstance(s, jax.ShapeDtypeStruct))
+
     def _jit(self, name: str, options: dict):
         if name not in self._jitted:
             jit: Any = eqx.filter_jit
             self._jitted[name] = jit(self._f, compiler_options=options)
         return self._jitted[name]
-
-
-def shapes(f: Callable, *args) -> Any:
-    """The output of `f` with NaN (or zero) in place of every number: only traced, not computed."""
-
-    def blank(s):
-        if not isinstance(s, jax.ShapeDtypeStruct):
-            return s
-        return np.full(s.shape, np.nan if np.issubdtype(s.dtype, np.floating) else 0, s.dtype)
-
-    out = eqx.filter_eval_shape(f, *args)
-    return jax.tree_util.tree_map(blank, out, is_leaf=lambda s: isinstance(s, jax.ShapeDtypeStruct))
 
 
 class Compiling:

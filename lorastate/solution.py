@@ -14,7 +14,7 @@ from . import theory
 from .bayes import BayesLimits, bayes_optimal
 from .channel import LeastError
 from .errors import Code, SolveError, is_concrete, require_float64
-from .program import Compiling, Program, cores, shapes
+from .program import Compiling, Program, cores
 from .setting import Finetuning, Numerics, Pretraining, Setting
 from .spectrum import LearnedSpectrum
 
@@ -62,12 +62,12 @@ def compile_together(pre: Pretraining, fine: Finetuning, numerics: Numerics, nod
     _compiled.add(key)
     work = Compiling()
     args = (pre, numerics, nodes.pretraining)
-    found = shapes(_solve_pretraining, *args)
-    first = shapes(_describe_pretraining, pre, nodes, found)
+    found = _solve_pretraining.shapes(*args)
+    first = _describe_pretraining.shapes(pre, nodes, found)
     search, given = by_size(numerics, _solve_few, _solve_many), (pre, fine, first, numerics, nodes.finetuning)
-    second = shapes(search, *given)
+    second = search.shapes(*given)
     work.add(search, *given)  # the longest first
-    out = shapes(_describe_finetuning, pre, fine, nodes, first, second)
+    out = _describe_finetuning.shapes(pre, fine, nodes, first, second)
     work.add(_solve_pretraining, *args)
     work.add(_quadrature_errors, pre, fine, numerics, nodes, out.solved)
     work.add(_describe_pretraining, pre, nodes, found)
