@@ -183,7 +183,7 @@ def _on_devices(count: int) -> float:
 
 
 def flops() -> None:
-    """The compiler's count of one Newton step at a node, its time where its arrays stay in the cache, and how many of them
+    """The compiler's count of a Newton step at a node, its time where arrays stay in the cache, and how many of them
     would take as long as the whole search."""
     import jax
     import jax.numpy as jnp
