@@ -73,8 +73,7 @@ def finetuning_error(
             update = (sizes[0], jnp.sum(m * matched(chi, rank) * omega, 0), jnp.sum(q * omega**2, 0))
         return row_error(activation, t, law, update, sizes, fields, nodes.weight)
     y, z = _fields(activation, t, law, fields)
-    y, z = y + gram(chi, t), z + gram(omega, t)
-    return jnp.sum(nodes.weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
+    return _distance(activation, y + gram(chi, t), z + gram(omega, t), nodes.weight)
 
 
 def pretraining_error(activation: Activation, tokens: int, label_size, overlap, norm, nodes: Any):
@@ -84,8 +83,11 @@ def pretraining_error(activation: Activation, tokens: int, label_size, overlap, 
         return (1 + 1 / tokens) * (label_size - 2 * overlap + norm)
     if activation.rowwise:
         return row_error(activation, tokens, law, (0.0, 0.0, 0.0), (0.0, 0.0), nodes.normal[2:], nodes.weight)
-    y, z = _fields(activation, tokens, law, nodes.normal[2 * tokens :])
-    return jnp.sum(nodes.weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
+    return _distance(activation, *_fields(activation, tokens, law, nodes.normal[2 * tokens :]), nodes.weight)
+
+
+def _distance(activation: Any, y, z, weight):
+    return jnp.sum(weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
 
 
 def _fields(activation, tokens: int, law, normal):

@@ -88,9 +88,18 @@ def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, 
     """Inner minimisers of one replica; with `cold` = WARM the descents start at the previous ones."""
     y, omega = fields(pre, order, nodes.normal)
     problem = _problem_at(pre, order, y, omega)
-    starts = jnp.where(jnp.asarray(cold) > 0, jnp.stack([to_coordinates(omega), to_coordinates(y)]), previous.u)
-    # lax.map, not two calls: the descent is compiled once.
-    u, f, ok = jax.lax.map(lambda s: locate(problem, s), starts)
+    cold = jnp.asarray(cold) > 0
+    starts = jnp.where(cold, jnp.stack([to_coordinates(omega), to_coordinates(y)]), previous.u)
+
+    # A loop, not two calls: the descent is compiled once.
+    def descend(k, found):
+        return tuple(a.at[k].set(v) for a, v in zip(found, locate(problem, starts[k]), strict=True))
+
+    # Where every node has one minimiser the other start is at the same place.
+    count = jnp.where(cold | jnp.any(previous.two_wells), 2, 1)
+    nothing = jnp.zeros_like(starts), jnp.zeros_like(previous.f), jnp.zeros((2, starts.shape[-1]), bool)
+    found = jax.lax.fori_loop(0, count, descend, nothing)
+    u, f, ok = (a.at[1].set(jnp.where(count == 2, a[1], a[0])) for a in found)
     return Inner(u, f, ok[0] | ok[1])
 
 

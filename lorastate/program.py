@@ -10,7 +10,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from .errors import is_concrete
 
@@ -33,17 +32,12 @@ def _options(backend: str, quick: bool) -> dict:
     return options
 
 
-def _strong(tree):
-    """The same numbers, none of a weak type: what one program hands to the next must not depend on how it was made."""
-    return jax.tree_util.tree_map(lambda a: jax.lax.convert_element_type(a, a.dtype) if eqx.is_array(a) else a, tree)
-
-
 class Program:
     """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU."""
 
     def __init__(self, f: Callable, quick: bool = False):
         functools.update_wrapper(self, f)
-        self._f, self._quick = functools.wraps(f)(lambda *args: _strong(f(*args))), quick
+        self._f, self._quick = f, quick
         self._jitted: dict[str, Any] = {}
 
     def __call__(self, *args):
@@ -58,38 +52,6 @@ class Program:
             jit: Any = eqx.filter_jit
             self._jitted[name] = jit(self._f, compiler_options=options)
         return self._jitted[name]
-
-
-def shapes(f: Callable, *args) -> Any:
-    """The output of `f` with NaN (or zero) in place of every number: only traced, not computed."""
-
-    def blank(s):
-        if not isinstance(s, jax.ShapeDtypeStruct):
-            return s
-        return np.full(s.shape, np.nan if np.issubdtype(s.dtype, np.floating) else 0, s.dtype)
-
-    out = eqx.filter_eval_shape(f, *args)
-    return jax.tree_util.tree_map(blank, out, is_leaf=lambda s: isinstance(s, jax.ShapeDtypeStruct))
-
-
-class Compiling:
-    """First calls of several programs at once, for the sake of their compilation, which needs one core each.
-
-    Arguments may be NaN: every search ends at once then.
-    """
-
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(min(cores(), 4))
-        self._calls: list[Any] = []
-
-    def add(self, program: Callable, *args) -> None:
-        self._calls.append(self._pool.submit(lambda: jax.block_until_ready(program(*args))))
-
-    def wait(self) -> None:
-        """Until all are compiled. What goes wrong here goes wrong, and is said, in the call that counts."""
-        for call in self._calls:
-            call.exception()
-        self._pool.shutdown()
 
 
 def cores() -> int:

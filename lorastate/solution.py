@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,7 +14,7 @@ from . import theory
 from .bayes import BayesLimits, bayes_optimal
 from .channel import LeastError
 from .errors import Code, SolveError, is_concrete, require_float64
-from .program import Compiling, Program, cores, shapes
+from .program import Program
 from .setting import Finetuning, Numerics, Pretraining, Setting
 from .spectrum import LearnedSpectrum
 
@@ -48,32 +47,6 @@ def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: theory.
     first = _describe_pretraining(pre, nodes, _solve_pretraining(pre, numerics, nodes.pretraining))
     search = by_size(numerics, _solve_few, _solve_many)
     return first, search(pre, fine, first, numerics, nodes.finetuning)
-
-
-_compiled: set[Any] = set()
-
-
-def compile_together(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: theory.NodeSets) -> None:
-    """Compiles the programs of `predict` at the same time, if they are new and there are cores for it."""
-    leaves, kind = jax.tree_util.tree_flatten(eqx.filter((pre, fine), eqx.is_array, inverse=True))
-    numerics = numerics.without_seed
-    key = (kind, tuple(leaves), numerics, jax.default_backend())
-    if cores() == 1 or key in _compiled:
-        return
-    _compiled.add(key)
-    work = Compiling()
-    args = (pre, numerics, nodes.pretraining)
-    found = shapes(_solve_pretraining, *args)
-    first = shapes(_describe_pretraining, pre, nodes, found)
-    search, given = by_size(numerics, _solve_few, _solve_many), (pre, fine, first, numerics, nodes.finetuning)
-    second = shapes(search, *given)
-    work.add(search, *given)  # the longest first
-    out = shapes(_describe_finetuning, pre, fine, nodes, first, second)
-    work.add(_solve_pretraining, *args)
-    work.add(_quadrature_errors, pre, fine, numerics, nodes, out.solved)
-    work.add(_describe_pretraining, pre, nodes, found)
-    work.add(_describe_finetuning, pre, fine, nodes, first, second)
-    work.wait()
 
 
 class Solution(eqx.Module):
@@ -222,8 +195,6 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
         setting = with_best_scale(setting)
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
-    if all(map(is_concrete, jax.tree_util.tree_leaves((pre, fine)))):
-        compile_together(pre, fine, setting.numerics, nodes)
     out = _describe_finetuning(pre, fine, nodes, *solve(pre, fine, setting.numerics, nodes))
     map_errors, errors = _quadrature_errors(pre, fine, setting.numerics.without_seed, nodes, out.solved)
     solution = Solution(

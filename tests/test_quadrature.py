@@ -9,7 +9,7 @@ from scipy.stats import kstest
 jax.config.update("jax_enable_x64", True)
 
 from lorastate.channel import Fresh, FrozenMap, field_dimension  # noqa: E402
-from lorastate.quadrature import gaussian_nodes, mean, over_replicas  # noqa: E402
+from lorastate.quadrature import Slots, gaussian_nodes, in_blocks, mean, over_replicas, sweep  # noqa: E402
 
 # dimension, nodes, replicas, mirrored coordinates
 SETS = [
@@ -136,6 +136,60 @@ def test_over_replicas_and_mean():
     plain = np.asarray(scale) * estimates(lambda x: x[0] ** 4, nodes)
     np.testing.assert_allclose(out, plain, rtol=1e-13)
     np.testing.assert_allclose(mean({"m": out})["m"], plain.mean(), rtol=1e-13)
+
+
+def test_blocks_add_up():
+    """In blocks or at once: values, forward and reverse derivatives; parts that repeat the nodes are cut alike."""
+    nodes = jax.tree_util.tree_map(lambda a: jnp.asarray(a[0]), gaussian_nodes(3, 4096, 2, 1, (1, 2)))
+    half = 1024
+    inner = {"twice": jnp.concatenate([nodes.normal, 2 * nodes.normal], -1), "flag": jnp.array(3.0)}
+    nodes = nodes._replace(found=nodes.normal[:, :half] ** 2)
+
+    def f(n, i, a):
+        # Which node is which matters: what was found on one half belongs to both.
+        found = jnp.concatenate([n.found, n.found], -1)
+        first, second = jnp.split(i["twice"], 2, -1)
+        same = jnp.sum(n.weight * jnp.sum((found[0] - n.normal[0] ** 2) ** 2 + (second - 2 * first) ** 2, 0))
+        return same + i["flag"] * jnp.sum(n.weight * jnp.sin(a * n.normal[1] + found[2]) * n.side)
+
+    def at_once(a):
+        return f(nodes, inner, a)
+
+    def blocks(a):
+        sizes = []
+
+        def g(n, i):
+            sizes.append(n.weight.shape[0])
+            return f(n, i, a)
+
+        out = in_blocks(g, nodes, inner)
+        assert set(sizes) == {256}
+        return out
+
+    for d in (lambda g: g, jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(jax.jit(d(blocks))(0.7), jax.jit(d(at_once))(0.7), rtol=1e-11)
+    assert abs(float(at_once(0.7))) > 1e-3
+
+
+def test_slots_keep_what_does_not_count():
+    nodes = gaussian_nodes(1, 256, 4, 0)
+    memory = Slots.of({"m": jnp.zeros(4)})
+
+    def f(n, m):
+        return m["m"], {"m": m["m"] + 1 + n.normal[0, 0] * 0}
+
+    def after(memory, count, accept, write=True):
+        value, memory = sweep(f, nodes, memory, count, write)
+        return float(value), memory.commit(accept)
+
+    value, memory = after(memory, 1, True)  # one replica: the others stay as they were
+    assert value == 0.0 and memory.read()["m"].tolist() == [1, 0, 0, 0]
+    value, memory = after(memory, 4, False)
+    assert value == 0.25 and memory.read()["m"].tolist() == [1, 0, 0, 0]
+    value, memory = after(memory, 4, True)
+    assert value == 0.25 and memory.read()["m"].tolist() == [2, 1, 1, 1]
+    value, memory = after(memory, 4, False, write=False)
+    assert value == 1.25 and memory.read()["m"].tolist() == [2, 1, 1, 1]
 
 
 # ---- the channel
