@@ -282,6 +282,13 @@ def test_encoding_of_pairs():
         np.testing.assert_allclose(a, b, rtol=1e-15)
 
 
+@pytest.mark.parametrize("alpha", [0.3, 40.0])
+def test_spare_directions_from_few_samples_to_many(alpha):
+    """Both starts are solved: with many samples plain steps overshoot in the response of spare directions."""
+    solution = ls.predict(setting(2, 1, alpha=alpha), throw=False)
+    assert [ls.Code(int(c)) for c in solution.branches.solution.code] == [ls.Code.ok] * 2
+
+
 # ---- gradients
 
 
