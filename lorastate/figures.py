@@ -472,7 +472,7 @@ def rank(out, training: Training | None = None, progress: bool = True) -> list[P
     for axes, (name, lam) in zip(panels, (("identity", 0.1), ("softmax", 0.02)), strict=True):
         pre = Pretraining(0.1, lam, activation=name)
         curves = [
-            Curve(rf"$lpha'={alpha:g}$", Setting(pre, Finetuning(alpha, 0.3, teacher_rank=2), numerics),
+            Curve(rf"$\alpha'={alpha:g}$", Setting(pre, Finetuning(alpha, 0.3, teacher_rank=2), numerics),
                   "finetuning.rank", ranks, color, (1, 2, 3, 4))
             for alpha, color in ((1.0, "C0"), (3.0, "C1"), (10.0, "C2"))
         ]  # fmt: skip

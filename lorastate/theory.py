@@ -153,6 +153,9 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     memory = Slots.of(ft.no_memory(fine, nodes), 3)
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     rough, refined = _stages(numerics, 1e-3, settle=0.03)
+    if fine.rank > fine.teacher_rank:
+        # The response of spare directions overshoots, and the more so the more samples there are.
+        rough, refined = (rule._replace(damping=0.7) for rule in (rough, refined))
     rules = (rough, refined, refined._replace(settle=0.0))
     kinds, branches = jnp.array([0, 0, last, last, escape]), jnp.array([0, 1, 0, 1, 0])
     jobs = (_stacked([rules[i] for i in (0, 0, 1, 1, 2)]), kinds, branches)

@@ -68,8 +68,8 @@ def test_defaults(tmp_path):
     assert setting_to_dict(setting) == {
         "pretraining": {"activation": "softmax", "beta": 1.0, "tokens": 3, "alpha": 0.1, "kappa0": 1.0,
                         "kappa": 1.0, "delta": 0.5, "lam": 0.01},
-        "finetuning": {"activation": "softmax", "beta": 1.0, "alpha": 3.0, "lam": 0.05, "delta": 0.5,
-                       "tokens": 3, "inputs": "fresh", "recalibration": 1.0},
+        "finetuning": {"activation": "softmax", "beta": 1.0, "alpha": 3.0, "lam": 0.05, "rank": 1, "teacher_rank": 1,
+                       "delta": 0.5, "tokens": 3, "inputs": "fresh", "recalibration": 1.0},
         "numerics": {"nodes": 16384, "finetuning_nodes": 65536, "replicas": 32, "seed": 0, "tolerance": 1e-10,
                      "max_steps": 200},
     }  # fmt: skip
