@@ -497,7 +497,8 @@ def _stationary(problem: _Problem, within: Within, now: _Trial, tolerance: float
         step = within.newton_step(now.u, now.slope, hessian)
         if step is None or np.max(np.abs(step)) > 0.5:
             return now
-        trial = problem.at(within.nearest(now.u + step))  # budgets are curved in logarithms
+        # Budgets are curved in u: a step along them leaves them by its square.
+        trial = problem.at(within.nearest(now.u + step))
         rest = within.rest(trial.u, trial.slope)
         # A saddle or a maximum is stationary too: the objective must not rise.
         good = trial.good and within.met(trial.u) and trial.value <= now.value + 1e-9 * max(1.0, abs(now.value))

@@ -58,6 +58,15 @@ def test_price_is_the_derivative_of_the_best_value(bought):
     assert bought.budgets[0]["price"] == pytest.approx(-slope, rel=1e-4)
 
 
+def test_a_flat_field_does_not_keep_the_descent_from_its_end():
+    # The ridge of fine-tuning hardly matters there: SLSQP ends early, and a Newton step leaves a curved budget.
+    pre = ls.Pretraining(0.27256, 0.11781, 0.5, activation="identity", tokens=2)
+    start = ls.Setting(pre, ls.Finetuning(9.14698, 0.39319, tokens=2), NUMERICS)
+    best = optimize(start, DATA, budgets=["pretraining.alpha + 0.003 * finetuning.alpha <= 0.3"])
+    assert best.converged and best.budgets[0]["binds"] and abs(best.budgets[0]["excess"]) < 1e-9
+    assert best.slopes["finetuning.alpha"] == pytest.approx(0.003 * best.slopes["pretraining.alpha"], rel=1e-4)
+
+
 def test_label_power_binds_or_not():
     s, over = setting(a=0.9, c=0.5, kappa_perp=0.7), ("pretraining.task.a", "pretraining.lam")
     tight, loose = (optimize(s, over, budgets=[f"label_power <= {power}"]) for power in (2.5, 9.0))
