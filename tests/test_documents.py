@@ -1,4 +1,4 @@
-"""The README's example and the quickstart run as printed; the studies are complete, and the README says what they say."""
+"""The README's example and the quickstart run as printed; the studies are complete and listed in the README."""
 
 import base64
 import re
