@@ -38,7 +38,7 @@ nodes = 1024
 finetuning_nodes = 2048
 replicas = 4
 """
-PRETRAINING = {"V", "M", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error", "rank_fraction",
+PRETRAINING = {"V", "M", "M_down", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error", "rank_fraction",
                "replicon"}  # fmt: skip
 FINETUNING = {"v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
               "recalibration", "free_energy", "replicon", "double_well_share"}  # fmt: skip

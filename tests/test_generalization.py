@@ -56,8 +56,8 @@ def test_one_row_of_the_identity():
     def one(n):
         x, w = n.normal, n.weight
         chi, omega = x[0], LORA.overlap * x[0] + LORA.noise * x[1]
-        lora = (1.0, LORA.overlap, LORA.norm(1.0))
-        return row_error(ls.Identity(), tokens, LAW, lora, chi, omega, x[2:], w)
+        update = (chi**2, LORA.overlap * chi * omega, LORA.norm(1.0) * omega**2)
+        return row_error(ls.Identity(), tokens, LAW, update, (chi**2, omega**2), x[2:], w)
 
     got = np.asarray(over_replicas(one, n))
     want = finetuning_error(ls.Identity(), tokens, *LAW, LORA, None)

@@ -74,7 +74,7 @@ def test_parts_of_the_noise():
     setting = ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 0.3, recalibration=b), SETTING.numerics)
     solution = SimpleNamespace(
         setting=setting,
-        pretraining={"V": 1.0, "M": M, "Q": Q},
+        pretraining={"V": 1.0, "M": M, "M_down": M, "Q": Q},
         finetuning={"recalibration": b},
         status={"pretraining": {"code": 0}},
     )

@@ -18,7 +18,7 @@ from lorastate.simulation import simulate  # noqa: E402
 
 D = 60
 NAMES = {
-    "pretraining": "M Q overlap train_loss train_error test_error test_error_noiseless rank_fraction",
+    "pretraining": "M M_down Q overlap train_loss train_error test_error test_error_noiseless rank_fraction",
     "finetuning": "m q overlap train_loss train_error test_error test_error_frozen",
 }
 
@@ -209,7 +209,7 @@ def test_narrow_student_and_stages_that_differ():
         Setting(pre, Finetuning(4.0, 0.05, delta=0.0, activation=jnp.tanh, tokens=3)),
         dimension=20, runs=1, test_samples=100, starts=2,
     )  # fmt: skip
-    assert result.sizes == (20, 10, 10, 160, 80, 100)
+    assert result.sizes == (20, 10, 10, 160, 80, 100, 0)
     assert result.converged("pretraining").all() and result.converged("finetuning").all()
     assert result.pretraining["rank_fraction"][0] <= 0.5
     assert 0.5 < result.finetuning["overlap"][0] <= 1
