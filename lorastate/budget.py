@@ -137,6 +137,10 @@ def _compiled(node: ast.expr, text: str, setting: Setting) -> Callable[[Setting]
     )
 
 
+#: A move of a coordinate (a logarithm of a positive field) that is as good as infinite.
+_LIMIT = 15.0
+
+
 class Within:
     """Budgets as constraints on the coordinates u of a descent; `replaced(u)` is the setting at u."""
 
@@ -170,6 +174,7 @@ class Within:
         """The point nearest to u at which every budget is kept. Raises `SettingError` where there is none."""
         if self.met(u):
             return u
+        usual, first = u, int(np.argmax(self._violations(u)))
         found: Any = minimize(
             lambda v: float(np.sum((v - u) ** 2)), u, jac=lambda v: 2 * (v - u), method="SLSQP",
             constraints=self.constraints, bounds=[(x - 20, x + 20) for x in u], options={"ftol": 1e-14, "maxiter": 500},
@@ -187,6 +192,11 @@ class Within:
             raise SettingError(
                 f"budget {self.limits[k].text!r} cannot be kept (it is missed by {wrong[k]:.3g} at the nearest point); "
                 "allowed: budgets that some values of the descended fields satisfy together"
+            )
+        if np.max(np.abs(u - usual)) > _LIMIT:
+            raise SettingError(
+                f"budget {self.limits[first].text!r} is kept only in the limit of a descended field at the end of its "
+                "range (such as 0); allowed: budgets that some values of the descended fields satisfy together"
             )
         return u
 

@@ -135,6 +135,7 @@ def test_an_optimum_at_the_boundary_is_not_called_one():
         (["pairs <= -1"], "budget 'pairs <= -1' cannot be kept"),
         (["pairs <= 0.1", "pairs >= 0.2"], "cannot be kept"),
         (["label_power = 1e9"], "cannot be kept"),
+        (["pretraining.alpha <= 0"], "budget 'pretraining.alpha <= 0' is kept only in the limit"),
         (["profit <= 1"], "speaks of 'profit', which is unknown here; allowed: pairs"),
         (["pretraining.lamb <= 1"], "speaks of 'pretraining.lamb'"),
         (["pairs < 1"], "allowed: one of <=, >= and ="),
