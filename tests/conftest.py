@@ -16,8 +16,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 
 jax.config.update("jax_enable_x64", True)
-# Compilation takes most of the suite's time. What is run long, `lorastate.program`, asks for its own level.
-jax.config.update("jax_disable_most_optimizations", True)
 
 _finished = itertools.count(1)
 

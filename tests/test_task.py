@@ -38,7 +38,7 @@ def test_gradient_is_the_central_difference():
     assert tuple(slopes) == continuous_fields(s)
     for path in ("pretraining.task.a", "pretraining.task.c", "pretraining.task.kappa_perp", "pretraining.kappa0"):
         h = 1e-4 * float(get(s, path))
-        up, down = (float(ls.predict(replace(s, path, float(get(s, path)) + d)).test_error) for d in (h, -h))
+        up, down = (ls.gradient(replace(s, path, float(get(s, path)) + d))[0] for d in (h, -h))
         assert (up - down) / (2 * h) == pytest.approx(slopes[path], rel=1e-5, abs=1e-9), path
 
 
@@ -130,10 +130,7 @@ def test_reused_inputs_after_a_task(noise):
 
 
 def test_training_with_two_teachers():
-    s = ls.Setting(
-        ls.Pretraining(0.15, 0.1, activation="identity", kappa0=0.7, task={"a": 0.8, "c": 0.6, "kappa_perp": 0.5}),
-        ls.Finetuning(3.0, 0.3), ls.Numerics(1024, 2048, 4),
-    )  # fmt: skip
+    s = replace(setting("identity", {"a": 0.8, "c": 0.6, "kappa_perp": 0.5}, 0.3), "pretraining.kappa0", 0.7)
     theory, found = ls.predict(s), ls.simulate(s, dimension=60, runs=6, test_samples=5000)
     for stage, name in (("pretraining", "M"), ("pretraining", "M_down"), ("pretraining", "Q"),
                         ("finetuning", "overlap"), ("finetuning", "test_error")):  # fmt: skip
@@ -202,7 +199,7 @@ def test_gradient_in_a_power_law():
     assert tuple(slopes) == continuous_fields(s) and "pretraining.kappa0" not in slopes
     for path in ("pretraining.base.exponent", "pretraining.base.low", "pretraining.base.high"):
         h = 1e-4 * float(get(s, path))
-        up, down = (float(ls.predict(replace(s, path, float(get(s, path)) + d)).test_error) for d in (h, -h))
+        up, down = (ls.gradient(replace(s, path, float(get(s, path)) + d))[0] for d in (h, -h))
         assert (up - down) / (2 * h) == pytest.approx(slopes[path], rel=1e-5, abs=1e-9 * value), path
 
 
