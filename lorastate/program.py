@@ -1,15 +1,22 @@
-"""Compiled programs: `jit` with the compiler's options that suit each; calls of them on several cores."""
+"""Compiled programs: `jit` with the compiler's options that suit each, kept on disk traced; calls on several cores."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import pickle
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.export
+import jaxlib
 
 from .errors import is_concrete
 
@@ -33,25 +40,144 @@ def _options(backend: str, quick: bool) -> dict:
 
 
 class Program:
-    """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU."""
+    """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU.
+
+    Where JAX has a compilation cache on disk the traced program is kept there too: a second start neither traces nor
+    lowers it, which takes longer than reading what was compiled. That is for functions of this package whose static
+    arguments say in words what they are; everything else is jitted as usual.
+    """
 
     def __init__(self, f: Callable, quick: bool = False):
         functools.update_wrapper(self, f)
         self._f, self._quick = f, quick
         self._jitted: dict[str, Any] = {}
+        self._kept: dict[Any, Any] = {}
 
     def __call__(self, *args):
         # Options belong to the outermost jit: inside another one there is none to be had.
         if not all(map(is_concrete, jax.tree_util.tree_leaves(args))):
             return self._jit("inner", {})(*args)
         backend = jax.default_backend()
-        return self._jit(backend, _options(backend, self._quick))(*args)
+        options = _options(backend, self._quick)
+        folder = _folder()
+        if folder is not None and self._ours():
+            leaves, treedef = jax.tree_util.tree_flatten(args)
+            arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+            shapes = tuple((a.shape, str(a.dtype)) for a in arrays)
+            still = tuple(None if eqx.is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+            key = (treedef, shapes, still, backend, folder)
+            if key not in self._kept:
+                known = all(map(_known, args))
+                self._kept[key] = self._keep(folder, backend, options, leaves, treedef, shapes) if known else None
+            if self._kept[key] is not None:
+                run, outcome = self._kept[key]
+                return _filled(outcome, run(*arrays))
+        return self._jit(backend, options)(*args)
 
     def _jit(self, name: str, options: dict):
         if name not in self._jitted:
             jit: Any = eqx.filter_jit
             self._jitted[name] = jit(self._f, compiler_options=options)
         return self._jitted[name]
+
+    def _ours(self) -> bool:
+        """Whether the function is one of this package, found under its name: then its source says what it does."""
+        f: Any = self._f
+        found = getattr(sys.modules.get(f.__module__), f.__qualname__, None)
+        return f.__module__.startswith(f"{__package__}.") and (found is f or getattr(found, "_f", None) is f)
+
+    def _keep(self, folder: Path, backend: str, options: dict, leaves: list, treedef, shapes):
+        """(compiled function of the arrays, outcome with places for its results), from disk if it is there; None where
+        the arguments are not such that a later start could know them again."""
+        still = [None if eqx.is_array(leaf) else leaf for leaf in leaves]
+        words = f"{treedef} {still}"
+        plain = all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in still)
+        one_device = all(len(a.devices()) == 1 for a in leaves if isinstance(a, jax.Array))
+        if not (plain and one_device) or "0x" in words or "<" in words:
+            return None
+        name = f"{self._f.__module__}.{self._f.__qualname__}"
+        path = folder / hashlib.sha256(f"{_version()} {name} {backend} {words} {shapes}".encode()).hexdigest()
+        try:
+            exported, outcome = _read(path)
+        except Exception:  # not there, or not readable: it is made anew
+            try:
+                _write(path, *self._export(backend, leaves, treedef))
+                exported, outcome = _read(path)  # what a later start will see
+            except Exception:  # a folder that cannot be written, a program that cannot be exported
+                return None
+        return jax.jit(exported.call, compiler_options=options), outcome
+
+    def _export(self, backend: str, leaves: list, treedef):
+        is_array = [eqx.is_array(leaf) for leaf in leaves]
+        outcomes = []
+
+        def flat(*arrays):
+            given = iter(arrays)
+            full = [next(given) if is_it else leaf for leaf, is_it in zip(leaves, is_array, strict=True)]
+            out, out_def = jax.tree_util.tree_flatten(self._f(*jax.tree_util.tree_unflatten(treedef, full)))
+            places = [_Place() if eqx.is_array(leaf) else leaf for leaf in out]
+            outcomes.append(jax.tree_util.tree_unflatten(out_def, places))
+            return [leaf for leaf in out if eqx.is_array(leaf)]
+
+        # Weak types do not survive on disk: results would be given another name the second time.
+        given = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves if eqx.is_array(leaf)]
+        exported = jax.export.export(jax.jit(flat), platforms=[backend])(*given)
+        return exported, outcomes[-1]
+
+
+def _known(tree) -> bool:
+    """Whether every node of the tree is of a class of Python or of this package, whose source is part of `_version`."""
+    if tree is None or jax.tree_util.all_leaves([tree]):
+        return True
+    module = type(tree).__module__
+    if module != "builtins" and not module.startswith(f"{__package__}."):
+        return False
+    return all(map(_known, jax.tree_util.default_registry.flatten_one_level(tree)[0]))
+
+
+class _Place:
+    """Where an array of the results belongs."""
+
+
+def _filled(outcome, arrays):
+    given = iter(arrays)
+    return jax.tree_util.tree_map(lambda leaf: next(given) if isinstance(leaf, _Place) else leaf, outcome)
+
+
+def _folder() -> Path | None:
+    """Where programs are kept: beside what JAX has compiled."""
+    config: Any = jax.config
+    cache = config.jax_compilation_cache_dir
+    if not cache or "://" in str(cache) or config.jax_debug_nans or config.jax_disable_jit:
+        return None
+    return Path(cache) / "lorastate-programs"
+
+
+@functools.cache
+def _version() -> str:
+    """What a traced program depends on beside its arguments: this package's source, the versions below, float64."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(path.read_bytes())
+    config: Any = jax.config
+    precision = config.jax_enable_x64, config.jax_default_matmul_precision
+    versions = jax.__version__, jaxlib.__version__, eqx.__version__, sys.version
+    return f"{source.hexdigest()} {versions} {precision}"
+
+
+def _read(path: Path):
+    program, outcome = pickle.loads(path.read_bytes())
+    return jax.export.deserialize(bytearray(program)), outcome
+
+
+def _write(path: Path, exported, outcome) -> None:
+    """Whole or not at all: other processes may be reading."""
+    data = pickle.dumps((bytes(exported.serialize()), outcome))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(part, path)
 
 
 def cores() -> int:

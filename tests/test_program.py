@@ -1,0 +1,96 @@
+"""Programs kept on disk: read back as they were, made anew where they cannot be, never mistaken for another."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorastate as ls
+from lorastate import program, theory
+from lorastate.program import Program
+
+NUMERICS = ls.Numerics(512, 1024, 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path / "lorastate-programs"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def solve(p, lam, **more):
+    return p(ls.Pretraining(0.1, lam, activation="identity", tokens=2, **more), NUMERICS, None)
+
+
+class Halved(eqx.Module):
+    def __call__(self, z):
+        return z / 2
+
+
+def nodes(pre):
+    return theory.node_sets(pre, ls.Finetuning(1.0, 1.0, activation="identity", tokens=2), NUMERICS).pretraining
+
+
+def fail(*_):
+    raise AssertionError("traced again")
+
+
+def same(a, b):
+    assert jax.tree_util.tree_structure(a) == jax.tree_util.tree_structure(b)
+    for one, other in zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_second_start_does_not_trace(folder, monkeypatch):
+    usual = jax.jit(lambda pre: theory.solve_pretraining(pre, NUMERICS, None))
+    first = Program(theory.solve_pretraining, quick=True)
+    found = solve(first, 0.1)
+    (file,) = folder.iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Program, "_export", fail)
+        second = Program(theory.solve_pretraining, quick=True)
+        same(solve(second, 0.1), found)
+        # Other values, the same program; and what jit alone finds.
+        want = usual(ls.Pretraining(0.1, 0.2, activation="identity", tokens=2))
+        np.testing.assert_allclose(solve(second, 0.2).point.x, want.point.x, rtol=1e-12)
+    assert list(folder.iterdir()) == [file]
+    # Another static field is another program.
+    solve(first, 0.1, task={"a": 1.0, "c": 0.2, "kappa_perp": 1.0})
+    first(ls.Pretraining(0.1, 0.1, activation="identity", tokens=3), NUMERICS, None)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_damaged_or_foreign_file_is_made_anew(folder, monkeypatch):
+    found = solve(Program(theory.solve_pretraining), 0.1)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"not a program"):
+        file.write_bytes(damaged)
+        same(solve(Program(theory.solve_pretraining), 0.1), found)
+        assert len(file.read_bytes()) == len(whole)
+    # Another version of the package reads nothing of this one.
+    monkeypatch.setattr(program, "_version", lambda: "another")
+    solve(Program(theory.solve_pretraining), 0.1)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_what_cannot_be_known_again_is_not_kept(folder):
+    def square(x):
+        return x**2
+
+    assert float(Program(square)(jnp.array(3.0))) == 9.0
+    # Activations of the user's: a function, a class whose code may change from one start to the next.
+    for activation in (lambda z: z / 2, jnp.tanh, Halved()):
+        pre = ls.Pretraining(0.1, 0.1, activation=activation, tokens=2)
+        assert not program._known((pre, NUMERICS)) and program._known((pre.lam, NUMERICS, None, {"a": [1.0]}))
+        assert np.isfinite(Program(theory.solve_pretraining)(pre, NUMERICS, nodes(pre)).point.x).all()
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(folder):
+    folder.write_text("a file in its place")
+    assert np.all(np.isfinite(solve(Program(theory.solve_pretraining), 0.1).point.x))
+    assert folder.read_text() == "a file in its place"
