@@ -10,13 +10,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.export
-import jaxlib
 
 from .errors import is_concrete
 
@@ -161,7 +161,7 @@ def _version() -> str:
         source.update(path.read_bytes())
     config: Any = jax.config
     precision = config.jax_enable_x64, config.jax_default_matmul_precision
-    versions = jax.__version__, jaxlib.__version__, eqx.__version__, sys.version
+    versions = *map(version, ("jax", "jaxlib", "equinox")), sys.version
     return f"{source.hexdigest()} {versions} {precision}"
 
 
