@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import theory
+from lorastate import program, theory
 from lorastate.order import decode
 from lorastate.setting_file import continuous_fields, get
 
@@ -160,7 +160,10 @@ def test_optimum_from_three_starts_and_on_a_grid():
                 assert ls.gradient(s)[0] > low
 
 
-def test_one_trace_for_many_settings(monkeypatch):
+@pytest.mark.parametrize("kept", [False, True])
+def test_one_trace_for_many_settings(kept, monkeypatch, tmp_path):
+    # Without a folder of traced programs, and with an empty one.
+    monkeypatch.setattr(program, "_folder", lambda: tmp_path if kept else None)
     calls = []
     for name in ("map_predictions", "lora_predictions"):
         original = getattr(theory, name)
