@@ -580,3 +580,8 @@ def test_an_inexact_gradient_is_said_to_be(call, path, monkeypatch):
     shown = call("gradient", *softmax)
     assert shown.code == 0 and "2.0% of the nodes have two wells" in shown.message
     assert "two wells" in call("gradient", *softmax, "--json").json["inexact"]
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "lorastate", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, __version__, "")
