@@ -522,7 +522,7 @@ def test_figure(call, tmp_path, monkeypatch):
         called.append((out, training and (training.dimension, training.runs), progress))
         return [out / "figure.png"]
 
-    monkeypatch.setattr(figures, "FIGURES", {"1": draw, "spectrum": draw})
+    monkeypatch.setattr(figures, "FIGURES", {"1": draw, "spectrum": draw, "rank": None})
     outcome = call("figure", "1", "--out", tmp_path, "--simulate", "--runs", "2")
     assert outcome.code == 0 and "figure.png" in outcome.out
     assert call("figure", "all", "--out", tmp_path).code == 0
