@@ -438,7 +438,7 @@ def sweep(
     lanes = len(chosen) * (chunk or _LANES.get(chosen[0].platform, _LANES_ELSEWHERE))
 
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    words = [path for path, values in axes.items() if _changes_kind(path, values)]
+    words = [path for path, values in axes.items() if _changes_kind(setting, path, values)]
     kinds: dict[Any, list[int]] = {}
     slopes: dict[str, None] = {}
     for index, point in enumerate(points):
@@ -481,10 +481,13 @@ def sweep(
     return dataset
 
 
-def _changes_kind(path: str, values: list[Any]) -> bool:
-    """Whether the points of an axis need programs of their own: words, and whole numbers that are static."""
-    section, _, key = path.rpartition(".")
-    return section == "numerics" or key == "tokens" or any(isinstance(v, str) for v in values)
+def _changes_kind(setting: Setting, path: str, values: list[Any]) -> bool:
+    """Whether the points of an axis need programs of their own: words, and what is static in a setting."""
+    kinds = set()
+    for value in values:
+        with contextlib.suppress(_Later):
+            kinds.add(jax.tree_util.tree_structure(_at(setting, {path: value}, alone=True)))
+    return len(kinds) > 1 or any(isinstance(v, str) for v in values)
 
 
 def _dataset(setting: Setting, axes, columns, rows, gradient) -> xarray.Dataset:
