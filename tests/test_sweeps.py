@@ -318,3 +318,19 @@ def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start
     assert [p.wait(120) for p in both] == [0, 0], [p.said() for p in both]
     data = xarray.load_dataset(tmp_path / "sweep.nc", engine="scipy")
     assert np.all(np.isfinite(data["finetuning.test_error"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "apart"),
+    [
+        ("finetuning.rank", [1, 2], True),
+        ("pretraining.tokens", [2, 3], True),
+        ("numerics.seed", [0, 1], True),
+        ("finetuning.inputs", ["fresh", "reused"], True),
+        ("pretraining.lam", [0.1, 0.2], False),
+        ("pretraining.task.c", [0.0, 0.5], False),
+        ("finetuning.rho", [0.1, 0.2], False),  # has a meaning on selected inputs only
+    ],
+)
+def test_static_axes_need_programs_of_their_own(path, values, apart):
+    assert sweeps._changes_kind(setting(), path, values) == apart

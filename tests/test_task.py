@@ -129,13 +129,17 @@ def test_reused_inputs_after_a_task(noise):
     assert abs(float(task.test_error - plain.test_error)) < 5 * bar
 
 
-def test_training_with_two_teachers():
-    s = replace(setting("identity", {"a": 0.8, "c": 0.6, "kappa_perp": 0.5}, 0.3), "pretraining.kappa0", 0.7)
-    theory, found = ls.predict(s), ls.simulate(s, dimension=60, runs=6, test_samples=5000)
+def trains_to_theory(s, runs):
+    theory, found = ls.predict(s), ls.simulate(s, dimension=60, runs=runs, test_samples=5000)
     for stage, name in (("pretraining", "M"), ("pretraining", "M_down"), ("pretraining", "Q"),
                         ("finetuning", "overlap"), ("finetuning", "test_error")):  # fmt: skip
         value, mean = float(getattr(theory, stage)[name]), found.mean(stage, name)
         assert abs(mean - value) < 4 * found.stderr(stage, name) + 0.05 * value, name
+
+
+def test_training_with_two_teachers():
+    s = replace(setting("identity", {"a": 0.8, "c": 0.6, "kappa_perp": 0.5}, 0.3), "pretraining.kappa0", 0.7)
+    trains_to_theory(s, runs=6)
 
 
 def test_files_and_overrides(tmp_path):
@@ -206,11 +210,7 @@ def test_gradient_in_a_power_law():
 def test_training_with_two_eigenvalues():
     base = {"law": "atoms", "weights": [0.7, 0.3], "values": [0.2, 2.5]}
     s = of_law(base, {"a": 0.9, "c": 0.4, "kappa_perp": 1.0}, alpha=0.25)
-    theory, found = ls.predict(s), ls.simulate(s, dimension=60, runs=4, test_samples=5000)
-    for stage, name in (("pretraining", "M"), ("pretraining", "M_down"), ("pretraining", "Q"),
-                        ("finetuning", "overlap"), ("finetuning", "test_error")):  # fmt: skip
-        value, mean = float(getattr(theory, stage)[name]), found.mean(stage, name)
-        assert abs(mean - value) < 4 * found.stderr(stage, name) + 0.05 * value, name
+    trains_to_theory(s, runs=4)
 
 
 def test_files_of_laws(tmp_path):
