@@ -129,6 +129,8 @@ class Map(NamedTuple):
     commit: Callable = lambda memory, accept: memory
 
 
+#: Residual below which a Jacobian serves to the end of a stage that is not `exact`: it is off by about as much.
+_NEAR = 1e-3
 #: Residual at which a solve whose map may jump is first checked by a cold evaluation.
 _CHECKED = 1e-4
 #: Picard steps at most that `Method.settle` adds to the first ones.
@@ -142,7 +144,10 @@ class _State(NamedTuple):
     image: Any
     memory: Any
     jac: Any
+    known: Any  # the last Jacobian that has been computed, where jac may be updated from it
     exact: Any  # whether jac is the Jacobian at x, and not one carried over
+    near: Any  # whether jac has been computed since the residual was below `_NEAR`
+    extra: Any  # whether the tolerance has been reached and this is one step more
     length: Any  # trial length of the next Newton step; 0 asks for a Picard step
     step: Any
     code: Any
@@ -163,7 +168,8 @@ class Stage(NamedTuple):
     """One stage of a search: the rules of its `Method` as arrays, so that all stages share one compiled loop.
 
     `index` is handed to the map (e.g. how many replicas it averages). With `exact` every Newton step has a new
-    Jacobian; without, the stage starts from the last one and updates it by Broyden's rule.
+    Jacobian; without, the stage starts from the last one, computes it once more near the solution and updates it by
+    Broyden's rule.
     """
 
     tolerance: Any
@@ -221,15 +227,19 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         mode = jnp.where(stay, jnp.where(check, CHECK, COLD), WARM)
         image, memory, sure = fmap.image(trial, s.memory, mode, stage.index)
         column = (image - s.image) / _PROBE
-        probed = s._replace(jac=s.jac.at[:, s.probe].set(column), probe=s.probe + 1)
+        probed = s.known.at[:, s.probe].set(column)
+        probed = s._replace(jac=probed, known=probed, probe=s.probe + 1)
         sure = sure | stay
         finite = jnp.all(jnp.isfinite(image))
         residual = _size(image - trial)
         accept = stay | use_picard | (finite & (residual < (1.0 - 1e-3 * s.length) * _size(g)))
         done = accept & finite & sure & (residual <= stage.tolerance)
+        # Near the solution steps converge fast: one more makes it the same from wherever it was reached.
+        extra = done & jnp.logical_not(stage.exact) & (residual > 1e-2 * stage.tolerance) & ~s.extra & ~check
+        done = (done & ~extra) | (s.extra & ~probing)
         cold = accept & finite & ~sure & (residual <= jnp.maximum(s.target, stage.tolerance))
         # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
-        renew = ~accept & ~s.exact
+        renew = ~accept & ~s.exact & ~s.extra
         length = jnp.where(accept, jnp.where(use_picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
         length = jnp.where(stay | renew, s.length, length)
         x = jnp.where(accept, trial, s.x)
@@ -239,8 +249,10 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         secant = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
         usable = accept & ~stay & finite & (square > 0) & jnp.all(jnp.isfinite(secant))
         jac = jnp.where(usable, secant, s.jac)
-        newton_next = ~early(s.step + 1, residual) & stage.exact & ~(check & s.exact)
-        wanted = ((accept & newton_next) | renew | (done & ~(check & s.exact))) & jnp.all(jnp.isfinite(x)) & ~probing
+        close = jnp.logical_not(stage.exact) & (residual < _NEAR)
+        newton_next = ~early(s.step + 1, residual) & (stage.exact | (close & ~s.near)) & ~(check & s.exact)
+        last = done & ~(check & s.exact) & ~(close & s.near)
+        wanted = ((accept & newton_next) | renew | last) & jnp.all(jnp.isfinite(x)) & ~probing
         jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
         finite = finite & jnp.all(jnp.isfinite(jac))
         # A check that fails starts the count anew, and the next one is due where it can tell more: at once if the
@@ -276,7 +288,10 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
             jnp.where(accept, image, s.image),
             memory,
             jac,
+            jnp.where(wanted, jac, s.known),
             wanted | (~accept & s.exact) | (check & s.exact),
+            s.near | (wanted & close),
+            extra,
             length,
             s.step + 1,
             jnp.where(done & finite, Code.ok, code),
@@ -300,13 +315,13 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
 
     inf, no, far, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0)
     start = _State(
-        x0, x0, memory, jac0, no, jnp.ones((), dtype), jnp.array(-1),
+        x0, x0, memory, jac0, jac0, no, no, no, jnp.ones((), dtype), jnp.array(-1),
         jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite)),
         no, no, jnp.array(int(Code.ok)), jnp.array(_CHECKED, dtype), far, zero, far, zero, inf, inf, jnp.array(-1),
     )  # fmt: skip
     s = jax.lax.while_loop(cond, body, start)
-    code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
-    growth = spectral_abscissa(s.jac)
+    code = jnp.where((s.code == Code.ok) & ~s.done & ~s.extra, Code.max_steps, s.code)
+    growth = spectral_abscissa(s.known)
     residual = _size(s.image - s.x)
     below = residual < stage.floor
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
@@ -314,8 +329,8 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
     if require_stable:
         code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
     eye = jnp.eye(n, dtype=dtype)
-    error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - s.jac, eye)), 1))
-    return FixedPoint(s.x, code, residual, spectral_radius(s.jac), growth, error, s.step), s.jac, s.memory
+    error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - s.known, eye)), 1))
+    return FixedPoint(s.x, code, residual, spectral_radius(s.known), growth, error, s.step), s.known, s.memory
 
 
 def plain_map(step: Callable, args, const=None) -> Map:

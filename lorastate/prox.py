@@ -141,6 +141,7 @@ def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
 
 
 class _State(NamedTuple):
+    trial: Any
     u: Any
     f: Any
     g: Any
@@ -150,44 +151,48 @@ class _State(NamedTuple):
     step: Any
 
 
+#: Relative length of a pure Newton step after which a node has converged: the error is of the order of its square.
+_LAST = 1e-7
+
+
 def _newton(problem, start, limit):
-    """Damped Newton at all nodes at once; a node that has converged is left alone."""
+    """Damped Newton at all nodes at once; a node that has converged is left alone.
+
+    Every pass evaluates at the trial points and makes the next step. The last step of a node is so short that there is
+    nothing to gain from an evaluation after it.
+    """
     tiny = 1e-12
 
     def cond(s):
         return (s.step < limit) & ~jnp.all(s.done)
 
     def body(s):
-        scale = jnp.max(jnp.abs(jnp.stack([s.h[i, i] for i in range(s.u.shape[0])])), 0)
-        x, _ = ldl_solve(s.h, s.g, s.mu * scale, 1e-3 * scale)
-        size = jnp.max(jnp.abs(x), 0) / (1.0 + jnp.max(jnp.abs(s.u), 0))
-        trial = s.u - x
-        f, g, h = problem.terms(trial)
+        f, g, h = problem.terms(s.trial)
+        size = _length(s.trial - s.u, s.u)
         good = ((f <= s.f + tiny * (1.0 + jnp.abs(f))) | (size < 1e-10)) & ~s.done
         mu = jnp.where(good, jnp.where(s.mu < 1e-2, 0.0, 0.1 * s.mu), jnp.maximum(4.0 * s.mu, 0.3))
-        # Quadratic convergence: after a pure Newton step of 1e-8 the error is at rounding level.
-        done = s.done | (good & (size < 1e-8) & (s.mu == 0.0) & (s.step > 0))
-        return _State(
-            jnp.where(good, trial, s.u),
-            jnp.where(good, f, s.f),
-            jnp.where(good, g, s.g),
-            jnp.where(good, h, s.h),
-            jnp.where(s.done, s.mu, mu),
-            done,
-            s.step + 1,
-        )
+        u, f, g, h = (jnp.where(good, a, b) for a, b in zip((s.trial, f, g, h), (s.u, s.f, s.g, s.h), strict=True))
+        scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(u.shape[0])])), 0)
+        x, _ = ldl_solve(h, g, mu * scale, 1e-3 * scale)
+        last = good & (mu == 0.0) & (_length(x, u) < _LAST)
+        u = jnp.where(last, u - x, u)
+        return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, mu, s.done | last, s.step + 1)
 
-    # The first pass of the loop evaluates at the start (step x = 0): one compiled copy of `terms` serves all.
     n, nodes = start.shape
     far = jnp.full((nodes,), jnp.inf, start.dtype)
     eye = jnp.broadcast_to(jnp.eye(n, dtype=start.dtype)[:, :, None], (n, n, nodes))
-    first = _State(start, far, jnp.zeros_like(start), eye, jnp.zeros_like(far), jnp.isnan(far), 0)
+    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.zeros_like(far), jnp.isnan(far), 0)
     out = jax.lax.while_loop(cond, body, first)
     return out.u, out.f, out.done
 
 
+def _length(x, u):
+    """Largest entry of a step `x` from `u`, in units of 1 + the largest of `u`."""
+    return jnp.max(jnp.abs(x), 0) / (1.0 + jnp.max(jnp.abs(u), 0))
+
+
 #: Newton steps of a group of nodes on its first visit; nodes that need more are visited a second time.
-_FIRST = 7
+_FIRST = 5
 
 
 def _group(nodes: int) -> int:
@@ -203,7 +208,7 @@ class _Work(NamedTuple):
     round: Any
 
 
-def locate(problem, start, max_steps: int = 100):
+def locate(problem, start, max_steps: int = 150):
     """Local minimiser reached from `start` (n, N) by a monotone damped Newton descent; carries no derivative.
 
     Returns `(u, f, converged)`: u (n, N), the minimum f (N,) and a flag per node.
@@ -275,14 +280,14 @@ def _is_zero(t) -> bool:
 attach_minimum.defjvp(_attach_minimum_jvp, symbolic_zeros=True)
 
 
-def minimise(problem, start, max_steps: int = 100):
+def minimise(problem, start, max_steps: int = 150):
     """`locate` and `attach_minimum`: `(u, f, converged)`, differentiable in every leaf of `problem`, not in `start`."""
     u, _, done = locate(problem, start, max_steps)
     u = attach_minimum(problem, u)
     return u, problem.terms(u)[0], done
 
 
-def polish(problem, u, steps: int = 3):
+def polish(problem, u, steps: Any = 3):
     """A few Newton steps, each cut to 0.3, towards a minimiser that is near `u` already; carries no derivative."""
 
     problem, u = jax.lax.stop_gradient((problem, u))
