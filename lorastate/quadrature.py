@@ -8,21 +8,25 @@ of the same expectation: the spread over replicas is the quadrature error bar.
 from __future__ import annotations
 
 import functools
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
-from scipy.stats import qmc
+
+from .program import kept_arrays
 
 
 class Nodes(NamedTuple):
-    """Standard normal nodes (R, dimension, n) in R replicas, with weights (R, n) that sum to one in each.
+    """Standard normal nodes (R, dimension, n) in R parts, with weights (R, n): an expectation is the mean over parts of
+    the weighted sum in each.
 
-    The second half of each replica mirrors the first in some coordinates; `side` (R, n) is +1 and -1 on the halves.
-    `found` (R, ..., n/2): what has been searched for at the nodes of the first half, if anything. Without the leading
-    axis the same names describe one replica.
+    A part is a replica, whose weights sum to one, or a share of its nodes, all of the same size. The second half of
+    each part may mirror the first in some coordinates; `side` (R, n) is then +1 and -1 on the halves, else +1. `found`
+    (R, ..., n/2): what has been searched for at the nodes of the first half, if anything. Without the leading axis the
+    same names describe one part.
     """
 
     normal: Any
@@ -33,31 +37,81 @@ class Nodes(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def gaussian_nodes(
-    dimension: int, nodes: int, replicas: int, seed: int, mirror: tuple[int, int] | None = None
-) -> Nodes:
+    dimension: int, nodes: int, replicas: int, seed: int, mirror: tuple[int, ...] | None = None,
+    order: tuple[int, ...] | None = None, part: int | None = None,
+) -> Nodes:  # fmt: skip
     """Scrambled Sobol nodes for E f(G), G ~ N(0, I); each replica of `nodes / replicas` nodes is scrambled apart.
 
-    Half of a replica is the other half with the coordinates `mirror[0]` to `mirror[1] - 1` (default: all) negated,
-    so functions odd in them are integrated exactly; the weights make all first and second moments
-    exact as well (the least change of uniform weights: a quadratic control variate whose coefficients serve
-    all functions). Weights sum to one in each replica.
+    Half of a replica is the other half with the coordinates `mirror[0]` to `mirror[1] - 1` (default: all; none for the
+    empty tuple, which makes all nodes different) negated, so functions odd in them are integrated exactly; the weights
+    make all first and second moments exact as well (the least change of uniform weights: a quadratic control variate
+    whose coefficients serve all functions). Weights sum to one in each replica.
+
+    Coordinate k of the nodes is `order[k]` of the sequence, whose neighbouring coordinates fill their plane best.
+    Replicas are cut into parts of `part` nodes (see `by_replica`).
     """
-    per = nodes // replicas
+    per, images = nodes // replicas, mirror != ()
+    points = per // 2 if images else per
     flip = np.ones((dimension, 1))
-    flip[slice(*mirror) if mirror else slice(None)] = -1.0
+    if images:
+        flip[slice(*mirror) if mirror else slice(None)] = -1.0
+
+    def make():
+        return _replicas(dimension, points, replicas, seed, flip, order, images)
+
+    # Those of the first seeds are kept for the next start: SciPy's sequences take a second to import.
+    words = f"nodes {(dimension, nodes, replicas, seed, mirror, order)} scipy {version('scipy')}"
+    normal, weight = kept_arrays(words, make) if seed % 10**6 < 3 else make()
+    side = np.ones((replicas, per))
+    if images:
+        side[:, points:] = -1.0
+    found = Nodes(normal, weight, side)
+    return found if part is None or part >= per else _parts(found, part, images)
+
+
+def _replicas(dimension, points, replicas, seed, flip, order, images):
+    """Nodes (R, dimension, n) and weights (R, n) of `gaussian_nodes`, from as many points of the sequence."""
+    from scipy.stats import qmc
+
     blocks, weights = [], []
     for child in np.random.SeedSequence([seed, dimension]).spawn(replicas):
         sobol = qmc.Sobol(dimension, scramble=True, bits=52, rng=np.random.default_rng(child))
-        half = ndtri(np.clip(sobol.random(per // 2), 2.0**-53, 1 - 2.0**-53)).T
-        blocks.append(np.concatenate([half, flip * half], 1))
-        weights.append(_matched_weights(half, flip[:, 0] > 0))
-    side = np.tile(np.repeat([1.0, -1.0], per // 2), (replicas, 1))
-    return Nodes(np.stack(blocks), np.stack(weights), side)
+        x = ndtri(np.clip(sobol.random(points), 2.0**-53, 1 - 2.0**-53)).T
+        if order is not None:
+            x = x[list(order)]
+        weight = _matched_weights(x, flip[:, 0] > 0)
+        blocks.append(np.concatenate([x, flip * x], 1) if images else x)
+        weights.append(np.concatenate([weight, weight]) / 2 if images else weight)
+    return np.stack(blocks), np.stack(weights)
+
+
+def _parts(nodes: Nodes, size: int, images: bool) -> Nodes:
+    """Replicas cut into parts of `size` nodes; mirror images stay with what they mirror."""
+    copies = 2 if images else 1
+
+    def cut(a):
+        r, n = len(a), a.shape[-1]
+        split = a.reshape(r, -1, copies, n // size, size // copies)
+        return np.moveaxis(split, 3, 1).reshape(r * (n // size), *a.shape[1:-1], size)
+
+    count = nodes.weight.shape[-1] // size
+    return Nodes(cut(nodes.normal), count * cut(nodes.weight), cut(nodes.side))
+
+
+def by_replica(tree, replicas: int):
+    """What is known of every part, (R k, ...), averaged over the k parts of each of R replicas, (R, ...)."""
+    return jax.tree_util.tree_map(lambda a: a.reshape(replicas, -1, *a.shape[1:]).mean(1), tree)
+
+
+def for_parts(tree, nodes: Nodes):
+    """What holds for every replica, (R, ...), for each of its parts, (R k, ...)."""
+    count = len(nodes.weight)
+    return jax.tree_util.tree_map(lambda a: jnp.repeat(a, count // len(a), 0), tree)
 
 
 def over_replicas(f, nodes: Nodes, *mapped):
-    """`f(one replica, *its slices)` for every replica, stacked: one after the other on a CPU, where a replica fits
-    the cache; together on an accelerator."""
+    """`f(one part, *its slices)` for every part of all replicas, stacked: one after the other on a CPU, where a part
+    fits the cache; together on an accelerator."""
     xs = (nodes, *mapped)
     if jax.default_backend() == "cpu":
         return jax.lax.map(lambda x: f(*x), xs)
@@ -65,7 +119,8 @@ def over_replicas(f, nodes: Nodes, *mapped):
 
 
 class Slots(NamedTuple):
-    """What a search remembers of every replica, in several rows (rows, R, ...): it reads `here` and writes `there`.
+    """What a search remembers of every part of the nodes, in several rows (rows, R, ...): it reads `here` and writes
+    `there`.
 
     Large arrays are then never copied: a step that is accepted only changes the places of the two rows.
     """
@@ -91,9 +146,9 @@ class Slots(NamedTuple):
 
 
 def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
-    """Mean of `value` over the first `count` replicas, and the new memory, for `f(replica, memory) -> (value, memory)`.
+    """Mean of `value` over the first `count` parts, and the new memory, for `f(part, memory) -> (value, memory)`.
 
-    `count` may be traced: a coarse and a fine solve share one compiled loop. An accelerator takes all replicas at
+    `count` may be traced: a coarse and a fine solve share one compiled loop. An accelerator takes all parts at
     once whatever `count` is. Without `write` the memory stays as it is. Forward-mode derivatives only.
     """
     nodes = jax.tree_util.tree_map(jnp.asarray, nodes)
@@ -155,23 +210,23 @@ def in_blocks(f, nodes: Nodes, inner):
 
 
 def mean(tree):
-    """Average over the leading replica axis of every leaf."""
+    """Average over the leading axis, that of the parts, of every leaf."""
     return jax.tree_util.tree_map(lambda a: a.mean(0), tree)
 
 
-def _matched_weights(half: np.ndarray, even: np.ndarray) -> np.ndarray:
-    """Weights, equal on mirror images, nearest to uniform under which first and second moments are exact."""
-    d, n = half.shape
+def _matched_weights(x: np.ndarray, even: np.ndarray) -> np.ndarray:
+    """Weights nearest to uniform under which first and second moments are exact, of the nodes x (d, n) together with
+    their mirror images, which have the same weights and the same `even` coordinates. They sum to one."""
+    d, n = x.shape
     i, j = np.triu_indices(d)
     keep = even[i] == even[j]  # mixed products cancel between mirror images
     i, j = i[keep], j[keep]
-    features = np.concatenate([np.ones((1, n)), half[even], half[i] * half[j] - (i == j)[:, None]])
+    features = np.concatenate([np.ones((1, n)), x[even], x[i] * x[j] - (i == j)[:, None]])
     if len(features) > n / 3:  # too few nodes to afford the constraints
-        return np.full(2 * n, 0.5 / n)
+        return np.full(n, 1 / n)
     target = np.zeros(len(features))
     target[0] = 1.0
-    weight = (1.0 + _least_change(features, target - features.mean(1))) / n
-    return np.concatenate([weight, weight]) / 2
+    return (1.0 + _least_change(features, target - features.mean(1))) / n
 
 
 def _least_change(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 import lorastate as ls
 from lorastate import program, theory
 from lorastate.program import Program
+from lorastate.quadrature import gaussian_nodes
 
 NUMERICS = ls.Numerics(512, 1024, 2)
 
@@ -94,3 +95,36 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(folder):
     folder.write_text("a file in its place")
     assert np.all(np.isfinite(solve(Program(theory.solve_pretraining), 0.1).point.x))
     assert folder.read_text() == "a file in its place"
+
+
+def nodes_kept(folder):
+    return list(folder.with_name("lorastate-nodes").glob("*"))
+
+
+def test_kept_arrays(folder):
+    def make():
+        return np.arange(3.0), np.ones((2, 2))
+
+    first = program.kept_arrays("some", make)
+    again = program.kept_arrays("some", fail)
+    for a, b, c in zip(make(), first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+    with pytest.raises(AssertionError, match="traced again"):
+        program.kept_arrays("some other", fail)
+    (file,) = nodes_kept(folder)
+    file.write_bytes(file.read_bytes()[:40])  # what is broken is made anew
+    np.testing.assert_array_equal(program.kept_arrays("some", make)[0], np.arange(3.0))
+    np.testing.assert_array_equal(program.kept_arrays("some", fail)[0], np.arange(3.0))
+
+
+def test_nodes_read_back_are_the_same(folder):
+    key = (4, 1024, 2, 0, (1, 3), (1, 0, 3, 2), 128)
+    gaussian_nodes.cache_clear()
+    made = gaussian_nodes(*key)
+    assert len(nodes_kept(folder)) == 1
+    gaussian_nodes.cache_clear()
+    same(gaussian_nodes(*key), made)
+    gaussian_nodes.cache_clear()
+    gaussian_nodes(4, 1024, 2, 7)  # those of other seeds would only fill the disk
+    assert len(nodes_kept(folder)) == 1

@@ -9,7 +9,16 @@ from scipy.stats import kstest
 jax.config.update("jax_enable_x64", True)
 
 from lorastate.channel import Fresh, FrozenMap, field_dimension  # noqa: E402
-from lorastate.quadrature import Slots, gaussian_nodes, in_blocks, mean, over_replicas, sweep  # noqa: E402
+from lorastate.quadrature import (  # noqa: E402
+    Slots,
+    by_replica,
+    for_parts,
+    gaussian_nodes,
+    in_blocks,
+    mean,
+    over_replicas,
+    sweep,
+)
 
 # dimension, nodes, replicas, mirrored coordinates
 SETS = [
@@ -79,6 +88,52 @@ def test_halves_are_mirror_images(key):
     # Odd in the mirrored coordinates, of high order and modulated by the others: zero to rounding.
     odd = estimates(lambda x: np.sum(x[low:high], 0) ** 3 * np.exp(0.3 * np.sum(x[kept], 0)), n)
     np.testing.assert_allclose(odd, 0.0, atol=1e-12)
+
+
+def test_nodes_without_images():
+    n = gaussian_nodes(5, 4096, 4, 0, ())
+    assert n.normal.shape == (4, 5, 1024) and np.all(n.side == 1.0)
+    for x in n.normal:
+        assert len(np.unique(np.abs(x[0]))) == 1024, "no node is the image of another"
+    np.testing.assert_allclose(n.weight.sum(1), 1.0, atol=1e-12)
+    np.testing.assert_allclose(np.einsum("rn,rdn->rd", n.weight, n.normal), 0.0, atol=1e-12)
+    second = np.einsum("rn,rdn,ren->rde", n.weight, n.normal, n.normal)
+    np.testing.assert_allclose(second, np.broadcast_to(np.eye(5), second.shape), atol=1e-12)
+    # As many nodes with images are half as many points: this even function is integrated better without.
+    f, exact = SMOOTH["bell"]
+    spread = [estimates(f, gaussian_nodes(5, 2**15, 32, 0, mirror)).std() for mirror in (None, ())]
+    assert spread[1] < 0.8 * spread[0]
+    assert abs(estimates(f, n).mean() - exact(5)) < 4 * bar(estimates(f, n))
+
+
+def test_order_of_the_coordinates():
+    order = (2, 0, 3, 1)
+    n, plain = gaussian_nodes(4, 1024, 2, 0, (1, 2), order), gaussian_nodes(4, 1024, 2, 0, (1, 2))
+    np.testing.assert_array_equal(n.normal[:, :, :256], plain.normal[:, order, :256])
+    np.testing.assert_array_equal(n.normal[:, 1, 256:], -n.normal[:, 1, :256])
+    np.testing.assert_allclose(np.einsum("rn,rdn,rdn->rd", n.weight, n.normal, n.normal), 1.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mirror", [None, (1, 3), ()])
+def test_parts_are_the_replicas_cut(mirror):
+    whole, n = gaussian_nodes(3, 4096, 4, 5, mirror), gaussian_nodes(3, 4096, 4, 5, mirror, part=256)
+    assert n.normal.shape == (16, 3, 256) and n.weight.shape == n.side.shape == (16, 256)
+    for f, _ in SMOOTH.values():
+        np.testing.assert_allclose(by_replica(estimates(f, n), 4), estimates(f, whole), rtol=1e-13)
+    # All nodes of a replica are in its own parts, each with its image.
+    for r in range(4):
+        got = n.normal[4 * r : 4 * r + 4].transpose(1, 0, 2).reshape(3, -1)
+        np.testing.assert_array_equal(np.sort(got[0]), np.sort(whole.normal[r, 0]))
+    if mirror != ():
+        first, second = np.split(n.normal, 2, axis=2)
+        flipped = slice(*mirror) if mirror else slice(None)
+        np.testing.assert_array_equal(second[:, flipped], -first[:, flipped])
+        assert np.all(n.side[:, :128] == 1.0) and np.all(n.side[:, 128:] == -1.0)
+    of_replica = np.arange(4.0)
+    np.testing.assert_array_equal(for_parts(of_replica, n), np.repeat(of_replica, 4))
+    np.testing.assert_array_equal(by_replica(for_parts(of_replica, n), 4), of_replica)
+    # A part as large as a replica, or larger, changes nothing.
+    np.testing.assert_array_equal(gaussian_nodes(3, 4096, 4, 5, mirror, part=1024).normal, whole.normal)
 
 
 def test_replicas_and_seeds():
