@@ -450,6 +450,9 @@ def _run(command: Any) -> int:
         # Compiled once per machine and version of jax; JAX_COMPILATION_CACHE_DIR moves it.
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lorastate"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Small programs too: many of them take a second together.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     from .errors import SettingError, SolveError
 
     usual = warnings.showwarning

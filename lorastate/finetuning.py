@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from . import wells
-from .channel import Fields, FrozenMap
+from .channel import Fields, FrozenMap, field_dimension
 from .fixed_point import COLD, Map
 from .order import Order, decode, directions, from_norm, matched, per_row, slopes, student_field
 from .prox import VectorProblem, gram
@@ -35,6 +35,10 @@ from .setting import Finetuning
 
 #: Size of the LoRA teacher: entries of w* are N(0, q0).
 TEACHER_SIZE = 1.0
+
+
+#: Inner minimisers, with nodes split where they jump or without.
+Inner = wells.Inner | wells.Smooth
 
 
 class Conjugates(NamedTuple):
@@ -68,6 +72,21 @@ def mirrored(fine: Finetuning) -> tuple[int, int]:
     """Where the coordinates of g, which mirror images negate, begin and end: those of chi* come first."""
     assert fine.tokens is not None
     return fine.teacher_rank * fine.tokens, (fine.teacher_rank + fine.rank) * fine.tokens
+
+
+def node_order(fine: Finetuning) -> tuple[int, ...]:
+    """Which coordinate of the sequence each coordinate of the nodes takes: chi* and g alternate, token by token, and so
+    do the fields of the channel. The integrand depends most on how these go together."""
+    begin, end = mirrored(fine)
+    assert fine.tokens is not None
+    rest = node_dimension(fine) - end
+    field = field_dimension(fine.tokens, fine.activation.forgets_shift, 1)
+    groups = [begin, end - begin] + (rest // field * [field] if rest % field == 0 else [rest])
+    lora = [(0, k, group) for group in (0, 1) for k in range(groups[group])]
+    channel = [(1, k, group) for group, size in enumerate(groups[2:]) for k in range(size)]
+    keys = lora + channel
+    place = {key: n for n, key in enumerate(sorted(keys))}
+    return tuple(place[key] for key in keys)
 
 
 def prepare(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Nodes:
@@ -119,16 +138,16 @@ def inner_problem(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
     return VectorProblem(fine.activation, d.fields.zw, student(order, d), label(fine, d), v)
 
 
-def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: wells.Inner, cold: Any = COLD) -> wells.Inner:
+def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: Inner, cold: Any = COLD) -> Inner:
     """Inner minimisers of one replica; with `cold` = WARM the descents start at the previous ones."""
     d = draws(fine, frozen, nodes)
     return wells.locate(_at_rest(fine, order, d), student_law(order, d), previous, cold)
 
 
-def refresh_inner(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> wells.Inner:
+def refresh_inner(fine, frozen, order: Order, nodes: Nodes, inner: Inner, steps: Any = 3) -> Inner:
     """Inner minimisers of one replica at order parameters very near those that `inner` was found for."""
     d = draws(fine, frozen, nodes)
-    return wells.refresh(_at_rest(fine, order, d), student_law(order, d), inner)
+    return wells.refresh(_at_rest(fine, order, d), student_law(order, d), inner, steps)
 
 
 def _at_rest(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
@@ -152,24 +171,24 @@ def conjugates_at(fine: Finetuning, order: Order, d: Draws, chi):
     return potential(order), Conjugates(-2 * each * s.response, -each * s.overlap, 2 * each * s.norm)
 
 
-def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: wells.Inner, use):
+def with_minimisers(fine: Finetuning, order: Order, plain: Draws, inner: Inner, use):
     """`use(draws, chi, two wells)` on split nodes if any node can have two wells, else on the plain ones."""
     law, rest = student_law(order, plain), _at_rest(fine, order, plain)
 
-    def split(_):
+    def split(inner: wells.Inner):
         factor, g, chi = wells.samples(rest, law, inner)
         thrice = jax.tree_util.tree_map(lambda a: wells.flat([a] * 3), plain)
         d = thrice._replace(noise=g, weight=factor * thrice.weight)
         return use(d, chi, wells.flat(inner.two_wells))
 
-    def single(_):
+    def single():
         chi = wells.plain(rest, law, inner)
         return use(plain, chi, inner.two_wells[0])
 
     return wells.either(rest, inner, split, single)
 
 
-def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner):
+def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: Inner):
     """(c, conjugates) from one replica of nodes and its inner minimisers."""
 
     def use(d, chi, *_):
@@ -178,7 +197,7 @@ def potential_and_conjugates(fine, frozen, order: Order, nodes: Nodes, inner: we
     return in_blocks(lambda n, i: with_minimisers(fine, order, draws(fine, frozen, n), i, use), nodes, inner)
 
 
-def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: wells.Inner) -> Conjugates:
+def conjugates(fine, frozen, order: Order, nodes: Nodes, inner: Inner) -> Conjugates:
     """First half-step, (v, m, q) -> (q', m', l'), from one replica of nodes and its inner minimisers."""
     return potential_and_conjugates(fine, frozen, order, nodes, inner)[1]
 
@@ -205,7 +224,7 @@ def order_parameters(fine: Finetuning, c: Conjugates) -> Order:
     return from_norm(v, c.mhat * TEACHER_SIZE * v, (c.mhat**2 * TEACHER_SIZE + c.qhat) * v**2, TEACHER_SIZE)
 
 
-def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, wells.Inner]):
+def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, Inner]):
     """One sweep of state evolution in the solver's coordinates; `const` holds the inner minimisers at x."""
     fine, frozen = args
     c = mean(over_replicas(lambda n, i: conjugates(fine, frozen, decode(x), n, i), *const))
@@ -215,15 +234,21 @@ def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, wells.Inner]
 class Memory(NamedTuple):
     """What the solver carries from step to step, per replica: inner minimisers and the potential c there."""
 
-    inner: wells.Inner
+    inner: Inner
     potential: Any
 
 
-def no_memory(fine: Finetuning, nodes: Nodes) -> Memory:
-    """Placeholder for all replicas, to be filled by the first evaluation."""
+def can_split(fine: Finetuning) -> bool:
+    """Whether nodes are split where the minimiser jumps."""
+    return fine.rank == 1
+
+
+def no_memory(fine: Finetuning, nodes: Nodes, split: bool = True) -> Memory:
+    """Placeholder for all replicas, to be filled by the first evaluation; without `split` for smooth nodes only."""
     r, _, n = nodes.normal.shape
     assert fine.tokens is not None
-    return Memory(wells.nothing(r, fine.rank * fine.tokens, n * len(fine.inputs.shares)), jnp.zeros(r))
+    unknowns, samples = fine.rank * fine.tokens, n * len(fine.inputs.shares)
+    return Memory(wells.nothing(r, unknowns, samples, split and can_split(fine)), jnp.zeros(r))
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:

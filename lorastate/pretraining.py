@@ -103,9 +103,9 @@ def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, 
     return Inner(u, f, ok[0] | ok[1])
 
 
-def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, inner: Inner) -> Inner:
+def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, inner: Inner, steps: Any = 3) -> Inner:
     """Inner minimisers of one replica at order parameters very near those that `inner` was found for."""
-    u = polish(inner_problem(pre, order, nodes), inner.lower)
+    u = polish(inner_problem(pre, order, nodes), inner.lower, steps)
     first = inner.f[0] < inner.f[1]
     return inner._replace(u=jnp.where(jnp.stack([first, ~first])[:, None], u, inner.u))
 

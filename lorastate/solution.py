@@ -7,9 +7,11 @@ import math
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import finetuning as ft
 from . import theory
 from .bayes import BayesLimits, bayes_optimal
 from .channel import LeastError
@@ -29,24 +31,35 @@ _SUMMARY = {
 # Several programs, not one: the compiler's memory grows with the size of a program, and gradients share the searches.
 _describe_pretraining = Program(theory.describe_pretraining, quick=True)
 _describe_finetuning = Program(theory.describe_finetuning, quick=True)
-_quadrature_errors = Program(theory.quadrature_errors, quick=True)
-_solve_pretraining = Program(theory.solve_pretraining, quick=True)
-_solve_few = Program(theory.solve_finetuning, quick=True)
-_solve_many = Program(theory.solve_finetuning)
+_quadrature_errors = Program(theory.quadrature_errors, quick=True), Program(theory.quadrature_errors)
+_solve_pretraining = Program(theory.solve_pretraining, quick=True), Program(theory.solve_pretraining)
+_solve_finetuning = Program(theory.solve_finetuning, quick=True), Program(theory.solve_finetuning)
+
+#: Nodes times solves from which on a slower compilation pays, and the solves that a single one stands for.
+_MUCH, _SOLVES = 2**20, 16
 
 
-def by_size(numerics: Numerics, few: Program, many: Program) -> Program:
-    """Which of two programs of the fine-tuning search: there most time is spent, and with many nodes a slower
-    compilation pays."""
-    return many if numerics.finetuning_nodes > 32768 else few
+def by_work(programs: tuple[Program, Program], nodes: int, solves: int = _SOLVES) -> Program:
+    """Which of two programs of a search, the one faster to compile or the one faster to run, for so much work."""
+    return programs[nodes * solves > _MUCH]
 
 
 def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: theory.NodeSets):
     """Both stages without derivatives, compiled once per kind of setting: `(FirstStage, SecondStage)`."""
     numerics = numerics.without_seed
-    first = _describe_pretraining(pre, nodes, _solve_pretraining(pre, numerics, nodes.pretraining))
-    search = by_size(numerics, _solve_few, _solve_many)
-    return first, search(pre, fine, first, numerics, nodes.finetuning)
+    first = by_work(_solve_pretraining, 4 * numerics.nodes)(pre, numerics, nodes.pretraining)
+    first = _describe_pretraining(pre, nodes, first)
+
+    def search(split: bool):
+        program = by_work(_solve_finetuning, numerics.finetuning_nodes)
+        return program(pre, fine, first, numerics, nodes.finetuning, split)
+
+    # The search for smooth nodes is tried first; inside a transformation there is nothing to look at.
+    if ft.can_split(fine) and all(map(is_concrete, jax.tree_util.tree_leaves((pre, fine, first.status)))):
+        second = search(False)
+        if not bool(second.rough):
+            return first, second
+    return first, search(True)
 
 
 class Solution(eqx.Module):
@@ -196,7 +209,8 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes = theory.node_sets(pre, fine, setting.numerics)
     out = _describe_finetuning(pre, fine, nodes, *solve(pre, fine, setting.numerics, nodes))
-    map_errors, errors = _quadrature_errors(pre, fine, setting.numerics.without_seed, nodes, out.solved)
+    bars = by_work(_quadrature_errors, setting.numerics.finetuning_nodes)
+    map_errors, errors = bars(pre, fine, setting.numerics.without_seed, nodes, out.solved)
     solution = Solution(
         asked,
         out.pretraining,

@@ -59,7 +59,7 @@ def _at_rest(fine, frozen, numerics, nodes):
     nodes = ft.prepare(fine, frozen, nodes)
     method = Method(tolerance=1e-7, max_steps=numerics.max_steps, floor=5e-3, require_stable=False)
     start = ft.start_at_rest(fine)
-    stage, n = Stage.of(method, numerics.replicas), len(start)
+    stage, n = Stage.of(method, len(nodes.weight)), len(start)
     memory = Slots.of(ft.no_memory(fine, nodes))
     point, jacobian, _ = iterate(
         ft.state_evolution(fine, frozen, nodes), stage, False, start, jnp.zeros((n, n)), memory

@@ -30,13 +30,14 @@ from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
 from . import design, theory
+from . import finetuning as ft
 from ._version import __version__
 from .errors import Code, SettingError, require_float64, succeeded
 from .names import MEANING
 from .program import Program
 from .setting import Setting
 from .setting_file import continuous_fields, parse_value, replace, setting_to_dict
-from .solution import by_size
+from .solution import by_work
 
 if TYPE_CHECKING:
     import xarray
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 #: Lanes that a device takes at once: a CPU runs them one by one, and few of them share out the work evenly.
 _LANES = {"cpu": 4}
 _LANES_ELSEWHERE = 32
+#: Solves that a sweep stands for where a program is chosen by its work: not how many are left to do or whose they are,
+#: for other programs have other bits.
+_SOLVES = 128
 #: Seconds without a sign of life after which another process counts as dead.
 _PATIENCE = 30.0
 _GRADIENT = "gradient."
@@ -148,7 +152,6 @@ def _sharded(f, mesh: Mesh):
 # Three programs, as in `solution`: the compiler's time and memory grow faster than a program's size.
 
 
-@partial(Program, quick=True)
 def _pretrain(mesh, numerics, rest, params, nodes):
     def one(params, nodes):
         pre, _ = eqx.combine(params, rest)
@@ -157,18 +160,18 @@ def _pretrain(mesh, numerics, rest, params, nodes):
     return _sharded(one, mesh)((params,), (nodes,))
 
 
-def _finetune(mesh, numerics, rest, params, nodes, first):
+def _finetune(mesh, numerics, split, rest, params, nodes, first):
     def one(params, first, nodes):
         pre, fine = eqx.combine(params, rest)
-        return theory.solve_finetuning(pre, fine, first, numerics, nodes)
+        return theory.solve_finetuning(pre, fine, first, numerics, nodes, split)
 
     return _sharded(one, mesh)((params, first), (nodes.finetuning,))
 
 
-_finetune_few, _finetune_many = Program(_finetune, quick=True), Program(_finetune)
+_pretrainings = Program(_pretrain, quick=True), Program(_pretrain)
+_finetunings = Program(_finetune, quick=True), Program(_finetune)
 
 
-@partial(Program, quick=True)
 def _describe(mesh, numerics, rest, params, nodes, first, second):
     def one(params, first, second, nodes):
         pre, fine = eqx.combine(params, rest)
@@ -190,6 +193,9 @@ def _describe(mesh, numerics, rest, params, nodes, first, second):
     return _sharded(one, mesh)((params, first, second), (nodes,))
 
 
+_descriptions = Program(_describe, quick=True), Program(_describe)
+
+
 @partial(Program, quick=True)
 def _slopes(mesh, objective, rest, params, nodes, first, second):
     def one(params, first, second, nodes):
@@ -200,7 +206,24 @@ def _slopes(mesh, objective, rest, params, nodes, first, second):
 
 
 def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: int) -> list[dict[str, float]]:
-    """Rows of a chunk of settings of one kind, padded to the number of lanes that the program was compiled for."""
+    """Rows of a chunk of settings of one kind, padded to the number of lanes that the program was compiled for.
+
+    As `solution.solve` does: the search for smooth nodes first, and the other one where that will not do.
+    """
+    split = not ft.can_split(settings[0].finetuning)
+    rows, rough = _rows(settings, objective, mesh, lanes, split)
+    again = [k for k, flag in enumerate(rough) if flag]
+    if again:
+        new, _ = _rows([settings[k] for k in again], objective, mesh, lanes, True)
+        for k, row in zip(again, new, strict=True):
+            rows[k] = row
+    return rows
+
+
+def _rows(
+    settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: int, split: bool
+) -> tuple[list[dict[str, float]], list[bool]]:
+    """Rows of a chunk, and which of them have to be searched with split nodes."""
     plain = [design.with_best_scale(s) if design.searches_scale(s) else s for s in settings]
     stages = [eqx.partition((s.pretraining, s.finetuning_resolved), eqx.is_array) for s in plain]
     stages += [stages[-1]] * (lanes - len(stages))
@@ -209,10 +232,14 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
     numerics = plain[0].numerics
     nodes = theory.node_sets(plain[0].pretraining, plain[0].finetuning_resolved, numerics)
     numerics = numerics.without_seed
-    first = _pretrain(mesh, numerics, rest, params, nodes)
-    search = by_size(numerics, _finetune_few, _finetune_many)
-    second = search(mesh, numerics, rest, params, nodes, first)
-    table = jax.device_get(_describe(mesh, numerics, rest, params, nodes, first, second))
+    first = by_work(_pretrainings, 4 * numerics.nodes, _SOLVES)(mesh, numerics, rest, params, nodes)
+    search = by_work(_finetunings, numerics.finetuning_nodes, _SOLVES)
+    second = search(mesh, numerics, split, rest, params, nodes, first)
+    rough = jax.device_get(second.rough)[: len(settings)].tolist()
+    if all(rough):
+        return [{} for _ in settings], rough
+    describe = by_work(_descriptions, numerics.finetuning_nodes, _SOLVES)
+    table = jax.device_get(describe(mesh, numerics, rest, params, nodes, first, second))
     rows = [{name: float(column[k]) for name, column in table.items()} for k in range(len(settings))]
     if objective is not None:
         slopes = jax.device_get(_slopes(mesh, objective, rest, params, nodes, first, second))
@@ -222,7 +249,7 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
             sign = -1.0 if objective == "overlap" else 1.0
             for path, slope in design.total_slopes(plain[k], lane).items():
                 row[_GRADIENT + path] = math.nan if failed else sign * slope
-    return rows
+    return rows, rough
 
 
 # ---- files -----------------------------------------------------------------------------------------------------

@@ -21,9 +21,15 @@ from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, 
 from .generalization import finetuning_error, node_dimension, pretraining_error
 from .order import RESPONSE_FLOOR, Order, decode, directions, from_norm
 from .prox import ldl_solve
-from .quadrature import Nodes, Slots, gaussian_nodes, in_blocks, mean, over_replicas
+from .quadrature import Nodes, Slots, by_replica, for_parts, gaussian_nodes, in_blocks, mean, over_replicas
 from .setting import Finetuning, Numerics, Pretraining
 from .symmetric import dimension
+
+#: Nodes that are averaged over together, and of which the first ones lead a search to the neighbourhood of a solution.
+_MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 4096
+#: Nodes of a replica from which on it is cut into parts, and those without images (of pre-training and test errors) and
+#: coordinates that alternate (of fine-tuning) give smaller errors.
+_PLAIN, _LORA = 2048, 4096
 
 
 class NodeSets(NamedTuple):
@@ -40,28 +46,33 @@ def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSet
     r, seed, t = numerics.replicas, numerics.seed, fine.tokens
     assert t is not None
 
+    def plain(d, count, stream, part):
+        large = count >= r * _PLAIN
+        return gaussian_nodes(d, count, r, seed + stream, () if large else None, part=part if large else None)
+
     def test(activation, tokens, stream, *ranks):
         d = node_dimension(activation, tokens, *ranks)
-        return gaussian_nodes(d, 2 * numerics.finetuning_nodes, r, seed + stream) if d else None
+        return plain(d, 2 * numerics.finetuning_nodes, stream, _TEST_PART) if d else None
 
-    d = pt.node_dimension(pre)
+    d, lora_d, count = pt.node_dimension(pre), ft.node_dimension(fine), numerics.finetuning_nodes
+    order, part = (ft.node_order(fine), _LORA_PART) if count >= r * _LORA else (None, None)
     return NodeSets(
-        gaussian_nodes(d, numerics.nodes, r, seed) if d else None,
-        gaussian_nodes(ft.node_dimension(fine), numerics.finetuning_nodes, r, seed, ft.mirrored(fine)),
+        plain(d, numerics.nodes, 0, _MAP_PART) if d else None,
+        gaussian_nodes(lora_d, count, r, seed, ft.mirrored(fine), order, part),
         test(pre.activation, pre.tokens, 10**6),
         test(fine.activation, t, 2 * 10**6, (fine.rank, fine.teacher_rank)),
     )
 
 
-def _stages(numerics: Numerics, rough: float, settle: float = np.inf, floor: float = 5e-3) -> list[Stage]:
-    """One replica finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones.
+def _stages(numerics: Numerics, parts: int, rough: float, settle: float = np.inf, floor: float = 5e-3) -> list[Stage]:
+    """One part of the nodes finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones.
 
     In both stages inner minimisers may jump from well to well, hence the floors (see `Method`).
     """
     steps = numerics.max_steps
     coarse = Method(tolerance=rough, max_steps=steps, floor=10 * floor, settle=settle)
     fine = Method(tolerance=numerics.tolerance, max_steps=steps, burn_in=0, floor=floor)
-    return [Stage.of(coarse, 1), Stage.of(fine, numerics.replicas, exact=False)]
+    return [Stage.of(coarse, 1), Stage.of(fine, parts, exact=False)]
 
 
 class Solved(NamedTuple):
@@ -80,7 +91,7 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
         rules = [Stage.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))]
     else:
         fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
-        rules = _stages(numerics, 1e-4)
+        rules = _stages(numerics, len(nodes.weight), 1e-4)
     # The first stage twice, from either start; the second time only if the first has failed: NaN stops at once.
     rules = _stacked([rules[0], *rules])
     usual = pt.start(pre)
@@ -117,9 +128,10 @@ class Branches(NamedTuple):
     chosen: Any
 
 
-def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes):
+def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, split: bool = True):
     """Solutions from both starts, stacked, with their Jacobians, c of every replica and rows of the memory as `inner`;
-    that memory; whether the two are the same one. No derivatives."""
+    that memory; whether the two are the same one. No derivatives. Without `split` for smooth nodes only: it gives up
+    after the first stage where some ought to be split."""
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
     fmap = ft.state_evolution(fine, frozen, nodes)
     last, escape = 1, 2
@@ -133,6 +145,8 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         # NaN stops at once.
         lost = (codes[0] == Code.unstable) & ~succeeded(codes[1])
         skip = ((kind == escape) & ~lost) | ((kind == last) & same & (k == 1))
+        if can_split and not split:
+            skip = skip | ((kind > 0) & jnp.any(_jumps(memory)[rows, 0]))
         x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, ft.pushed(xs[k]), xs[k]))
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         here = jnp.where(kind == escape, rows[1], rows[k])
@@ -149,10 +163,11 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         )
         return (*put, memory, same), (point, kept)
 
+    can_split = ft.can_split(fine)
     x0 = jnp.stack([ft.start(fine, True), ft.start(fine, False)])
-    memory = Slots.of(ft.no_memory(fine, nodes), 3)
+    memory = Slots.of(ft.no_memory(fine, nodes, split), 3)
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
-    rough, refined = _stages(numerics, 1e-3, settle=0.03)
+    rough, refined = _stages(numerics, len(nodes.weight), 1e-3, settle=0.03)
     if fine.rank > fine.teacher_rank:
         # The response of spare directions overshoots, and the more so the more samples there are.
         rough, refined = (rule._replace(damping=0.7) for rule in (rough, refined))
@@ -165,6 +180,11 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     final = jax.tree_util.tree_map(lambda a: jnp.stack([jnp.where(kept[4], a[2], a[4]), a[3]]), points)
     steps = points.steps[:2] + points.steps[2:4] + jnp.array([1, 0]) * points.steps[4]
     return Solved(final._replace(steps=steps), jacs, (potentials, rows)), memory, same
+
+
+def _jumps(memory: Slots):
+    """Whether there are wells in a part of the nodes that smooth ones do not have, in every row."""
+    return memory.data.inner.split | memory.data.inner.needed
 
 
 def _flags(memory: Slots):
@@ -397,11 +417,13 @@ class FirstStage(NamedTuple):
 
 
 class SecondStage(NamedTuple):
-    """Output of `solve_finetuning`: the branch taken, both branches, and what the channel searched for."""
+    """Output of `solve_finetuning`: the branch taken, both branches, what the channel searched for, and whether a
+    search for smooth nodes will not do."""
 
     solved: Solved
     branches: Branches
     found: Any
+    rough: Any
 
 
 class Evaluation(NamedTuple):
@@ -469,13 +491,19 @@ def _lowest(code, energies):
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
 
 
-def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes):
-    """Fixed point of fine-tuning on the map of pre-training (no derivative), a `SecondStage`: the branch of lowest free
-    energy among those that were solved."""
+def solve_finetuning(
+    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, split: bool = True
+) -> SecondStage:
+    """Fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest free energy among
+    those that were solved.
+
+    Without `split` all nodes are taken to be smooth, which is faster to compile and to solve. Where they are not, or
+    anything has failed, the result is `rough`, and only a search with `split` can be trusted.
+    """
     frozen = jax.lax.stop_gradient(frozen_at(pre, fine, first.x))
     fine = jax.lax.stop_gradient(fine)
     prepared = ft.prepare(fine, frozen, nodes)
-    solved, memory, same = search_finetuning(fine, frozen, numerics, prepared)
+    solved, memory, same = search_finetuning(fine, frozen, numerics, prepared, split)
     potentials, rows = solved.inner
     # Where the second start found nothing new it stands for the first.
     starts = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), solved.point)
@@ -490,9 +518,14 @@ def solve_finetuning(pre: Pretraining, fine: Finetuning, first: FirstStage, nume
     point, jacobian = jax.tree_util.tree_map(lambda a: a[chosen], (solved.point, solved.jacobian))
     best = Solved(point, jacobian, memory._replace(here=rows[chosen]).read().inner)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
+    failed = ~succeeded(code) | ~jnp.all(succeeded(starts.code))
     code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
-    return SecondStage(best, Branches(starts, energies, chosen), prepared.found)
+    rough = jnp.array(False)
+    if not split and ft.can_split(fine):
+        jumps = jnp.any(_jumps(memory)[rows, :], 1)
+        rough = (jumps[0] | (jumps[1] & ~same) | failed) & (code != Code.upstream)
+    return SecondStage(best, Branches(starts, energies, chosen), prepared.found, rough)
 
 
 #: Error above which a solve that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
@@ -530,27 +563,27 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
         map_values = {k: jnp.broadcast_to(v, (numerics.replicas,)) for k, v in one.items()}
     else:
 
-        def map_at(n, x, inner):
-            inner = pt.refresh_inner(pre, decode(x), n, inner)
+        def map_at(steps, n, x, inner):
+            inner = pt.refresh_inner(pre, decode(x), n, inner, steps)
             return _map_replica(pre, decode(x), n, inner), inner
 
         def map_image(c):
             return pt.image_of(pre, c)
 
-        map_x, a = _own_solutions(map_at, map_image, of_map, nodes.pretraining)
-        errors = over_replicas(lambda n, x: _map_errors(pre, decode(x), n), nodes.pretraining_test, map_x)
+        map_x, a = _own_solutions(map_at, map_image, of_map, nodes.pretraining, numerics.replicas)
+        errors = _of_replicas(lambda n, x: _map_errors(pre, decode(x), n), nodes.pretraining_test, map_x)
         map_values = jax.vmap(lambda x, a, e: map_predictions(pre, x, a, e))(map_x, a, errors)
 
-    def lora_at(n, x, inner, upstream):
+    def lora_at(steps, n, x, inner, upstream):
         frozen, order = frozen_at(pre, fine, upstream), decode(x)
         n = ft.refresh_nodes(fine, frozen, n)
-        inner = ft.refresh_inner(fine, frozen, order, n, inner)
+        inner = ft.refresh_inner(fine, frozen, order, n, inner, steps)
         return _lora_replica(fine, frozen, order, n, inner), inner
 
     def lora_image(c):
         return ft.order_parameters(fine, c).encode()
 
-    xs, b = _own_solutions(lora_at, lora_image, of_lora, prepared, map_x)
+    xs, b = _own_solutions(lora_at, lora_image, of_lora, prepared, numerics.replicas, map_x)
 
     def errors_at(n, x, upstream):
         return _lora_errors(fine, frozen_at(pre, fine, upstream), decode(x), n)
@@ -558,30 +591,41 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     if nodes.finetuning_test is None:
         errors = jax.vmap(lambda x, u: errors_at(None, x, u))(xs, map_x)
     else:
-        errors = over_replicas(errors_at, nodes.finetuning_test, xs, map_x)
+        errors = _of_replicas(errors_at, nodes.finetuning_test, xs, map_x)
     values = jax.vmap(lambda x, u, b, e: lora_predictions(fine, frozen_at(pre, fine, u), decode(x), b, e))(
         xs, map_x, b, errors
     )
     return _standard_errors(map_values), _standard_errors(values)
 
 
-def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, *upstream):
+def _of_replicas(f, nodes: Nodes, *of_replica):
+    """`f(nodes, *of_replica)` averaged over the parts of every replica, (R, ...); `of_replica` (R, ...)."""
+    values = over_replicas(f, nodes, *for_parts(of_replica, nodes))
+    return by_replica(values, len(of_replica[0]))
+
+
+def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, replicas: int, *upstream):
     """Order parameters (R, n) and averages of every replica at its own fixed point, to first order.
 
-    `averages_at(replica, x, inner, *upstream) -> (averages, inner)`; `image(conjugates)` is the second half-step. The
-    first pass makes one step with the common Jacobian (cut to 1), the second evaluates there: one compiled copy
-    serves both.
+    `averages_at(steps, part, x, inner, *upstream) -> (averages, inner)`, with some steps of the inner minimisers to
+    where they are at x; `image(conjugates)` is the second half-step. The first pass makes one step with the common
+    Jacobian (cut to 1), the second evaluates there: one compiled copy serves both.
     """
     gap = jnp.eye(len(solved.jacobian)) - solved.jacobian
+    upstream = for_parts(upstream, nodes)
 
-    def one_pass(carry, _):
+    def one_pass(carry, steps):
         xs, inner = carry
-        averages, inner = over_replicas(averages_at, nodes, xs, inner, *upstream)
+        at = for_parts(xs, nodes)
+        averages, inner = over_replicas(lambda *a: averages_at(steps, *a), nodes, at, inner, *upstream)
+        averages = by_replica(averages, replicas)
         shift = jax.vmap(lambda c, x: small_solve(gap, image(c) - x))(averages.conjugates, xs)
         return (xs + jnp.clip(shift, -1.0, 1.0), inner), (xs, averages)
 
-    start = jnp.broadcast_to(solved.point.x, (nodes.normal.shape[0], len(gap))), solved.inner
-    _, passes = jax.lax.scan(one_pass, start, length=2)
+    start = jnp.broadcast_to(solved.point.x, (replicas, len(gap))), solved.inner
+    # What pre-training does to the first pass of fine-tuning moves the minimisers there too.
+    steps = jnp.array([1 if upstream else 0, 2])
+    _, passes = jax.lax.scan(one_pass, start, steps)
     return jax.tree_util.tree_map(lambda v: v[-1], passes)
 
 

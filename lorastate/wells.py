@@ -22,10 +22,15 @@ does the minimiser jump. Several starts find it, a reflection of the lowest well
 wells says how far derivatives may be off.
 
 The same two halves as everywhere: `locate` finds (loops, no derivative), `samples` differentiates (no loops).
+
+Where no node can have two wells all this is idle, and most of what is remembered and compiled is for it. A search with
+`Smooth` memory knows the plain samples only; if it meets a node that ought to be split it says so, and another one with
+`Inner` memory has to be made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -79,21 +84,39 @@ class Inner(NamedTuple):
     needed: Any
 
 
-def nothing(replicas: int, unknowns: int, nodes: int) -> Inner:
+class Smooth(NamedTuple):
+    """What `locate` finds where no node is split: the fields of `Inner` that are left, for the plain samples alone.
+
+    An eighth of the memory and of the program. `split`: whether a node ought to be split: then this will not do.
+    """
+
+    split: Any
+    chi: Any
+    other: Any
+    two_wells: Any
+    ok: Any
+    thorough: Any
+    needed: Any
+
+
+def nothing(replicas: int, unknowns: int, nodes: int, split: bool = True) -> Inner | Smooth:
     """Placeholder for all replicas, to be filled by `locate`; `unknowns` = r T."""
 
     def no(*shape, kind: Any = float):
         return jnp.zeros((replicas, *shape), kind)
 
+    if not split:
+        rows, flags = no(1, unknowns, nodes), no(1, nodes, kind=bool)
+        return Smooth(no(kind=bool), rows, rows, flags, flags, no(kind=bool), ~no(kind=bool))
     return Inner(
         no(kind=bool), no(3, unknowns, nodes), no(3, unknowns, nodes), no(3, nodes, kind=bool), no(3, nodes, kind=bool),
         no(unknowns, nodes), no(nodes), no(nodes, kind=bool), no(2, unknowns, nodes), no(kind=bool), ~no(kind=bool),
     )  # fmt: skip
 
 
-def lost(inner: Inner):
+def lost(inner: Inner | Smooth):
     """Share of descents of all replicas that did not converge."""
-    missed = 1.0 - inner.ok  # (R, 3, N)
+    missed = 1.0 - inner.ok  # (R, 3, N), or (R, 1, N)
     return jnp.mean(jnp.where(inner.split, missed.mean((1, 2)), missed[:, 0].mean(1)))
 
 
@@ -272,7 +295,7 @@ def _jobs(tokens: int):
     return np.array([(_ORIGIN, 0), (_ORIGIN, 1)] + _ROUNDS * [(_SWITCH, 0), (_SWITCH, 1)] + samples), block
 
 
-def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = COLD) -> Inner:
+def locate(problem: VectorProblem, s: Student, previous: Inner | Smooth, cold: Any = COLD) -> Inner | Smooth:
     """Finds the inner minimisers of one replica; `problem` at omega = 0. `cold` as in `fixed_point.Map`."""
     problem, s, previous = jax.lax.stop_gradient((problem, s, previous))
     cold = jnp.asarray(cold)
@@ -281,31 +304,45 @@ def locate(problem: VectorProblem, s: Student, previous: Inner, cold: Any = COLD
     t, n = problem.omega.shape
     omega = s.at(s.g)
     plain, start = problem._replace(omega=omega), jnp.where(cold, omega, previous.chi[0])
+    # Both wells of a node that is known to have two are followed.
+    second = jnp.where(cold, s.side * s.guess, previous.other[0])
+    few = jnp.where(cold, 1 if splits(problem) else _USUAL, jnp.where(jnp.any(previous.two_wells[0]), 2, 1))
     if splits(problem):
         h = _hessian_at_rest(problem)
         # No eigenvalue in the zone: no node is split, and no eigenvectors are needed.
         eye = jnp.eye(h.shape[0])[:, :, None]
         near = ldl_solve(h - _ZONE * eye, problem.omega)[1] <= 0
         e = jax.lax.cond(search, lambda: _REACH * _softest(h), lambda: jnp.zeros_like(start))
-        usual, few = jnp.stack([start, s.side * s.guess, -e, e]), 1
+        usual = jnp.stack([start, second, -e, e])
+        if isinstance(previous, Inner):  # which follows them node by node
+            few = 1
     else:
         h, near = None, jnp.zeros((n,), bool)
-        usual = jnp.stack([start, jnp.where(cold, s.side * s.guess, previous.other[0])])
-        few = jnp.where(cold, _USUAL, jnp.where(jnp.any(previous.two_wells[0]), 2, 1))
+        usual = jnp.stack([start, second])
     pair, improved = _search_plain(plain, usual, jnp.where(search, _USUAL + 2 * t, few))
-    inner = previous._replace(
+    found = Smooth(
         split=jnp.any(near),
-        chi=previous.chi.at[0].set(jnp.where(pair.ok, pair.u[0], start)),
-        other=previous.other.at[0].set(jnp.where(cold, pair.other, previous.other[0])),
+        chi=jnp.where(pair.ok, pair.u[0], start)[None],
+        other=jnp.where(cold, pair.other, previous.other[0])[None],
+        two_wells=jnp.where(cold, pair.two, previous.two_wells[0])[None],
+        ok=pair.ok[None],
+        thorough=previous.thorough,
+        needed=jnp.where(search, jnp.any(improved | (pair.two & ~near)), previous.needed),
+    )
+    if isinstance(previous, Smooth):
+        return found
+    inner = previous._replace(
+        split=found.split,
+        chi=previous.chi.at[0].set(found.chi[0]),
+        other=previous.other.at[0].set(found.other[0]),
         ok=jnp.stack([pair.ok, ~near, ~near]),
-        two_wells=jnp.zeros((3, n), bool).at[0].set(jnp.where(cold, pair.two, previous.two_wells[0])),
+        two_wells=jnp.zeros((3, n), bool).at[0].set(found.two_wells[0]),
         rooted=previous.rooted & near & ~cold,
         e=jnp.zeros_like(start),
-        needed=jnp.where(search, jnp.any(improved | (pair.two & ~near)), previous.needed),
+        needed=found.needed,
     )
     if h is None:
         return inner
-    # Both wells of a node that is known to have two are followed.
     more = ~cold & inner.two_wells[0] & ~near
     size = min(n, _TOGETHER)
 
@@ -484,20 +521,20 @@ def _three(s: Student, line: _Line, switch):
     return p, jnp.stack([s.g, line.across + line.e * left, line.across + line.e * right])
 
 
-def refresh(problem: VectorProblem, s: Student, inner: Inner) -> Inner:
+def refresh(problem: VectorProblem, s: Student, inner: Inner | Smooth, steps: Any = 3) -> Inner | Smooth:
     """`inner` moved to a problem that is very near the one it was found for: a few Newton steps and no search.
 
     Nodes stay split where they were: the equation of the split holds for any point.
     """
 
-    def alone(_):
-        chi = prox.polish(problem._replace(omega=s.at(s.g)), inner.chi[0])
+    def alone():
+        chi = prox.polish(problem._replace(omega=s.at(s.g)), inner.chi[0], steps)
         return inner._replace(chi=inner.chi.at[0].set(chi))
 
-    def split(_):
+    def split(inner: Inner):
         line = _line(s, inner.e)
         _, g = _three(s, line, _split_point(line, inner.switch, inner.rooted, inner.wells))
-        chi = prox.polish(_repeat(problem, s.at(g)), flat(inner.chi))
+        chi = prox.polish(_repeat(problem, s.at(g)), flat(inner.chi), steps)
         return inner._replace(chi=jnp.stack(jnp.split(chi, 3, -1)))
 
     return either(problem, inner, split, alone)
@@ -508,9 +545,11 @@ def splits(problem: VectorProblem) -> bool:
     return problem.rank == 1
 
 
-def either(problem: VectorProblem, inner: Inner, split, alone):
-    """`split(...)` where any node of the replica is split, otherwise `alone(...)`."""
-    return jax.lax.cond(inner.split, split, alone, 0.0) if splits(problem) else alone(0.0)
+def either(problem: VectorProblem, inner: Inner | Smooth, split: Callable[[Inner], Any], alone: Callable[[], Any]):
+    """`split(inner)` where any node of the replica is split, otherwise `alone()`."""
+    if not splits(problem) or isinstance(inner, Smooth):
+        return alone()
+    return jax.lax.cond(inner.split, lambda _: split(inner), lambda _: alone(), 0.0)
 
 
 def samples(problem: VectorProblem, s: Student, inner: Inner):
@@ -531,6 +570,6 @@ def samples(problem: VectorProblem, s: Student, inner: Inner):
     return flat([1 - share, share * p, share * (1 - p)]), flat(g), chi
 
 
-def plain(problem: VectorProblem, s: Student, inner: Inner):
+def plain(problem: VectorProblem, s: Student, inner: Inner | Smooth):
     """The minimisers (T, N) at the plain nodes, with their derivative."""
     return attach_minimum(problem._replace(omega=s.at(s.g)), inner.chi[0])

@@ -188,6 +188,12 @@ def test_prediction_under_jit_and_jvp():
     np.testing.assert_allclose([value, slope], [want, slopes["pretraining.lam"]], rtol=1e-10)
 
 
+def test_prediction_of_a_known_setting_under_jit():
+    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
+    base = ls.Setting(pre, ls.Finetuning(alpha=6.0, lam=1.0), ls.Numerics(512, 1024, 2))
+    np.testing.assert_allclose(jax.jit(lambda: ls.predict(base).test_error)(), ls.predict(base).test_error, rtol=1e-10)
+
+
 def test_zero_map_and_failures():
     s = ls.predict(setting("identity", lam=3.0))
     assert float(s.pretraining["Q"]) == 0.0 and s.summary()["pretraining"]["overlap"] is None

@@ -6,7 +6,7 @@ import numpy as np
 
 import lorastate as ls
 from lorastate import finetuning as ft
-from lorastate import prox, wells
+from lorastate import prox, solution, theory, wells
 from lorastate.channel import FrozenMap
 from lorastate.fixed_point import CHECK
 from lorastate.order import from_norm
@@ -42,3 +42,34 @@ def test_a_thorough_search_finds_the_global_minimum():
     two = np.asarray(thorough.two_wells[0])
     gap = np.max(np.abs(thorough.chi[0] - thorough.other[0]), 0)
     assert 0.05 < two.mean() < 0.5 and np.all(gap[two] > 1e-4)
+
+
+# ---- searches for smooth nodes ---------------------------------------------------------------------------------
+
+
+def both_searches(fine_alpha, fine_lam):
+    """The solution with and without split nodes of one setting; the same programs as `test_sweeps` needs."""
+    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
+    setting = ls.Setting(pre, ls.Finetuning(alpha=fine_alpha, lam=fine_lam), ls.Numerics(512, 1024, 2))
+    fine, numerics = setting.finetuning_resolved, setting.numerics.without_seed
+    nodes = theory.node_sets(pre, fine, setting.numerics)
+    first, chosen = solution.solve(pre, fine, setting.numerics, nodes)
+    search = solution.by_work(solution._solve_finetuning, numerics.finetuning_nodes)
+    return chosen, *(search(pre, fine, first, numerics, nodes.finetuning, split) for split in (False, True))
+
+
+def test_a_search_for_smooth_nodes_finds_what_the_other_finds():
+    chosen, smooth, split = both_searches(6.0, 1.0)
+    assert not smooth.rough and not split.rough
+    assert isinstance(chosen.solved.inner, wells.Smooth) and isinstance(split.solved.inner, wells.Inner)
+    np.testing.assert_allclose(smooth.solved.point.x, split.solved.point.x, rtol=1e-9)
+    np.testing.assert_allclose(smooth.branches.free_energy, split.branches.free_energy, rtol=1e-9)
+    np.testing.assert_allclose(smooth.solved.inner.chi[:, 0], split.solved.inner.chi[:, 0], atol=1e-8)
+    assert not np.any(split.solved.inner.split)
+
+
+def test_a_search_for_smooth_nodes_gives_up_where_there_are_wells():
+    chosen, smooth, split = both_searches(0.5, 0.6)
+    assert smooth.rough and not split.rough
+    assert isinstance(chosen.solved.inner, wells.Inner) and np.any(split.solved.inner.split)
+    np.testing.assert_array_equal(chosen.solved.point.x, split.solved.point.x)
