@@ -224,11 +224,10 @@ def flops() -> None:
                      jax.tree_util.tree_map(lambda v: jnp.asarray(v[0]), sets.finetuning))  # fmt: skip
     of_lora = ft.inner_problem(fine, decode(second.solved.point.x), draws).take(few)
     two = stage(of_lora, second.solved.inner.chi[0, 0][:, few])
-    search = solution.by_size(s.numerics, solution._solve_few, solution._solve_many)
-    given = s.numerics.without_seed
+    (_, pretrain), (_, search), given = solution._solve_pretraining, solution._solve_finetuning, s.numerics.without_seed
     took = (
-        _seconds(lambda: jax.block_until_ready(solution._solve_pretraining(pre, given, sets.pretraining))),
-        _seconds(lambda: jax.block_until_ready(search(pre, fine, first, given, sets.finetuning))),
+        _seconds(lambda: jax.block_until_ready(pretrain(pre, given, sets.pretraining))),
+        _seconds(lambda: jax.block_until_ready(search(pre, fine, first, given, sets.finetuning, False))),
     )
     print(f"peak of one core, by a matrix product: {peak / 1e9:.1f} GFLOP/s\n")
     print("| stage | operations of a Newton step | transcendental | time | of peak | search | steps' worth, a node |")
