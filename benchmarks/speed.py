@@ -20,8 +20,6 @@ from main_job import machine
 
 #: Half as many nodes again as by default, in larger replicas: a quadrature error of E' of 0.1 % in the setting below.
 FINE = {"nodes": 24576, "finetuning_nodes": 98304, "replicas": 6}
-
-
 ROOT = Path(__file__).parents[1]
 
 

@@ -238,17 +238,12 @@ class Memory(NamedTuple):
     potential: Any
 
 
-def can_split(fine: Finetuning) -> bool:
-    """Whether nodes are split where the minimiser jumps."""
-    return fine.rank == 1
-
-
 def no_memory(fine: Finetuning, nodes: Nodes, split: bool = True) -> Memory:
     """Placeholder for all replicas, to be filled by the first evaluation; without `split` for smooth nodes only."""
     r, _, n = nodes.normal.shape
     assert fine.tokens is not None
     unknowns, samples = fine.rank * fine.tokens, n * len(fine.inputs.shares)
-    return Memory(wells.nothing(r, unknowns, samples, split and can_split(fine)), jnp.zeros(r))
+    return Memory(wells.nothing(r, unknowns, samples, split and wells.splits(fine.rank)), jnp.zeros(r))
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Map:

@@ -198,7 +198,7 @@ def _size(v):
 def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
     """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
 
-    n, dtype = x0.shape[0], x0.dtype
+    n, dtype, exact = x0.shape[0], x0.dtype, jnp.asarray(stage.exact)
 
     def early(step, residual):
         """Whether the next step is a Picard step of the beginning."""
@@ -235,7 +235,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         accept = stay | use_picard | (finite & (residual < (1.0 - 1e-3 * s.length) * _size(g)))
         done = accept & finite & sure & (residual <= stage.tolerance)
         # Near the solution steps converge fast: one more makes it the same from wherever it was reached.
-        extra = done & jnp.logical_not(stage.exact) & (residual > 1e-2 * stage.tolerance) & ~s.extra & ~check
+        extra = done & ~exact & (residual > 1e-2 * stage.tolerance) & ~s.extra & ~check
         done = (done & ~extra) | (s.extra & ~probing)
         cold = accept & finite & ~sure & (residual <= jnp.maximum(s.target, stage.tolerance))
         # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
@@ -249,8 +249,8 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         secant = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
         usable = accept & ~stay & finite & (square > 0) & jnp.all(jnp.isfinite(secant))
         jac = jnp.where(usable, secant, s.jac)
-        close = jnp.logical_not(stage.exact) & (residual < _NEAR)
-        newton_next = ~early(s.step + 1, residual) & (stage.exact | (close & ~s.near)) & ~(check & s.exact)
+        close = ~exact & (residual < _NEAR)
+        newton_next = ~early(s.step + 1, residual) & (exact | (close & ~s.near)) & ~(check & s.exact)
         last = done & ~(check & s.exact) & ~(close & s.near)
         wanted = ((accept & newton_next) | renew | last) & jnp.all(jnp.isfinite(x)) & ~probing
         jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)

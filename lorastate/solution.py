@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import finetuning as ft
-from . import theory
+from . import theory, wells
 from .bayes import BayesLimits, bayes_optimal
 from .channel import LeastError
 from .errors import Code, SolveError, is_concrete, require_float64
@@ -55,7 +54,7 @@ def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: theory.
         return program(pre, fine, first, numerics, nodes.finetuning, split)
 
     # The search for smooth nodes is tried first; inside a transformation there is nothing to look at.
-    if ft.can_split(fine) and all(map(is_concrete, jax.tree_util.tree_leaves((pre, fine, first.status)))):
+    if wells.splits(fine.rank) and all(map(is_concrete, jax.tree_util.tree_leaves((pre, fine, first.status)))):
         second = search(False)
         if not bool(second.rough):
             return first, second

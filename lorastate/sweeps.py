@@ -29,8 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
-from . import design, theory
-from . import finetuning as ft
+from . import design, theory, wells
 from ._version import __version__
 from .errors import Code, SettingError, require_float64, succeeded
 from .names import MEANING
@@ -210,7 +209,7 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
 
     As `solution.solve` does: the search for smooth nodes first, and the other one where that will not do.
     """
-    split = not ft.can_split(settings[0].finetuning)
+    split = not wells.splits(settings[0].finetuning.rank)
     rows, rough = _rows(settings, objective, mesh, lanes, split)
     again = [k for k, flag in enumerate(rough) if flag]
     if again:

@@ -145,7 +145,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         # NaN stops at once.
         lost = (codes[0] == Code.unstable) & ~succeeded(codes[1])
         skip = ((kind == escape) & ~lost) | ((kind == last) & same & (k == 1))
-        if can_split and not split:
+        if not split and wells.splits(fine.rank):
             skip = skip | ((kind > 0) & jnp.any(_jumps(memory)[rows, 0]))
         x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, ft.pushed(xs[k]), xs[k]))
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
@@ -163,7 +163,6 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         )
         return (*put, memory, same), (point, kept)
 
-    can_split = ft.can_split(fine)
     x0 = jnp.stack([ft.start(fine, True), ft.start(fine, False)])
     memory = Slots.of(ft.no_memory(fine, nodes, split), 3)
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
@@ -522,7 +521,7 @@ def solve_finetuning(
     code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
     rough = jnp.array(False)
-    if not split and ft.can_split(fine):
+    if not split and wells.splits(fine.rank):
         jumps = jnp.any(_jumps(memory)[rows, :], 1)
         rough = (jumps[0] | (jumps[1] & ~same) | failed) & (code != Code.upstream)
     return SecondStage(best, Branches(starts, energies, chosen), prepared.found, rough)

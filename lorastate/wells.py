@@ -87,7 +87,7 @@ class Inner(NamedTuple):
 class Smooth(NamedTuple):
     """What `locate` finds where no node is split: the fields of `Inner` that are left, for the plain samples alone.
 
-    An eighth of the memory and of the program. `split`: whether a node ought to be split: then this will not do.
+    A fifth of the memory, and a smaller program. `split`: whether a node ought to be split: then this will not do.
     """
 
     split: Any
@@ -306,8 +306,8 @@ def locate(problem: VectorProblem, s: Student, previous: Inner | Smooth, cold: A
     plain, start = problem._replace(omega=omega), jnp.where(cold, omega, previous.chi[0])
     # Both wells of a node that is known to have two are followed.
     second = jnp.where(cold, s.side * s.guess, previous.other[0])
-    few = jnp.where(cold, 1 if splits(problem) else _USUAL, jnp.where(jnp.any(previous.two_wells[0]), 2, 1))
-    if splits(problem):
+    few = jnp.where(cold, 1 if splits(problem.rank) else _USUAL, jnp.where(jnp.any(previous.two_wells[0]), 2, 1))
+    if splits(problem.rank):
         h = _hessian_at_rest(problem)
         # No eigenvalue in the zone: no node is split, and no eigenvectors are needed.
         eye = jnp.eye(h.shape[0])[:, :, None]
@@ -540,14 +540,14 @@ def refresh(problem: VectorProblem, s: Student, inner: Inner | Smooth, steps: An
     return either(problem, inner, split, alone)
 
 
-def splits(problem: VectorProblem) -> bool:
+def splits(rank: int) -> bool:
     """Whether nodes are split where the minimiser jumps: those of updates of rank one."""
-    return problem.rank == 1
+    return rank == 1
 
 
 def either(problem: VectorProblem, inner: Inner | Smooth, split: Callable[[Inner], Any], alone: Callable[[], Any]):
     """`split(inner)` where any node of the replica is split, otherwise `alone()`."""
-    if not splits(problem) or isinstance(inner, Smooth):
+    if not splits(problem.rank) or isinstance(inner, Smooth):
         return alone()
     return jax.lax.cond(inner.split, lambda _: split(inner), lambda _: alone(), 0.0)
 
