@@ -19,7 +19,7 @@ _HOME = {
     "bayes_optimal": "bayes", "bayes_optimal_pretraining": "bayes", "bayes_optimal_finetuning": "bayes",
     "BayesPretraining": "bayes", "BayesFinetuning": "bayes", "BayesLimits": "bayes",
     "Method": "fixed_point", "FixedPoint": "fixed_point",
-    "Solution": "solution", "predict": "solution",
+    "Solution": "solution", "predict": "solution", "PretrainingSolution": "solution", "pretrain": "solution",
     "explain": "report", "noise_decomposition": "report",
     "weak_recovery_threshold": "stability", "interpolation_threshold": "stability", "branches": "stability",
     "measure_mismatch": "mismatch", "find_mismatch": "mismatch", "Mismatch": "mismatch",

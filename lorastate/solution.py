@@ -13,9 +13,14 @@ import numpy as np
 
 from . import theory, wells
 from .bayes import BayesLimits, bayes_optimal
-from .channel import LeastError
-from .errors import Code, SolveError, is_concrete, require_float64
+from .channel import FrozenMap, LeastError
+from .errors import Code, SolveError, is_concrete, require_float64, succeeded
+from .fixed_point import nan_slope
+from .generalization import node_dimension as test_dimension
+from .order import decode
+from .pretraining import image_of, node_dimension, refresh_inner
 from .program import Program
+from .quadrature import Nodes, gaussian_nodes
 from .setting import Finetuning, Numerics, Pretraining, Setting
 from .spectrum import LearnedSpectrum
 
@@ -134,9 +139,7 @@ class Solution(eqx.Module):
     @property
     def spectrum(self) -> LearnedSpectrum:
         """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps) (with a task: of S_pre): atom, density."""
-        c, pre = self.pretraining, self.setting.pretraining
-        lam = pre.lam * pre.kappa**0.5
-        return LearnedSpectrum(c["mhat"] / c["shat"], c["qhat"] ** 0.5 / c["mhat"], 2 * lam / c["mhat"], pre.law)
+        return _spectrum(self.setting.pretraining, self.pretraining)
 
     @functools.cached_property
     def bayes_optimal(self) -> BayesLimits:
@@ -187,6 +190,11 @@ class Solution(eqx.Module):
         return out
 
 
+def _spectrum(pre: Pretraining, values) -> LearnedSpectrum:
+    mhat, lam = values["mhat"], pre.lam * pre.kappa**0.5
+    return LearnedSpectrum(mhat / values["shat"], values["qhat"] ** 0.5 / mhat, 2 * lam / mhat, pre.law)
+
+
 def _plain(value) -> float | None:
     x = float(np.asarray(value))
     return x if math.isfinite(x) else None
@@ -219,5 +227,136 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
         out.branches,
     )
     if throw and is_concrete(out.status["pretraining"]["code"]):
+        solution.require_ok()
+    return solution
+
+
+# ---- pre-training alone ----------------------------------------------------------------------------------------
+
+
+class PretrainingSolution(eqx.Module):
+    """Theory of pre-training alone, for whoever needs the learned map and not what is made of it.
+
+    `values` are the predictions that `Solution.pretraining` has, by the same names, and `errors` their quadrature
+    standard errors (zero where closed forms need no nodes); all are differentiable in the fields of `pretraining`. `x`
+    are the order parameters in the solver's coordinates, from which `frozen` makes the map that fine-tuning sees.
+    Inside a transformation (jit, vmap, grad) the values of a failed solve are NaN; outside they are what was reached,
+    and `require_ok` raises.
+    """
+
+    pretraining: Pretraining
+    values: dict[str, Any]
+    errors: dict[str, Any]
+    status: dict[str, Any]
+    x: Any
+
+    @property
+    def spectrum(self) -> LearnedSpectrum:
+        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps) (with a task: of S_pre)."""
+        return _spectrum(self.pretraining, self.values)
+
+    def frozen(self, fine: Finetuning) -> FrozenMap:
+        """The frozen map that a fine-tuning stage (of `Setting.finetuning_resolved`) is built on."""
+        return theory.frozen_at(self.pretraining, fine, self.x)
+
+    def stderr(self, name: str) -> float:
+        """Quadrature standard error of a prediction, e.g. `stderr("test_error")`."""
+        return float(self.errors[name])
+
+    @property
+    def code(self) -> Code:
+        """How the solve ended; one that stopped at a jump must be well inside its quadrature error."""
+        return Code(int(theory.final_code("pretraining", self.status, self.errors)))
+
+    @property
+    def ok(self) -> bool:
+        """Whether the stage was solved."""
+        return bool(succeeded(self.code))
+
+    def require_ok(self) -> None:
+        """Raises `SolveError` if the solve failed."""
+        if not self.ok:
+            detail = f"residual {float(self.status['residual']):.2e}"
+            if self.code is Code.too_narrow:
+                kappa, rank = float(self.pretraining.kappa), float(self.values["rank_fraction"])
+                detail = f"kappa = {kappa:g}, allowed: at least the rank fraction {rank:.6g}"
+            raise SolveError("pretraining", self.code, detail)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON, as `Solution.summary` has them for this stage."""
+        names, stage = _SUMMARY["pretraining"], "pretraining"
+        residual, steps = _plain(self.status["residual"]), int(self.status["steps"])
+        status = {"code": self.code.name, "residual": residual, "steps": steps}
+        return {
+            stage: {n: _plain(self.values[n]) for n in names},
+            "quadrature_error": {stage: {n: _plain(self.errors[n]) for n in names}},
+            "status": {stage: status},
+        }
+
+
+def error_nodes(activation, tokens: int, numerics: Numerics, stream: int, *ranks) -> Nodes | None:
+    """Nodes of a test error, those of `theory.node_sets` (stream 10^6 pre-training, 2 10^6 fine-tuning); None where a
+    closed form needs none."""
+    d = test_dimension(activation, tokens, *ranks)
+    return _plain_nodes(d, 2 * numerics.finetuning_nodes, numerics, stream, theory._TEST_PART) if d else None
+
+
+def _plain_nodes(d: int, count: int, numerics: Numerics, stream: int, part: int) -> Nodes:
+    large = count >= numerics.replicas * theory._PLAIN
+    seed, mirror = numerics.seed + stream, () if large else None
+    return gaussian_nodes(d, count, numerics.replicas, seed, mirror, part=part if large else None)
+
+
+def _map_nodes(pre: Pretraining, numerics: Numerics) -> theory.NodeSets:
+    """The nodes of pre-training, those of `theory.node_sets`, without any of fine-tuning."""
+    d = node_dimension(pre)
+    nodes = _plain_nodes(d, numerics.nodes, numerics, 0, theory._MAP_PART) if d else None
+    unused: Any = None
+    return theory.NodeSets(nodes, unused, error_nodes(pre.activation, pre.tokens, numerics, 10**6), unused)
+
+
+def _map_errors(pre: Pretraining, numerics: Numerics, nodes: theory.NodeSets, solved: theory.Solved):
+    """Standard error of every prediction, from the spread over replicas (see `theory.quadrature_errors`)."""
+    pre, solved = jax.lax.stop_gradient((pre, solved))
+    assert nodes.pretraining is not None and nodes.pretraining_test is not None
+
+    def averages_at(steps, n, x, inner):
+        inner = refresh_inner(pre, decode(x), n, inner, steps)
+        return theory._map_replica(pre, decode(x), n, inner), inner
+
+    def errors_at(n, x):
+        return theory._map_errors(pre, decode(x), n)
+
+    xs, a = theory._own_solutions(averages_at, lambda c: image_of(pre, c), solved, nodes.pretraining, numerics.replicas)
+    errors = theory._of_replicas(errors_at, nodes.pretraining_test, xs)
+    return theory._standard_errors(jax.vmap(lambda x, a, e: theory.map_predictions(pre, x, a, e))(xs, a, errors))
+
+
+_map_error_bars = Program(_map_errors, quick=True)
+
+
+def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: bool = True) -> PretrainingSolution:
+    """Solves pre-training alone and predicts everything about it.
+
+    Raises `SolveError` when the solve failed, unless `throw` is False (then read `ok` and `code`). Under jit, vmap and
+    grad nothing is raised: the values of a failed solve are NaN there, and so are their derivatives.
+    """
+    require_float64()
+    pre, numerics = pretraining, Numerics() if numerics is None else numerics
+    nodes, still = _map_nodes(pre, numerics), numerics.without_seed
+    solved = by_work(_solve_pretraining, 4 * numerics.nodes)(pre, still, nodes.pretraining)
+    first = _describe_pretraining(pre, nodes, solved)
+    if nodes.pretraining is None or nodes.pretraining_test is None:
+        errors = {name: jnp.zeros(()) for name in first.values}
+    else:
+        errors = _map_error_bars(pre, still, nodes, first.solved)
+    values, x = first.values, first.x
+    known = all(map(is_concrete, jax.tree_util.tree_leaves((values, errors, first.status))))
+    if not known:  # nobody can look at the code: the numbers must say it
+        good = succeeded(theory.final_code("pretraining", first.status, errors))
+        lost = jnp.where(good, 0.0, jnp.nan)  # added: a choice between two values would have no slope on the other
+        values, x = jax.tree_util.tree_map(lambda v: nan_slope(v, good) + lost, (values, x))
+    solution = PretrainingSolution(pre, values, errors, first.status, x)
+    if throw and known:
         solution.require_ok()
     return solution
