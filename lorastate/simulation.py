@@ -31,7 +31,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 #: Independent random streams of one run. Append only: the positions fix what a seed means.
 _STREAMS = ("teacher", "inputs", "noise", "start", "lora_teacher", "lora_inputs", "lora_noise", "lora_start",
-            "test", "lora_test", "task")  # fmt: skip
+            "test", "lora_test", "task", "channel", "informed", "moves")  # fmt: skip
 _MEMORY = 8 * 2**30
 
 
