@@ -26,6 +26,7 @@ _HOME = {
     "sweep": "sweeps", "SweepInterrupted": "sweeps", "SweepIncomplete": "sweeps",
     "gradient": "design", "optimize": "design", "Optimum": "design",
     "Simulation": "simulation", "simulate": "simulation", "SimulationInterrupted": "simulation",
+    "ChannelSimulation": "asymptotic",
     "SettingError": "errors", "SolveError": "errors", "Code": "errors",
 }  # fmt: skip
 

@@ -32,8 +32,7 @@ from .generalization import _distance, _fields, row_error
 from .prox import gram
 from .quadrature import mean, over_replicas
 from .setting import Finetuning, Setting
-from .setting_file import replace
-from .simulation import _MEMORY, SimulationInterrupted, _key, _lora_overlaps, _whole, lora_update
+from .simulation import _MEMORY, SimulationInterrupted, _key, _lora_overlaps, _whole, lora_update, theory_scale
 from .solution import PretrainingSolution, error_nodes, pretrain
 
 #: informed: descents from w* and from points near it; random: from random starts, which is what a user has;
@@ -124,9 +123,10 @@ def _errors(fine: Finetuning, frozen: FrozenMap, m, q, nodes):
     """E' of several updates, (B,), averaged over the replicas of the nodes."""
 
     def one(pair):
+        m, q = pair
         if nodes is None:
-            return overlap_error(fine, frozen, *pair, None)
-        return mean(over_replicas(lambda n: overlap_error(fine, frozen, *pair, n), nodes))
+            return overlap_error(fine, frozen, m, q, None)
+        return mean(over_replicas(lambda n: overlap_error(fine, frozen, m, q, n), nodes))
 
     return jax.lax.map(one, (m, q))
 
@@ -316,10 +316,11 @@ class ChannelSimulation:
         worse = self.worse_starts
         if not worse["count"]:
             return None
+        count, loss = f"{worse['count']} of {self.random_loss.size}", f"{100 * worse['excess']:.2g} %"
         return (
-            f"{worse['count']} of {self.random_loss.size} random starts, which are what a user has, end in worse minima "
-            f"than the lowest one found: their loss is {100 * worse['excess']:.2g} % higher on average, and their o_w "
-            f"{worse['overlap']:.3f} instead of {worse['lowest_overlap']:.3f}."
+            f"{count} random starts, which are what a user has, end in worse minima than the lowest one found: their "
+            f"loss is {loss} higher on average, and their o_w {worse['overlap']:.3f} instead of "
+            f"{worse['lowest_overlap']:.3f}."
         )
 
     def summary(self, only_converged: bool = False) -> dict[str, Any]:
@@ -382,8 +383,8 @@ def train_on_channel(
     """Trains fine-tuning alone, on the law that the theory assumes; `ChannelSimulation` says what is measured.
 
     `starts` random starts a run (beside w* and two points near it), then `moves` times from the lowest random minimum
-    and from the lowest of all: perturb, descend, keep what is lower. Run r depends on (seed, r) and on the sizes, not on
-    `runs`. Needs the first stage only: raises `SolveError` where that cannot be solved, `SettingError` on bad input.
+    and from the lowest of all: perturb, descend, keep what is lower. Run r depends on (seed, r) and on the sizes, not
+    on `runs`. Needs the first stage only: raises `SolveError` where that cannot be solved, `SettingError` on bad input.
     Ctrl-C after at least one run raises `SimulationInterrupted`, which carries the finished runs.
     """
     fine: Any = setting.finetuning_resolved
@@ -392,11 +393,8 @@ def train_on_channel(
     moves = _whole("moves", moves, 0, 1000)
     samples = channel_samples(fine, dimension, starts)
     solved = pretrain(setting.pretraining, setting.numerics)
-    if isinstance(fine.recalibration, LeastError):
-        from .solution import predict
-
-        b = float(predict(setting).finetuning["recalibration"])
-        fine = replace(setting, "finetuning.recalibration", b).finetuning_resolved
+    if isinstance(fine.recalibration, LeastError):  # the only b that needs all of the theory
+        fine = theory_scale(setting).finetuning_resolved
     frozen = solved.frozen(fine)
     nodes = error_nodes(fine.activation, fine.tokens, setting.numerics, 2 * 10**6, (fine.rank, fine.teacher_rank))
     options = {"setting": setting, "map": solved, "dimension": dimension, "samples": samples, "starts": starts}

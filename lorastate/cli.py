@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
@@ -26,6 +26,7 @@ from ._version import __version__
 from .names import MEANING
 
 if TYPE_CHECKING:
+    from .asymptotic import ChannelSimulation
     from .setting import Setting
     from .simulation import Simulation
 
@@ -336,28 +337,40 @@ class Explain:
 
 @dataclass
 class Simulate:
-    """Train the finite-size model and compare it with the theory."""
+    """Train the finite-size model and show it beside the theory, where there is one."""
 
     setting: _SettingPath
     set: _Set = ()
-    dimension: _Dimension = 150
+    stage: Annotated[
+        Literal["both", "finetuning"],
+        arg(help="finetuning: the second stage alone, on the law of the frozen map that the theory assumes."),
+    ] = "both"
+    dimension: Annotated[int | None, arg(help="D of the simulated model (150; 600 for fine-tuning alone).")] = None
     runs: _Runs = 4
     seed: _Seed = 0
+    starts: Annotated[int | None, arg(help="Starts of fine-tuning (3; 6 random ones for fine-tuning alone).")] = None
+    moves: Annotated[int | None, arg(help="Deep moves, for fine-tuning alone (10).")] = None
+    map_starts: Annotated[int | None, arg(help="Random starts of pre-training, of which the lowest counts (1).")] = None
     json: _Json = False
 
     def __call__(self) -> int:
-        from . import solution
         from .setting_file import load_setting, setting_to_dict
+        from .simulation import _check_options
 
         setting = load_setting(self.setting, self.set)
-        _check_simulation(setting, self.dimension, self.runs, self.seed)
-        theory = solution.predict(setting).summary()
-        _, compared, status = _simulate(setting, theory, self.dimension, self.runs, self.seed)
+        dimension = self.dimension if self.dimension is not None else 150 if self.stage == "both" else 600
+        options = {"starts": self.starts, "moves": self.moves, "map_starts": self.map_starts}
+        _check_options(self.stage, **options, test_samples=None, memory=None)
+        options = {name: value for name, value in options.items() if value is not None}
+        alone = self.stage == "finetuning"
+        _check_simulation(setting, dimension, self.runs, self.seed, alone, **options)
+        train, tables = (_train_alone, _channel_tables) if alone else (_simulate, _simulation_tables)
+        _, compared, status = train(setting, _theory(setting), dimension, self.runs, self.seed, **options)
         if self.json:
             _print_json({**compared, "setting": setting_to_dict(setting), "version": __version__})
         else:
             _say(_describe(setting))
-            _say(_simulation_tables(compared))
+            _say(tables(compared))
         return status
 
 
@@ -535,11 +548,20 @@ def _check_sizes(dimension: int, runs: int, seed: int = 0) -> None:
             raise SettingError(f"{option} {value} is out of range; allowed: {low} to {high}")
 
 
-def _check_simulation(setting: Setting, dimension: int, runs: int, seed: int) -> None:
-    from . import simulation
+def _check_simulation(
+    setting: Setting, dimension: int, runs: int, seed: int, alone: bool = False, **options: int
+) -> None:
+    """Bad sizes are found before the theory is solved, which may take minutes; `alone`: of fine-tuning alone."""
+    from . import asymptotic, simulation
 
     _check_sizes(dimension, runs, seed)
-    simulation._sizes(setting.pretraining, setting.finetuning_resolved, dimension, 1)
+    for name, value in options.items():
+        simulation._whole(name, value, 0 if name == "moves" else 1, 1000 if name == "moves" else 100)
+    fine = setting.finetuning_resolved
+    if alone:
+        asymptotic.channel_samples(fine, dimension, options.get("starts", 6))
+    else:
+        simulation._sizes(setting.pretraining, fine, dimension, 1)
 
 
 def _directory(out: Path) -> Path:
@@ -564,37 +586,94 @@ def _cannot_write(out: Path, error: OSError) -> str:
 # Comparing theory and simulation.
 
 
-def _simulate(
-    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int
-) -> tuple[Simulation, dict[str, Any], int]:
-    """The runs, every quantity beside its prediction, and the exit code.
+def _theory(setting: Setting) -> dict[str, Any]:
+    """Predictions of the stages that could be solved, as `Solution.summary` has them; a warning for one that failed.
 
-    Runs that failed are left out; after Ctrl-C the runs that are complete are what there is.
+    Training does not depend on them.
     """
+    from . import solution
+    from .errors import Code, SolveError, succeeded
+
+    try:
+        found = solution.predict(setting, throw=False)
+    except SolveError as error:  # of a search that predicts at every step
+        _warn(f"no theory to compare with: {error}")
+        empty = {stage: {} for stage in _TITLE}
+        return {
+            **empty,
+            "quadrature_error": {**empty},
+            "status": {stage: {"code": error.code.name} for stage in _TITLE},
+        }
+    theory = found.summary()
+    for stage, title in _TITLE.items():
+        code = found.code(stage)
+        if not succeeded(code):
+            theory[stage], theory["quadrature_error"][stage] = {}, {}
+            if code is not Code.upstream:
+                _warn(f"{title}: no theory to compare with: {code.name} ({code.message})")
+    return theory
+
+
+def _trained(setting: Setting, runs: int, options: Mapping[str, Any]) -> tuple[Any, int]:
+    """What `simulate` found, and the exit code: after Ctrl-C the runs that are complete are what there is."""
     from .simulation import SimulationInterrupted, simulate
 
-    status = 0
     try:
-        found = simulate(setting, dimension=dimension, runs=runs, seed=seed, progress=True)
+        return simulate(setting, runs=runs, progress=True, **options), 0
     except SimulationInterrupted as stop:
-        found, status = stop.finished, INTERRUPTED
-        _warn(f"interrupted: {len(found.seeds)} of {runs} runs are complete and kept")
-        runs = len(found.seeds)
-    compared: dict[str, Any] = {}
-    for stage, measured in found.summary(only_converged=True).items():
-        errors = theory["quadrature_error"].get(stage, {})
-        compared[stage] = {
-            name: _compare(pair, theory[stage].get(name), errors.get(name)) for name, pair in measured.items()
-        }
+        _warn(f"interrupted: {len(stop.finished.seeds)} of {runs} runs are complete and kept")
+        return stop.finished, INTERRUPTED
+
+
+def _simulate(
+    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int, **options: int
+) -> tuple[Simulation, dict[str, Any], int]:
+    """The runs, every quantity beside its prediction, and the exit code; runs that failed are left out."""
+    found, status = _trained(setting, runs, {"dimension": dimension, "seed": seed, **options})
+    runs = len(found.seeds)
+    measured = found.summary(only_converged=True)
+    compared: dict[str, Any] = {stage: _compare_all(measured[stage], theory, stage) for stage in _TITLE}
     good = {stage: int(found.converged(stage).sum()) for stage in _TITLE}
-    compared |= {"dimension": dimension, "runs": runs, "seed": seed, "converged": good}
-    for stage, count in good.items():
-        if count < runs:
-            code = next(code for code in found.codes[stage] if code != 0)
-            left_out = f"{runs - count} of {runs} runs failed and are left out"
-            _warn(f"simulation, {stage}: {left_out} ({code.name}: {code.message})")
-            status = status or FAILED
-    return found, compared, status
+    compared |= {"dimension": dimension, "runs": runs, "seed": seed, "converged": good, **_theory_codes(theory)}
+    failed = [_say_if_failed(stage, runs, found.codes[stage]) for stage in _TITLE]
+    return found, compared, status or (FAILED if any(failed) else 0)
+
+
+def _train_alone(
+    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int, **options: int
+) -> tuple[ChannelSimulation, dict[str, Any], int]:
+    """`_simulate` of fine-tuning alone: every search beside the prediction."""
+    given = {"stage": "finetuning", "dimension": dimension, "seed": seed, **options}
+    found, status = _trained(setting, runs, given)
+    runs = len(found.seeds)
+    measured = found.summary(only_converged=True)
+    compared: dict[str, Any] = {"stage": "finetuning", "dimension": dimension, "runs": runs, "seed": seed}
+    compared |= {"starts": found.starts, "moves": found.moves, **_theory_codes(theory)}
+    compared["searches"] = {search: _compare_all(rows, theory, "finetuning") for search, rows in measured.items()}
+    compared["per_run"] = {search: dict(rows) for search, rows in found.searches.items()}
+    compared["random_starts"] = {"train_loss": found.random_loss, "overlap": found.random_overlap}
+    compared |= {"worse_starts": found.worse_starts, "verdict": found.verdict}
+    compared["converged"] = {search: int(found.converged(search).sum()) for search in measured}
+    failed = [_say_if_failed(f"{search} search", runs, found.codes[search]) for search in measured]
+    return found, compared, status or (FAILED if any(failed) else 0)
+
+
+def _theory_codes(theory: Mapping[str, Any]) -> dict[str, Any]:
+    status = theory.get("status", {})
+    return {"theory_codes": {stage: status[stage]["code"] for stage in _TITLE if stage in status}}
+
+
+def _say_if_failed(what: str, runs: int, codes: Sequence[Any]) -> bool:
+    bad = [code for code in codes if code != 0]
+    if bad:
+        left_out = f"{len(bad)} of {runs} runs failed and are left out"
+        _warn(f"simulation, {what}: {left_out} ({bad[0].name}: {bad[0].message})")
+    return bool(bad)
+
+
+def _compare_all(measured: Mapping[str, Any], theory: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    errors = theory["quadrature_error"].get(stage, {})
+    return {name: _compare(pair, theory[stage].get(name), errors.get(name)) for name, pair in measured.items()}
 
 
 def _compare(measured: Mapping[str, Any], theory: float | None, quadrature: float | None) -> dict[str, Any]:
@@ -827,6 +906,27 @@ def _simulation_tables(compared: Mapping[str, Any]) -> str:
         "simulation minus theory in units of the combined error bar.\n"
     )
     return "\n".join(tables)
+
+
+def _channel_tables(compared: Mapping[str, Any]) -> str:
+    searches = compared["searches"]
+    titles = {"deep_random": "deep, from random", "deep": "deep = lowest"}
+    head = ["Fine-tuning alone", "theory", "+- quadrature"]
+    for search in searches:
+        head += [titles.get(search, search), "+- stderr"]
+    rows = []
+    for name, entry in searches["deep"].items():
+        row = [name, _number(entry["theory"]), _bar(entry["quadrature_error"])]
+        for found in searches.values():
+            row += [_number(found[name]["mean"]), _bar(found[name]["stderr"])]
+        rows.append(row)
+    runs, D, starts = compared["runs"], compared["dimension"], compared["starts"]
+    told = (
+        f"Trained on the asymptotic channel at D = {D}, {runs} run{'s' if runs > 1 else ''}, seed {compared['seed']}; "
+        f"in each the lowest minimum reached from w*, from {starts} random start{'s' if starts > 1 else ''}, and by "
+        f"{compared['moves']} deep moves (perturb and descend) from the lowest random one and from the lowest of all.\n"
+    )
+    return "\n".join([_table(head, rows), told] + ([compared["verdict"] + "\n"] if compared["verdict"] else []))
 
 
 if __name__ == "__main__":

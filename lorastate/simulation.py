@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,18 @@ from tqdm import tqdm
 
 from ._lbfgs import Minimum, minimise
 from .base_law import Atoms, BaseLaw, FreeSum, PowerLaw, Wishart
-from .channel import FixedScale, Fresh, Mixed, Reused, Selected
+from .channel import FixedScale, Fresh, LeastError, Mixed, Reused, Selected
 from .errors import Code, SettingError, SolveError, is_concrete, require_float64
 from .prox import gram
 from .setting import Finetuning, Pretraining, Setting
 from .setting_file import replace
 
+if TYPE_CHECKING:
+    from .asymptotic import ChannelSimulation
+
 _NAMES: dict[str, tuple[str, ...]] = {
     "pretraining": ("M", "Q", "M_down", "overlap", "train_loss", "train_error", "test_error", "test_error_noiseless",
-                    "rank_fraction"),
+                    "rank_fraction", "map_start_spread"),
     "finetuning": ("m", "q", "q_spare", "overlap", "train_loss", "train_error", "test_error", "test_error_frozen"),
 }  # fmt: skip
 #: Independent random streams of one run. Append only: the positions fix what a seed means.
@@ -165,12 +168,20 @@ _BATCHES: dict[type, Callable[[_World, Finetuning, int], _Batch]] = {
 }  # fmt: skip
 
 
-def _pretrain(key, batch: _Batch, pre: Any, sizes: Sizes) -> tuple[Minimum, dict[str, Any]]:
+def _pretrain(key, batch: _Batch, pre: Any, sizes: Sizes, starts: int) -> tuple[Minimum, dict[str, Any]]:
+    """The lowest of several descents from random W, and what they differ by."""
     data = (batch.inputs, pre.activation(batch.labels), pre.lam, pre.activation)
-    start = jax.random.normal(_key(key, "start"), (sizes.dimension, sizes.width))
-    found = minimise(pretraining_loss, start, data)
+    shape, first = (sizes.dimension, sizes.width), _key(key, "start")
+    keys = [first, *(jax.random.fold_in(first, k) for k in range(1, starts))]
+    tried = [minimise(pretraining_loss, jax.random.normal(k, shape), data) for k in keys]
+    # One that ended where it should counts before a lower one that did not.
+    found = min(tried, key=lambda f: (f.code != Code.ok, f.value if np.isfinite(f.value) else np.inf))
     penalty = pre.lam * _square(found.x) / sizes.dimension**2
-    return found, {"train_loss": found.value, "train_error": found.value - penalty}
+    row = {"train_loss": found.value, "train_error": found.value - penalty}
+    if starts > 1:
+        losses = np.array([f.value for f in tried])
+        row["map_start_spread"] = (losses.max() - losses.min()) / losses.min()
+    return found, row
 
 
 def _finetune(world: _World, teacher, fine: Any, sizes: Sizes, starts: int) -> tuple[Minimum, dict[str, Any]]:
@@ -279,7 +290,7 @@ def _wishart(key, dimension: int, rank: int):
     return factor @ factor.T / np.sqrt(rank * dimension)
 
 
-def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
+def _train_map(pre: Any, sizes: Sizes, key, starts: int) -> _Trained:
     D = sizes.dimension
     base = _matrix(_key(key, "teacher"), pre.downstream_law, D, sizes.base_rank)
     task = base
@@ -287,7 +298,7 @@ def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
         task = pre.task.a * base + pre.task.c * _wishart(_key(key, "task"), D, sizes.task_rank)
     keys = _key(key, "inputs"), _key(key, "noise")
     batch = _draw_batch(*keys, task, pre.delta, pre.tokens, sizes.samples)
-    found, row = _pretrain(key, batch, pre, sizes)
+    found, row = _pretrain(key, batch, pre, sizes, starts)
     # Where the loss left the finite numbers, the last W means nothing: everything downstream becomes NaN.
     W = found.x * (np.nan if found.code == Code.nonfinite else 1.0)
     learned = W @ W.T / np.sqrt(sizes.width * D)
@@ -301,22 +312,22 @@ def _train_map(pre: Any, sizes: Sizes, key) -> _Trained:
     return _Trained(_World(key, base, task, learned, batch), found, row)
 
 
-def _fingerprint(pre, sizes: Sizes, key) -> tuple:
+def _fingerprint(pre, sizes: Sizes, key, starts: int) -> tuple:
     """Everything that a pre-trained run depends on, as a key of a dictionary."""
     leaves, kind = jax.tree_util.tree_flatten(pre)
     same = sizes._replace(lora_samples=0)
-    return (str(kind), tuple(np.asarray(v).tobytes() for v in leaves), same, jax.random.key_data(key).tobytes())
+    return (str(kind), tuple(np.asarray(v).tobytes() for v in leaves), same, jax.random.key_data(key).tobytes(), starts)
 
 
-def _one_run(setting: Setting, sizes: Sizes, key, starts: int, bar, memory: dict) -> tuple[dict, dict]:
+def _one_run(setting: Setting, sizes: Sizes, key, starts: int, map_starts: int, bar, memory: dict) -> tuple[dict, dict]:
     """The rows of both stages: what `_NAMES` lists, and how the training went."""
     pre, D = setting.pretraining, sizes.dimension
     fine: Any = setting.finetuning_resolved
     began = time.perf_counter()
     bar.set_postfix_str("pre-training")
-    name = _fingerprint(pre, sizes, key)
+    name = _fingerprint(pre, sizes, key, map_starts)
     if name not in memory:
-        memory[name] = _train_map(pre, sizes, key)
+        memory[name] = _train_map(pre, sizes, key, map_starts)
     world, found, row = memory[name]
     row, base, learned = dict(row), world.base, world.learned
     teacher = jax.random.normal(_key(key, "lora_teacher"), (D, fine.teacher_rank))
@@ -352,7 +363,8 @@ class Simulation:
     S*)/D (with a task, S_pre in the place of S* here and below), `M_down` = Tr(S S*)/D, `Q` = Tr(S^2)/D, `overlap`
     = M/sqrt(Q Tr(S*^2)/D), `train_loss` = L/D^2, `train_error` = the same without the penalty, `test_error` =
     E||sigma(Z_W) - sigma(Y)||_F^2 on fresh inputs with noisy labels, `test_error_noiseless` = against sigma(Z*)
-    instead, `rank_fraction` = share of eigenvalues of S above 1e-3 of the largest. Fine-tuning: `m` = |w.w*|/D (the
+    instead, `rank_fraction` = share of eigenvalues of S above 1e-3 of the largest and, with several starts of W,
+    `map_start_spread` = (highest - lowest)/lowest loss that they end at. Fine-tuning: `m` = |w.w*|/D (the
     sign of w is free; without recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` = |w.w*|/(|w||w*|),
     `train_loss` = L'/D, `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T) -
     sigma(Y')||_F^2 on fresh inputs, `test_error_frozen` = the same at w = 0. For higher ranks `m` is the mean
@@ -460,29 +472,99 @@ def _sizes(pre: Pretraining, fine: Any, D: int, test_samples: int) -> Sizes:
     return Sizes(D, *ranks, *samples, test_samples, task_rank)
 
 
+@overload
+def simulate(
+    setting: Setting, *, stage: Literal["both"] = "both", dimension: int | None = None, runs: int = 4, seed: int = 0,
+    starts: int | None = None, map_starts: int | None = None, test_samples: int | None = None, progress: bool = False,
+    memory: dict | None = None,
+) -> Simulation: ...  # fmt: skip
+
+
+@overload
+def simulate(
+    setting: Setting, *, stage: Literal["finetuning"], dimension: int | None = None, runs: int = 4, seed: int = 0,
+    starts: int | None = None, moves: int | None = None, progress: bool = False,
+) -> ChannelSimulation: ...  # fmt: skip
+
+
 def simulate(
     setting: Setting,
     *,
-    dimension: int = 150,
+    stage: str = "both",
+    dimension: int | None = None,
     runs: int = 4,
     seed: int = 0,
-    starts: int = 3,
-    test_samples: int = 20_000,
+    starts: int | None = None,
+    moves: int | None = None,
+    map_starts: int | None = None,
+    test_samples: int | None = None,
     progress: bool = False,
     memory: dict | None = None,
-) -> Simulation:
-    """Trains the model of `setting` at finite size and measures it; `Simulation` says what.
+) -> Simulation | ChannelSimulation:
+    """Trains the model of `setting` at finite size and measures it, whether or not the theory can be solved.
 
-    P0 = round(kappa0 D), P = round(kappa D), N = round(alpha D^2), N' = round(alpha' D). Both losses are
-    minimised by L-BFGS: W from one random start; w from `starts` starts, the first of them the teacher (so
-    the informative branch is always tried), the lowest loss kept. Standard errors cover the fluctuations from
-    run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per
-    stage are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in their
-    fine-tuning only are pre-trained once. Run r depends on (seed, r) and on the sizes, not on `runs`.
+    `stage` "both" (D = 150 unless `dimension` says otherwise): P0 = round(kappa0 D), P = round(kappa D), N =
+    round(alpha D^2), N' = round(alpha' D); `Simulation` says what is measured. Both losses are minimised by L-BFGS: W
+    from `map_starts` random starts (default 1); w from `starts` starts (default 3), the first of them the teacher (so
+    the informative branch is always tried); the lowest losses are kept. Standard errors cover the fluctuations from
+    run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per stage
+    (default 20,000) are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in
+    their fine-tuning only are pre-trained once. Run r depends on (seed, r) and on the sizes, not on `runs`.
+
+    `stage` "finetuning" (D = 600): fine-tuning alone, on the law of (Y0, Z_W) that the theory assumes, with `starts`
+    random starts (default 6) and `moves` deep moves (default 10): see `asymptotic.train_on_channel`.
 
     Raises `SettingError` on bad input. A training that fails does not raise here: the result marks it. Ctrl-C after at
-    least one run raises `SimulationInterrupted`, a KeyboardInterrupt that carries the finished runs.
+    least one run raises `SimulationInterrupted`, a KeyboardInterrupt that carries the finished runs. Of the theory the
+    b of recalibration "error" and, for "noise" and on the asymptotic channel, pre-training are needed: `SolveError`
+    where they cannot be solved.
     """
+    _check_options(stage, moves=moves, map_starts=map_starts, test_samples=test_samples, memory=memory)
+    usual: dict[str, Any] = {"runs": runs, "seed": seed, "progress": progress, "dimension": dimension, "starts": starts}
+    if stage == "finetuning":
+        from .asymptotic import train_on_channel
+
+        usual |= {"moves": moves}
+        return train_on_channel(setting, **{name: v for name, v in usual.items() if v is not None})
+    usual |= {"map_starts": map_starts, "test_samples": test_samples, "memory": memory}
+    return _train_both(setting, **{name: v for name, v in usual.items() if v is not None})
+
+
+#: What `simulate` can train, and the options that belong to one of them only.
+STAGES = {"both": ("map_starts", "test_samples", "memory"), "finetuning": ("moves",)}
+
+
+def _check_options(stage: str, **given: Any) -> None:
+    if stage not in STAGES:
+        raise SettingError(f"stage = {stage!r} is unknown; allowed: {', '.join(STAGES)}")
+    for other, names in STAGES.items():
+        for name in names:
+            if other != stage and given[name] is not None:
+                raise SettingError(f"{name} has no meaning for stage = {stage!r}; allowed: for {other!r} only")
+
+
+def theory_scale(setting: Setting) -> Setting:
+    """The setting with the b that the theory recommends, as a practitioner would take it, for its recalibration.
+
+    The b of least Delta_eff needs pre-training alone, that of least E' all of the theory.
+    """
+    fine = setting.finetuning_resolved
+    if isinstance(fine.recalibration, FixedScale):
+        return setting
+    from .solution import predict, pretrain
+
+    if isinstance(fine.recalibration, LeastError):
+        b: Any = predict(setting).finetuning["recalibration"]
+    else:
+        b = fine.scale(pretrain(setting.pretraining, setting.numerics).frozen(fine))
+    return replace(setting, "finetuning.recalibration", float(b))
+
+
+def _train_both(
+    setting: Setting, *, dimension: int = 150, runs: int = 4, seed: int = 0, starts: int = 3, map_starts: int = 1,
+    test_samples: int = 20_000, progress: bool = False, memory: dict | None = None,
+) -> Simulation:  # fmt: skip
+    """`simulate` of both stages."""
     require_float64()
     pre, fine = setting.pretraining, setting.finetuning_resolved
     if type(fine.inputs) not in _BATCHES:
@@ -491,20 +573,15 @@ def simulate(
     dimension, runs = _whole("dimension", dimension, 10, 10_000), _whole("runs", runs, 1, 10_000)
     seed, starts = _whole("seed", seed, 0, 2**32 - 1), _whole("starts", starts, 1, 100)
     sizes = _sizes(pre, fine, dimension, _whole("test_samples", test_samples, 1, 10**8))
-    if not isinstance(fine.recalibration, FixedScale):
-        from .solution import predict
-
-        # The b that the theory recommends, as a practitioner would take it.
-        b = float(predict(setting).finetuning["recalibration"])
-        setting = replace(setting, "finetuning.recalibration", b)
-
+    map_starts = _whole("map_starts", map_starts, 1, 100)
+    setting = theory_scale(setting)
     memory = {} if memory is None else memory
     outcomes: list[tuple[dict, dict]] = []
     try:
         with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
             for run in range(runs):
                 key = jax.random.fold_in(jax.random.key(seed), run)
-                outcomes.append(_one_run(setting, sizes, key, starts, bar, memory))
+                outcomes.append(_one_run(setting, sizes, key, starts, map_starts, bar, memory))
     except KeyboardInterrupt:
         if not outcomes:
             raise
@@ -513,9 +590,9 @@ def simulate(
 
 
 class SimulationInterrupted(KeyboardInterrupt):
-    """Ctrl-C after at least one run of `simulate`: `finished` is the `Simulation` of the runs that are complete."""
+    """Ctrl-C after at least one run of `simulate`: `finished` is what it would have returned for the complete ones."""
 
-    def __init__(self, finished: Simulation):
+    def __init__(self, finished: Any):
         self.finished = finished
         super().__init__(f"{len(finished.seeds)} runs are complete")
 

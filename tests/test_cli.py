@@ -243,7 +243,7 @@ def test_help_and_version_do_not_need_jax():
 # A solve that fails.
 
 
-@pytest.mark.parametrize("command", ["predict", "optimize", "gradient", "simulate"])
+@pytest.mark.parametrize("command", ["predict", "optimize", "gradient"])
 def test_too_narrow(call, path, tmp_path, command):
     extra = ["--out", tmp_path / "out"] if command == "optimize" else []
     outcome = call(command, path, "--set", "pretraining.kappa=0.05", *extra)
@@ -476,6 +476,68 @@ def test_simulate_json(call, path):
         for name, entry in data[stage].items():
             assert np.isfinite([entry["mean"], entry["stderr"]]).all()
             assert entry["theory"] == theory[stage].get(name)
+
+
+def test_simulate_where_the_theory_fails(call, path):
+    words = ["--set", "pretraining.kappa=0.05", "--dimension", "20", "--runs", "2"]
+    outcome = call("simulate", path, *words, "--json")
+    assert outcome.code == 0
+    warned = [line for line in outcome.err.splitlines() if line.startswith("lorastate: ")]
+    assert len(warned) == 1 and "Pre-training: no theory to compare with: too_narrow" in warned[0]
+    assert outcome.json["theory_codes"] == {"pretraining": "too_narrow", "finetuning": "upstream"}
+    for stage in ("pretraining", "finetuning"):
+        for entry in outcome.json[stage].values():
+            assert entry["theory"] is None and entry["gap"] is None and np.isfinite(entry["mean"])
+    assert call("simulate", path, *words).code == 0
+
+
+def test_simulate_where_a_search_of_the_theory_fails(call, path, monkeypatch):
+    def fail(*_, **__):
+        raise SolveError("finetuning", Code.stalled)
+
+    monkeypatch.setattr(solution, "predict", fail)
+    outcome = call("simulate", path, "--dimension", "20", "--runs", "1", "--set", "finetuning.recalibration=noise")
+    assert outcome.code == 0 and "no theory to compare with: finetuning: stalled" in outcome.err
+    assert "Simulation at D = 20" in outcome.out  # the b of least noise needs pre-training alone
+    outcome = call("simulate", path, "--dimension", "20", "--runs", "1", "--set", "finetuning.recalibration=error")
+    assert outcome.code == 3 and outcome.out == ""
+
+
+def test_simulate_options(call, path):
+    small = ["--dimension", "20", "--runs", "2"]
+    outcome = call("simulate", path, *small, "--map-starts", "2", "--json")
+    assert outcome.code == 0 and outcome.json["pretraining"]["map_start_spread"]["mean"] >= 0
+    assert "moves has no meaning for stage = 'both'" in call("simulate", path, *small, "--moves", "2").message
+    alone = ["--stage", "finetuning"]
+    assert "map_starts has no meaning" in call("simulate", path, *alone, "--map-starts", "2").message
+    assert "starts = 0 is out of range" in call("simulate", path, *alone, "--starts", "0").message
+    assert "--dimension 5 is out of range" in call("simulate", path, *alone, "--dimension", "5").message
+
+
+def test_simulate_fine_tuning_alone(call, path):
+    words = ["--stage", "finetuning", "--dimension", "40", "--runs", "2", "--starts", "2", "--moves", "1"]
+    outcome = call("simulate", path, *words, "--json")
+    assert outcome.code == 0
+    data, theory = outcome.json, solution.predict(load_setting(path)).summary()["finetuning"]
+    assert (data["stage"], data["dimension"], data["runs"], data["starts"], data["moves"]) == (
+        "finetuning",
+        40,
+        2,
+        2,
+        1,
+    )
+    assert data["setting"] == setting_to_dict(load_setting(path)) and data["version"] == __version__
+    assert set(data["searches"]) == {"informed", "random", "deep_random", "deep"}
+    for search, rows in data["searches"].items():
+        assert {"m", "q", "overlap", "train_loss", "train_error", "test_error"} == set(rows)
+        assert data["converged"][search] == 2
+        for name, entry in rows.items():
+            assert np.isfinite([entry["mean"], entry["stderr"]]).all() and entry["theory"] == theory.get(name)
+            assert np.mean(data["per_run"][search][name]) == pytest.approx(entry["mean"])
+    assert np.shape(data["random_starts"]["train_loss"]) == (2, 2)
+    shown = call("simulate", path, *words)
+    assert shown.code == 0 and "Trained on the asymptotic channel at D = 40, 2 runs, seed 0" in shown.out
+    assert "deep = lowest" in shown.out and "nan" not in shown.out
 
 
 def test_simulate_one_run(call, path):
