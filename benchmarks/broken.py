@@ -47,7 +47,7 @@ def setting(name: str):
 
 
 def reference(
-    name: str, dimension: int, runs: int, seed: int = 0, starts: int = 6, moves: int = 10, progress: bool = False
+    name: str, dimension: int, runs: int, seed: int = 0, starts: int = 6, moves: int = 60, progress: bool = False
 ) -> dict[str, Any]:
     """What training finds in a setting: {"searches": {search: {name: {"mean", "stderr"}}}, ...}, plain numbers."""
     import lorastate as ls
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--starts", type=int, default=6)
-    parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--moves", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("broken.json"))
     options = parser.parse_args()
     if unknown := set(options.names) - set(SETTINGS):

@@ -39,8 +39,9 @@ from .solution import PretrainingSolution, error_nodes, pretrain
 #: deep_random: perturb and descend from the lowest random one, without knowing w*; deep: the same from the lowest of
 #: all, and the lowest that any of the four has found.
 SEARCHES = ("informed", "random", "deep_random", "deep")
-#: Perturbations: of w* for informed starts, and of a minimum for a deep move, in units of |w|.
-_NEAR, _MOVE = 0.1, 0.3
+#: Perturbation of w* for informed starts, and those of a minimum in deep moves, one after the other, in units of |w|.
+#: Smaller ones (0.3) nearly always fall back into the minimum that they leave, larger ones (3) forget it.
+_NEAR, _MOVES = 0.1, (1.0, 1.5)
 #: Informed starts, and descents that share a product with the inputs.
 _INFORMED, _TOGETHER = 3, 12
 #: A minimum counts as worse than another if its loss is higher by this share, and its overlap lower.
@@ -173,11 +174,11 @@ def _descend_all(points, data: LoraData, bar) -> Minima:
 
 
 def _deepened(key, pair: Minima, data: LoraData, moves: int, bar) -> Minima:
-    """Minima below those of `pair`: perturb by 0.3 |w| of Gaussian noise, descend, keep what is lower, and again."""
+    """Minima below those of `pair`: perturb by Gaussian noise, descend, keep what is lower, and again."""
     for move in range(moves):
         noise = np.asarray(jax.random.normal(jax.random.fold_in(key, move), pair.w.shape))
         size = np.sqrt(np.mean(pair.w**2, (1, 2), keepdims=True))
-        new = descend(pair.w + _MOVE * size * noise, data)
+        new = descend(pair.w + _MOVES[move % len(_MOVES)] * size * noise, data)
         both = _joined([pair, new])
         lower = [k + 2 * (new.codes[k] == Code.ok and new.loss[k] < pair.loss[k]) for k in range(2)]
         pair = _take(both, lower)

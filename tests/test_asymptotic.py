@@ -7,7 +7,7 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 
-from lorastate import asymptotic, simulation, solution  # noqa: E402
+from lorastate import _descents, asymptotic, simulation, solution  # noqa: E402
 from lorastate._descents import LoraData, descend  # noqa: E402
 from lorastate._lbfgs import minimise  # noqa: E402
 from lorastate.activation import Custom, Identity, Softmax  # noqa: E402
@@ -239,6 +239,15 @@ def test_a_run_depends_on_seed_and_index_alone(smooth, capsys):
     assert np.isnan(other.stderr("deep", "m")) and other.summary()["deep"]["m"]["stderr"] is None
     entry = smooth.summary()["random"]["m"]
     assert entry == {"mean": smooth.mean("random", "m"), "stderr": smooth.stderr("random", "m")}
+
+
+def test_nothing_is_compiled_anew_for_another_run():
+    options = dict(dimension=40, starts=3, moves=2)
+    trained(LINEAR, Finetuning(3.0, 0.3), runs=1, **options)
+    programs = _descents._start, _descents._advance
+    before = [program._cache_size() for program in programs]
+    trained(LINEAR, Finetuning(3.0, 0.2), runs=3, seed=4, **options)
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_higher_ranks_have_their_spare_directions():
