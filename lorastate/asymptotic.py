@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from . import theory
 from ._descents import LoraData, Minima, descend
 from .activation import Identity
 from .channel import FrozenMap, LeastError
@@ -33,7 +34,7 @@ from .prox import gram
 from .quadrature import mean, over_replicas
 from .setting import Finetuning, Setting
 from .simulation import _MEMORY, SimulationInterrupted, _key, _lora_overlaps, _whole, lora_update, theory_scale
-from .solution import PretrainingSolution, error_nodes, pretrain
+from .solution import PretrainingSolution, pretrain
 
 #: informed: descents from w* and from points near it; random: from random starts, which is what a user has;
 #: deep_random: perturb and descend from the lowest random one, without knowing w*; deep: the same from the lowest of
@@ -397,7 +398,7 @@ def train_on_channel(
     if isinstance(fine.recalibration, LeastError):  # the only b that needs all of the theory
         fine = theory_scale(setting).finetuning_resolved
     frozen = solved.frozen(fine)
-    nodes = error_nodes(fine.activation, fine.tokens, setting.numerics, 2 * 10**6, (fine.rank, fine.teacher_rank))
+    nodes = theory.test_nodes(fine, setting.numerics)
     options = {"setting": setting, "map": solved, "dimension": dimension, "samples": samples, "starts": starts}
     options["moves"] = moves
     outcomes: list[dict] = []

@@ -141,8 +141,6 @@ class Optimize:
         _write_json(out / "result.json", result)
 
         simulation, status = None, 0
-        if optimum.inexact:
-            _warn(f"the optimum is not exact: {optimum.inexact}")
         if not optimum.converged:
             status = FAILED
             _warn(f"the descent did not converge ({optimum.message}); gradient norm {optimum.gradient_norm:.2e}")
@@ -185,10 +183,7 @@ class Gradient:
 
         setting = load_setting(self.setting, self.set)
         _check_objective("--of", self.of)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", design.InexactGradient)
-            value, gradient = design.gradient(setting, of=self.of)
-        inexact = [str(w.message) for w in caught if issubclass(w.category, design.InexactGradient)]
+        value, gradient = design.gradient(setting, of=self.of)
         value, gradient = float(value), {path: float(slope) for path, slope in gradient.items()}
         if self.json:
             _print_json(
@@ -196,7 +191,6 @@ class Gradient:
                     "value": value,
                     "gradient": gradient,
                     "of": self.of,
-                    "inexact": inexact[0] if inexact else None,
                     "setting": setting_to_dict(setting),
                     "version": __version__,
                 }
@@ -206,8 +200,6 @@ class Gradient:
             rows = [(path, _number(float(get(setting, path))), _number(slope)) for path, slope in gradient.items()]
             _say(f"{self.of} = {_number(value)}\n")
             _say(_table(("field", "value", f"d {self.of} / d field"), rows))
-        for text in inexact:
-            _warn(text)
         bad = [path for path, slope in gradient.items() if not math.isfinite(slope)]
         if bad or not math.isfinite(value):
             _warn(f"{self.of} has no finite derivative in {', '.join(bad) or 'any field'}")

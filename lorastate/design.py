@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,13 +24,11 @@ from tqdm import tqdm
 from . import finetuning as ft
 from . import pretraining as pt
 from . import theory
-from .activation import Identity
 from .budget import Within
 from .budget import budgets as _read_budgets
 from .channel import LeastError, Selected
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import sensitivity
-from .order import decode
 from .program import Program
 from .setting import Setting
 from .setting_file import continuous_fields, get, replace
@@ -73,8 +70,8 @@ def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
     differentiated once, in its own order parameters and in everything that it is given; the chain rule does the rest.
     """
     params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)
-    prepared = nodes.finetuning._replace(found=second.found)
     x, y = of_map.point.x, second.solved.point.x
+    prepared, levels = theory.lora_nodes(fine, nodes, y, second.found), ft.order_at(fine, y).levels
 
     def map_step(x, params, inner):
         pre, _ = eqx.combine(params, rest)
@@ -88,11 +85,12 @@ def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
         return ft.step(y, lora(*given), (prepared, inner))
 
     def value(y, x, params):
-        return OBJECTIVES[objective](*lora(x, params), decode(y), nodes.finetuning_test)
+        fine, frozen = lora(x, params)
+        return OBJECTIVES[objective](fine, frozen, ft.order_at(fine, y), nodes.finetuning_test)
 
     each = jax.tree_util.tree_map
     dx = sensitivity(map_step, x, params, of_map.inner)
-    by_x, by_params = sensitivity(lora_step, y, (x, params), second.solved.inner)
+    by_x, by_params = sensitivity(lora_step, y, (x, params), second.solved.inner, levels)
     dy = each(lambda partial, dx: partial + by_x @ dx, by_params, dx)
     at_y, at_x, partial = jax.jacfwd(value, argnums=(0, 1, 2))(y, x, params)
     return value(y, x, params), each(lambda p, dx, dy: p + at_x @ dx + at_y @ dy, partial, dx, dy)
@@ -108,33 +106,10 @@ def check_objective(name: str) -> str:
     return name
 
 
-class InexactGradient(UserWarning):
-    """Some nodes have wells that they are not split between: part of the surface term is missing.
-
-    So it is with wells of softmax off the line that nodes are split along, and with updates of rank r > 1.
-    """
-
-
-#: Share of nodes with two wells from which on gradients are warned about, but for rank one and the identity.
-_VISIBLE_WELLS = 1e-3
-
-
-def _inexact(setting: Setting, share: float) -> str:
-    """What to say about gradients where that share of the nodes has two wells; nothing where they are exact."""
-    fine = setting.finetuning_resolved
-    if share <= _VISIBLE_WELLS or (fine.rank == 1 and isinstance(fine.activation, Identity)):
-        return ""
-    return (
-        f"{share:.1%} of the nodes have two wells: the gradient lacks part of the surface term and can be off by "
-        "tens of per cent; compare with differences of predictions over several steps"
-    )
-
-
 class _Point(NamedTuple):
     value: float  # -overlap for the objective "overlap"
     slopes: dict[str, float]  # total derivatives by path
     good: bool
-    share: float  # of nodes with two wells
 
 
 def total_slopes(setting: Setting, grads) -> dict[str, float]:
@@ -156,22 +131,19 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
 
 def _evaluate(setting: Setting, objective: str) -> _Point:
     pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes = theory.node_sets(pre, fine, setting.numerics)
-    first, second = solve(pre, fine, setting.numerics, nodes)
+    nodes, first, second = solve(pre, fine, setting.numerics)
     value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
     slopes = total_slopes(setting, grads)
     codes = first.status["code"], second.solved.point.code
     good = all(bool(succeeded(code)) for code in codes) and all(map(math.isfinite, slopes.values()))
-    # The plain samples are as good as the split ones for this.
-    return _Point(float(value), slopes, good, float(np.mean(second.solved.inner.two_wells[:, 0])))
+    return _Point(float(value), slopes, good)
 
 
 def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
     """Value of a prediction ("test_error", "effective_noise", "overlap") and its derivative by every continuous field.
 
     Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
-    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed; warns with
-    `InexactGradient` where the inner problem of softmax has double wells of visible weight.
+    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.
     """
     require_float64()
     objective = check_objective(of)
@@ -179,15 +151,13 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
         # E' is stationary in b: there is no need to differentiate the search.
         _only_of_error(of)
         setting = with_best_scale(setting)
-        value, slopes, good, share = _evaluate(setting, objective)
+        value, slopes, good = _evaluate(setting, objective)
         slopes.pop("finetuning.recalibration")
     else:
-        value, slopes, good, share = _evaluate(setting, objective)
+        value, slopes, good = _evaluate(setting, objective)
     if not good:
         predict(setting)  # names the stage and the code
         raise SolveError("gradient", Code.nonfinite, f"objective {of}")
-    if text := _inexact(setting, share):
-        warnings.warn(text, InexactGradient, stacklevel=2)
     sign = -1.0 if of == "overlap" else 1.0
     return sign * value, {k: sign * v for k, v in slopes.items()}
 
@@ -242,7 +212,6 @@ class Optimum:
     solves: int
     converged: bool
     message: str
-    inexact: str = ""  # what is wrong with gradients at the optimum (double wells of softmax), if anything
     path: list[dict[str, float]] = field(default_factory=list)
     slopes: dict[str, float] = field(default_factory=dict)
     budgets: list[dict[str, Any]] = field(default_factory=list)
@@ -255,7 +224,6 @@ class Optimum:
             "minimize": self.minimize,
             "converged": self.converged,
             "message": self.message,
-            "inexact": self.inexact or None,
             "gradient_norm": self.gradient_norm,
             "solves": self.solves,
             "before": self.before.summary(),
@@ -307,7 +275,7 @@ class _Problem:
         xs = [float(x) for x in self.fields(u)]
         for p, x in zip(self.over, xs, strict=True):
             s = replace(s, p, x)
-        value, slopes, good, _ = _evaluate(s, self.objective)
+        value, slopes, good = _evaluate(s, self.objective)
         self.bar.update()
         # dx/du = x (1 - x / high)
         slope = [slopes[p] * x * (1 - x / h) for p, x, h in zip(self.over, xs, self.high, strict=True)]
@@ -382,9 +350,8 @@ def optimize(
     if not converged and norm < 1e-5 and message.startswith("no step"):
         converged, message = True, f"gradient norm {norm:.1e}; no further decrease is resolved"
     after = predict(last.setting)
-    inexact = _inexact(last.setting, float(after.finetuning["double_well_share"]))
     return Optimum(
-        over, minimize, setting, last.setting, before, after, norm, problem.solves, converged, message, inexact,
+        over, minimize, setting, last.setting, before, after, norm, problem.solves, converged, message,
         problem.path, last.slopes, [] if within is None else within.report(last.u, last.slope),
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ class FixedPoint(NamedTuple):
 
     `residual` is the true one, max |F(x) - x|, undamped. `rate` is the spectral radius of dF/dx (the
     contraction rate of the plain iteration), `growth` the largest real part of its eigenvalues (>= 1 means that
-    even the damped iteration is repelled) and `error` = residual |(I - J)^{-1}| bounds |x - x*| to first order.
+    even the damped iteration is repelled) and `error` (n,) = |(I - J)^{-1} (F(x) - x)| is |x - x*| to first order.
     """
 
     x: Any
@@ -112,31 +112,49 @@ def spectral_abscissa(jac):
     return 16 * scale * _log_norm_of_power(total, 18)
 
 
-WARM, COLD, CHECK = 0, 1, 2
-
-
 class Map(NamedTuple):
     """A fixed-point map for `iterate`, in two functions without derivatives.
 
-    `image(x, memory, cold, index) -> (F(x), memory, sure)`: `memory` (any pytree) carries what makes the next
-    evaluation cheaper, such as inner minimisers. `cold` is `WARM`, `COLD` (do not rely on it) or `CHECK` (nor spare any
-    effort); `sure` says that a check would give the same. `commit(memory, accept)` makes that evaluation count or keeps
-    the memory of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts.
+    `image(x, memory, cold, index) -> (F(x), memory)`: `memory` (any pytree) carries what makes the next evaluation
+    cheaper, such as inner minimisers; `cold` asks not to rely on it. `commit(memory, accept)` makes that evaluation
+    count or keeps the memory of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts.
+
+    The last `outer` coordinates are those of a maximum that the others adjust to: there F(x) - x rises and falls as the
+    slope of what is maximal, and a Newton step is made uphill.
     """
 
     image: Callable
     jacobian: Callable
     commit: Callable = lambda memory, accept: memory
+    outer: int = 0
 
 
 #: Residual below which a Jacobian serves to the end of a stage that is not `exact`: it is off by about as much.
 _NEAR = 1e-3
-#: Residual at which a solve whose map may jump is first checked by a cold evaluation.
-_CHECKED = 1e-4
 #: Picard steps at most that `Method.settle` adds to the first ones.
 _SETTLING = 12
-#: Distance over which the slope of a map that jumps is measured.
-_PROBE = 0.03
+#: Least curvature of a maximum (see `Map.outer`) that is believed, and the longest step towards it.
+_CURVED, _UPHILL = 5e-3, 0.3
+#: Residual of the other coordinates up to which a step towards a maximum is accepted.
+_ASTRAY = 5e-3
+
+
+def newton_step(jac, residual, outer: int = 0, hold: Any = False):
+    """(I - J)^{-1} residual, (n,) or (n, k); of the last `outer` coordinates, towards their maximum (see `Map`), unless
+    they are on `hold`."""
+    n = len(jac)
+    gap = jnp.eye(n, dtype=jac.dtype) - jac
+    if not outer:
+        return small_solve(gap, residual)
+    m, rhs = n - outer, residual if residual.ndim == 2 else residual[:, None]
+    known = small_solve(gap[:m, :m], jnp.concatenate([rhs[:m], -gap[:m, m:]], 1))
+    direct, answer = known[:, : rhs.shape[1]], known[:, rhs.shape[1] :]
+    curvature = jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer)
+    slope = rhs[m:] - gap[m:, :m] @ direct
+    up = jnp.clip(slope / jnp.maximum(curvature, _CURVED)[:, None], -_UPHILL, _UPHILL)
+    up = jnp.where(hold, 0.0, up)
+    step = jnp.concatenate([direct + answer @ up, up])
+    return step if residual.ndim == 2 else step[:, 0]
 
 
 class _State(NamedTuple):
@@ -147,21 +165,14 @@ class _State(NamedTuple):
     known: Any  # the last Jacobian that has been computed, where jac may be updated from it
     exact: Any  # whether jac is the Jacobian at x, and not one carried over
     near: Any  # whether jac has been computed since the residual was below `_NEAR`
-    extra: Any  # whether the tolerance has been reached and this is one step more
     length: Any  # trial length of the next Newton step; 0 asks for a Picard step
     step: Any
     code: Any
     done: Any
-    cold: Any  # whether the next evaluation is a cold one at x itself: the last check of a solution
-    ending: Any  # the code with which the iteration ends after that check if it fails
-    target: Any  # residual at which the next check is due
-    checked: Any  # residual at the last check that failed
-    vain: Any  # checks in a row that failed by as much as the one before
     best: Any  # smallest residual so far, and how many steps ago
     since: Any
     previous: Any  # the point two accepted steps back, for cycles
     before: Any
-    probe: Any  # after the end, the coordinate along which the slope is measured; -1 before
 
 
 class Stage(NamedTuple):
@@ -169,7 +180,7 @@ class Stage(NamedTuple):
 
     `index` is handed to the map (e.g. how many replicas it averages). With `exact` every Newton step has a new
     Jacobian; without, the stage starts from the last one, computes it once more near the solution and updates it by
-    Broyden's rule.
+    Broyden's rule. With `hold` the `outer` coordinates of the map stay where they are.
     """
 
     tolerance: Any
@@ -181,13 +192,14 @@ class Stage(NamedTuple):
     index: Any
     settle: Any
     exact: Any
+    hold: Any
 
     @staticmethod
     def of(method: Method, index: int = 0, exact: bool = True) -> Stage:
         m = method
         return Stage(
             float(m.tolerance), m.max_steps, m.burn_in, float(m.damping), float(m.bound), float(m.floor), index,
-            float(m.settle), exact,
+            float(m.settle), exact, False,
         )  # fmt: skip
 
 
@@ -195,141 +207,100 @@ def _size(v):
     return jnp.max(jnp.abs(v))
 
 
+def _early(stage: Stage, step, residual):
+    """Whether the next step is a Picard step of the beginning."""
+    settling = (residual > stage.settle) & (step < stage.burn_in + _SETTLING)
+    return (step < stage.burn_in) | (stage.burn_in < 0) | settling
+
+
+def _proposed(fmap: Map, stage: Stage, s: _State):
+    """The next trial, and whether it is a Picard step. The first pass evaluates at the start itself."""
+    g = s.image - s.x
+    newton = newton_step(s.jac, g, fmap.outer, stage.hold)
+    picard = _early(stage, s.step, _size(g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
+    # A Newton step in log or atanh coordinates longer than a few units means nothing: cut it.
+    cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
+    move = jnp.where(picard, (1.0 - stage.damping) * g, s.length * cut * newton)
+    return s.x + jnp.where(s.step < 0, 0.0, move), picard
+
+
+def _updated(s: _State, move, change, usable):
+    """Broyden's update of the Jacobian."""
+    square = move @ move
+    jac = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
+    return jnp.where(usable & (square > 0) & jnp.all(jnp.isfinite(jac)), jac, s.jac)
+
+
+def _advanced(fmap: Map, stage: Stage, s: _State) -> _State:
+    """One pass: propose, evaluate, accept or not, renew the Jacobian, judge."""
+    first, exact = s.step < 0, jnp.asarray(stage.exact)
+    trial, picard = _proposed(fmap, stage, s)
+    image, memory = fmap.image(trial, s.memory, first, stage.index)
+    if fmap.outer:
+        held = stage.hold & (jnp.arange(len(trial)) >= len(trial) - fmap.outer)
+        image = jnp.where(held, trial, image)
+    finite, residual, size = jnp.all(jnp.isfinite(image)), _size(image - trial), _size(s.image - s.x)
+    less = residual < (1.0 - 1e-3 * s.length) * size
+    if fmap.outer:
+        # On the way up to a maximum its slope may well grow: it is the others that must not go astray.
+        inner, before = (_size(v[: -fmap.outer]) for v in (image - trial, s.image - s.x))
+        less = less | (inner < jnp.maximum((1.0 - 1e-3 * s.length) * before, _ASTRAY))
+    accept = first | picard | (finite & less)
+    done = accept & finite & (residual <= stage.tolerance)
+    # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
+    renew = ~accept & ~s.exact
+    length = jnp.where(accept, jnp.where(picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
+    length = jnp.where(first | renew, s.length, length)
+    x, memory = jnp.where(accept, trial, s.x), fmap.commit(memory, accept)
+    jac = _updated(s, trial - s.x, image - s.image, accept & ~first & finite)
+    close = ~exact & (residual < _NEAR)
+    newton_next = ~_early(stage, s.step + 1, residual) & (exact | (close & ~s.near))
+    wanted = ((accept & newton_next) | renew | (done & ~(close & s.near))) & jnp.all(jnp.isfinite(x))
+    jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
+    finite = finite & jnp.all(jnp.isfinite(jac))
+    improved = residual < 0.9 * s.best
+    best = jnp.minimum(s.best, jnp.where(finite, residual, jnp.inf))
+    since = jnp.where(improved, 0, s.since + 1)
+    moved = _size(x - s.x)
+    cycle = accept & (moved > 1e-6) & (_size(x - s.before) < 1e-3 * moved) & (since > 8)
+    code = jnp.where(cycle, Code.cycle, s.code)
+    # Below the floor a jump is the likely reason, and more steps will not help.
+    patience = jnp.where(best < stage.floor, 4, 15 + stage.burn_in)
+    code = jnp.where((since > patience) & (stage.burn_in >= 0), Code.stalled, code)
+    code = jnp.where(~accept & (length < 0.02) & (size < stage.floor), Code.floor, code)
+    code = jnp.where(accept & (_size(x) > stage.bound), Code.diverged, code)
+    code = jnp.where(accept & ~finite, Code.nonfinite, code)
+    done = done & finite
+    return _State(
+        x, jnp.where(accept, image, s.image), memory, jac, jnp.where(wanted, jac, s.known),
+        wanted | (~accept & s.exact), s.near | (wanted & close), length, s.step + 1, jnp.where(done, Code.ok, code),
+        done, best, since, jnp.where(accept, s.before, s.previous), jnp.where(accept, s.x, s.before),
+    )  # fmt: skip
+
+
 def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
     """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
-
-    n, dtype, exact = x0.shape[0], x0.dtype, jnp.asarray(stage.exact)
-
-    def early(step, residual):
-        """Whether the next step is a Picard step of the beginning."""
-        settling = (residual > stage.settle) & (step < stage.burn_in + _SETTLING)
-        return (step < stage.burn_in) | (stage.burn_in < 0) | settling
-
-    def running(s):
-        return ~s.done & (s.code == Code.ok) & (s.step < stage.max_steps)
-
-    def cond(s):
-        return jnp.where(s.probe < 0, running(s), s.probe < n)
-
-    def body(s):
-        probing = s.probe >= 0
-        g = s.image - s.x
-        newton = small_solve(jnp.eye(s.x.shape[0], dtype=s.x.dtype) - s.jac, g)
-        picard = (1.0 - stage.damping) * g
-        use_picard = early(s.step, _size(g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
-        # A Newton step in log or atanh coordinates longer than a few units means nothing: cut it.
-        cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
-        # The first pass evaluates at the start itself: one compiled copy of the map serves the whole loop.
-        first, check = s.step < 0, s.cold
-        stay = (first | check) & ~probing
-        trial = s.x + jnp.where(stay, 0.0, jnp.where(use_picard, picard, s.length * cut * newton))
-        trial = jnp.where(probing, s.x + _PROBE * (jnp.arange(n) == s.probe), trial)
-        mode = jnp.where(stay, jnp.where(check, CHECK, COLD), WARM)
-        image, memory, sure = fmap.image(trial, s.memory, mode, stage.index)
-        column = (image - s.image) / _PROBE
-        probed = s.known.at[:, s.probe].set(column)
-        probed = s._replace(jac=probed, known=probed, probe=s.probe + 1)
-        sure = sure | stay
-        finite = jnp.all(jnp.isfinite(image))
-        residual = _size(image - trial)
-        accept = stay | use_picard | (finite & (residual < (1.0 - 1e-3 * s.length) * _size(g)))
-        done = accept & finite & sure & (residual <= stage.tolerance)
-        # Near the solution steps converge fast: one more makes it the same from wherever it was reached.
-        extra = done & ~exact & (residual > 1e-2 * stage.tolerance) & ~s.extra & ~check
-        done = (done & ~extra) | (s.extra & ~probing)
-        cold = accept & finite & ~sure & (residual <= jnp.maximum(s.target, stage.tolerance))
-        # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
-        renew = ~accept & ~s.exact & ~s.extra
-        length = jnp.where(accept, jnp.where(use_picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
-        length = jnp.where(stay | renew, s.length, length)
-        x = jnp.where(accept, trial, s.x)
-        memory = fmap.commit(memory, accept & ~probing)
-        move, change = trial - s.x, image - s.image
-        square = move @ move
-        secant = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
-        usable = accept & ~stay & finite & (square > 0) & jnp.all(jnp.isfinite(secant))
-        jac = jnp.where(usable, secant, s.jac)
-        close = ~exact & (residual < _NEAR)
-        newton_next = ~early(s.step + 1, residual) & (exact | (close & ~s.near)) & ~(check & s.exact)
-        last = done & ~(check & s.exact) & ~(close & s.near)
-        wanted = ((accept & newton_next) | renew | last) & jnp.all(jnp.isfinite(x)) & ~probing
-        jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
-        finite = finite & jnp.all(jnp.isfinite(jac))
-        # A check that fails starts the count anew, and the next one is due where it can tell more: at once if the
-        # image has changed, at the tolerance if it was only confirmed.
-        failed = check & ~done & finite
-        changed = residual > 2 * _size(g)
-        target = jnp.where(failed, jnp.where(changed, 0.1 * residual, 0.0), s.target)
-        # Jumps are felt where checks do not find less and less, twice in a row.
-        jumps = failed & changed & (residual > 0.3 * s.checked)
-        vain = jnp.where(failed, jnp.where(jumps, s.vain + 1, 0), s.vain)
-        checked = jnp.where(failed, residual, s.checked)
-        improved = (residual < 0.9 * s.best) | failed
-        since = jnp.where(improved, 0, s.since + 1)
-        best = jnp.where(failed, residual, jnp.minimum(s.best, jnp.where(finite, residual, jnp.inf)))
-        moved = _size(x - s.x)
-        cycle = accept & (moved > 1e-6) & (_size(x - s.before) < 1e-3 * moved) & (since > 8)
-        ending = jnp.where(cycle, Code.cycle, Code.ok)
-        # Below the floor a jump is the likely reason, and more steps will not help.
-        patience = jnp.where(best < stage.floor, 5, 15 + stage.burn_in)
-        ending = jnp.where((since > patience) & (stage.burn_in >= 0), Code.stalled, ending)
-        ending = jnp.where(~accept & (length < 0.02) & (_size(g) < stage.floor), Code.floor, ending)
-        # The last word has a cold evaluation, unless the last one was as good.
-        ends = (ending != Code.ok) & ~check
-        code = jnp.where(ends & sure, ending, s.code)
-        # Where the check only confirms what was known, the iteration ends; where it changed the image, it goes on.
-        code = jnp.where(failed & (s.ending != Code.ok) & ~changed, s.ending, code)
-        code = jnp.where(vain > 1, Code.stalled, code)
-        cold = cold | (ends & ~sure)
-        code = jnp.where(accept & (_size(x) > stage.bound), Code.diverged, code)
-        code = jnp.where(accept & ~finite, Code.nonfinite, code)
-        new = _State(
-            x,
-            jnp.where(accept, image, s.image),
-            memory,
-            jac,
-            jnp.where(wanted, jac, s.known),
-            wanted | (~accept & s.exact) | (check & s.exact),
-            s.near | (wanted & close),
-            extra,
-            length,
-            s.step + 1,
-            jnp.where(done & finite, Code.ok, code),
-            done & finite,
-            cold,
-            jnp.where(ends & ~sure, ending, Code.ok),
-            target,
-            checked,
-            vain,
-            best,
-            since,
-            jnp.where(accept, s.before, s.previous),
-            jnp.where(accept, s.x, s.before),
-            s.probe,
-        )
-        # A map that jumps changes by more than its smooth part: its slope is measured over a finite distance.
-        felt = (new.code == Code.stalled) | (new.code == Code.floor)
-        new = new._replace(probe=jnp.where(felt & check, 0, s.probe))
-        small = (probed._replace(memory=None), new._replace(memory=None))
-        return jax.tree_util.tree_map(lambda a, b: jnp.where(probing, a, b), *small)._replace(memory=memory)
-
-    inf, no, far, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(jnp.inf, dtype), jnp.array(0)
+    n, dtype = x0.shape[0], x0.dtype
+    inf, no, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(0)
+    begin = jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite))
     start = _State(
-        x0, x0, memory, jac0, jac0, no, no, no, jnp.ones((), dtype), jnp.array(-1),
-        jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite)),
-        no, no, jnp.array(int(Code.ok)), jnp.array(_CHECKED, dtype), far, zero, far, zero, inf, inf, jnp.array(-1),
+        x0, x0, memory, jac0, jac0, no, no, jnp.ones((), dtype), jnp.array(-1), begin, no, jnp.array(jnp.inf, dtype),
+        zero, inf, inf,
     )  # fmt: skip
-    s = jax.lax.while_loop(cond, body, start)
-    code = jnp.where((s.code == Code.ok) & ~s.done & ~s.extra, Code.max_steps, s.code)
-    growth = spectral_abscissa(s.known)
+    s = jax.lax.while_loop(
+        lambda s: ~s.done & (s.code == Code.ok) & (s.step < stage.max_steps),
+        lambda s: _advanced(fmap, stage, s),
+        start,
+    )
+    code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
+    growth = spectral_abscissa(s.known[: n - fmap.outer, : n - fmap.outer])
     residual = _size(s.image - s.x)
     below = residual < stage.floor
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
     code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)
     if require_stable:
         code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
-    eye = jnp.eye(n, dtype=dtype)
-    error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - s.known, eye)), 1))
+    error = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer))
     return FixedPoint(s.x, code, residual, spectral_radius(s.known), growth, error, s.step), s.known, s.memory
 
 
@@ -337,7 +308,7 @@ def plain_map(step: Callable, args, const=None) -> Map:
     """A map x -> step(x, args, const) that remembers nothing."""
 
     def image(x, memory, *_):
-        return step(x, args, const), memory, True
+        return step(x, args, const), memory
 
     def jacobian(x, *_):
         return jax.jacfwd(lambda y: step(y, args, const))(x)
@@ -352,32 +323,44 @@ def search(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
     return iterate(plain_map(step, args, const), Stage.of(method), method.require_stable, x0, jac0, None)[0]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attach(step: Callable, x, args, const=None):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def attach(step: Callable, outer: int, x, args, const=None):
     """Returns the fixed point `x` and gives it its derivative with respect to `args`.
 
-    dx = (I - dF/dx)^{-1} (dF/dargs) dargs, by the implicit function theorem.
+    dx = (I - dF/dx)^{-1} (dF/dargs) dargs, by the implicit function theorem; `outer` as in `Map`.
     """
     return x
 
 
 @attach.defjvp
-def _attach_jvp(step, primals, tangents):
+def _attach_jvp(step, outer, primals, tangents):
     x, args, const = primals
-    x = attach(step, x, args, const)
+    x = attach(step, outer, x, args, const)
     jac = jax.jacfwd(lambda y: step(y, args, const))(x)
     _, db = jax.jvp(lambda a: step(x, a, const), (args,), (tangents[1],))
-    return x, small_solve(jnp.eye(x.shape[0], dtype=x.dtype) - jac, db)
+    return x, implicit(jac, db, outer)
 
 
-def sensitivity(step: Callable, x, args, const=None):
+def implicit(jac, change, outer: int = 0):
+    """(I - J)^{-1} change, (n,) or (n, k). A maximum (see `Map.outer`) that is too flat to be placed stays where it is."""
+    if not outer:
+        return small_solve(jnp.eye(len(jac), dtype=jac.dtype) - jac, change)
+    m = len(jac) - outer
+    gap = jnp.eye(len(jac), dtype=jac.dtype) - jac
+    answer = small_solve(gap[:m, :m], -gap[:m, m:])
+    curved = jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer) > _CURVED
+    still = jnp.concatenate([jnp.zeros(m, bool), ~curved])
+    gap = jnp.where(still[:, None], jnp.eye(len(jac), dtype=jac.dtype), gap)
+    return small_solve(gap, jnp.where(still if change.ndim == 1 else still[:, None], 0.0, change))
+
+
+def sensitivity(step: Callable, x, args, const=None, outer: int = 0):
     """dx/dargs of the fixed point `x`, shaped like `args` with a leading axis (n,): the rule of `attach`, written out.
 
     One compiled derivative of `step` where `jacfwd` of `attach` has two; for scalar leaves and first derivatives.
     """
     by_x, by_args = jax.jacfwd(lambda x, a: step(x, a, const), argnums=(0, 1))(x, args)
-    gap = jnp.eye(x.shape[0], dtype=x.dtype) - by_x
-    return jax.tree_util.tree_map(lambda j: small_solve(gap, j), by_args)
+    return jax.tree_util.tree_map(lambda j: implicit(by_x, j, outer), by_args)
 
 
 @jax.custom_jvp
@@ -403,4 +386,4 @@ def fixed_point(step: Callable, method: Method, x0, args, const=None) -> FixedPo
     Never raises: read `code` (see `lorastate.errors.Code`).
     """
     sol = search(step, method, x0, args, const)
-    return sol._replace(x=nan_slope(attach(step, sol.x, args, const), succeeded(sol.code)))
+    return sol._replace(x=nan_slope(attach(step, 0, sol.x, args, const), succeeded(sol.code)))

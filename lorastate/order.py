@@ -9,56 +9,99 @@ The pair is written as  student = (overlap / size) teacher + noise * g  with g a
 noise^2 = norm - overlap^2 / size >= 0. The solver works with (log response, overlap, noise): the teacher's
 nodes never move, and the trivial solution (a student that is exactly zero) is an ordinary point.
 
-All three are numbers or, for an update of higher rank than its teacher, pairs (2,): of its directions along the
-teacher's and of the spare ones, whose overlap is zero.
+Where replica symmetry is broken in k steps the student has k further independent parts, spread_i * z_i with
+spread_i^2 = p_i - p_{i-1}: how two of its minima differ, level by level; `breaking` has the parameters y_1 < ... < y_k.
+Then noise^2 = p_0 - overlap^2 / size, and the norm is that of all parts together.
+
+Response, overlap, noise and spreads are numbers or, for an update of higher rank than its teacher, pairs (2,): of its
+directions along the teacher's and of the spare ones, whose overlap is zero.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 #: Floors of response and noise; a solution that sits on them is the zero student and is reported as such.
 RESPONSE_FLOOR, NOISE_FLOOR = 1e-9, 1e-7
+#: Floor of a spread: minima that differ by no more are one.
+SPREAD_FLOOR = 1e-4
 
 
 class Order(NamedTuple):
-    """Order parameters of a stage: `response` (V or v), `overlap` (M or m), `noise` (see the module)."""
+    """Order parameters of a stage: `response` (V or v), `overlap` (M or m), `noise`, and `spread` (k,) or (k, 2) and
+    `breaking` (k,) of the k steps of symmetry breaking, if any (see the module)."""
 
     response: Any
     overlap: Any
     noise: Any
+    spread: Any = ()
+    breaking: Any = ()
+
+    @property
+    def levels(self) -> int:
+        """k, the steps of symmetry breaking."""
+        return len(self.breaking)
+
+    def norms(self, size) -> list:
+        """[p_0, ..., p_k = Q (or q)]: overlap^2 / size + noise^2, and one spread^2 more at each level."""
+        out = [self.overlap**2 / size + self.noise**2]
+        for s in self.spread:
+            out.append(out[-1] + s**2)
+        return out
 
     def norm(self, size):
-        """Q (or q) = overlap^2 / size + noise^2."""
-        return self.overlap**2 / size + self.noise**2
+        """Q (or q)."""
+        return self.norms(size)[-1]
 
     @property
     def along(self) -> Order:
         """The numbers of the directions along the teacher's."""
-        return self if jnp.ndim(self.response) == 0 else Order(*(v[0] for v in self))
+        if jnp.ndim(self.response) == 0:
+            return self
+        return Order(*(v[0] for v in self[:3]), tuple(s[0] for s in self.spread), self.breaking)
+
+    @property
+    def merged(self) -> Order:
+        """The law of one minimum among all of them: all independent parts as one noise."""
+        square = self.noise**2
+        for s in self.spread:
+            square = square + s**2
+        return Order(self.response, self.overlap, jnp.sqrt(square))
 
     def encode(self):
-        """The solver's coordinates, (3,), or (5,) for pairs: the overlap of spare directions is none of them."""
+        """The solver's coordinates: logarithms of response, spreads and breaking; the overlap of spare directions is
+        none of them. (3 + 2 k,), or (5 + 3 k,) for pairs."""
         response, overlap, noise = (jnp.atleast_1d(v) for v in (jnp.log(self.response), self.overlap, self.noise))
-        return jnp.concatenate([response, overlap[:1], noise])
+        parts = [response, overlap[:1], noise, *(jnp.atleast_1d(jnp.log(s)) for s in self.spread)]
+        return jnp.concatenate([*parts, *(jnp.log(y)[None] for y in self.breaking)])
 
 
-def decode(x) -> Order:
-    """`Order` from the solver's coordinates: pairs from (5,); else from the first three."""
-    if len(x) < 5:
-        return Order(jnp.exp(x[0]), x[1], x[2])
-    return Order(jnp.exp(x[:2]), jnp.stack([x[2], jnp.zeros_like(x[2])]), x[3:])
+def decode(x, spare: bool = False) -> Order:
+    """`Order` from the solver's coordinates; with `spare` its numbers are pairs. One coordinate more is not read."""
+    d = 1 + spare
+    k = (len(x) - (2 * d + 1)) // (d + 1)
+    begin = 2 * d + 1
+    end = begin + d * k
+    response, noise = jnp.exp(x[:d]), x[d + 1 : begin]
+    spreads = jnp.exp(x[begin:end]).reshape(k, d)
+    breaking = tuple(jnp.exp(x[end : end + k]))
+    if spare:
+        return Order(response, jnp.stack([x[d], jnp.zeros_like(x[d])]), noise, tuple(spreads), breaking)
+    return Order(response[0], x[d], noise[0], tuple(spreads[:, 0]), breaking)
 
 
 def from_norm(response, overlap, norm, size) -> Order:
     """`Order` from (V, M, Q); values at or below zero are lifted to the floors, NaN stays NaN."""
     square = norm - overlap**2 / size
-    noise = jnp.sqrt(jnp.where(square <= NOISE_FLOOR**2, NOISE_FLOOR**2, square))
-    return Order(jnp.where(response <= RESPONSE_FLOOR, RESPONSE_FLOOR, response), overlap, noise)
+    return Order(lifted(response, RESPONSE_FLOOR), overlap, jnp.sqrt(lifted(square, NOISE_FLOOR**2)))
+
+
+def lifted(value, floor):
+    """The value, or the floor where it is below; NaN stays NaN."""
+    return jnp.where(value <= floor, floor, value)
 
 
 def directions(rank: int, teacher_rank: int) -> Any:
@@ -82,18 +125,3 @@ def matched(teacher, rows: int):
 def per_row(value, along: int, rows: int):
     """A number as it is; a pair as one number for each of the first `along` rows and one for the others, (rows, 1)."""
     return value if jnp.ndim(value) == 0 else jnp.where(jnp.arange(rows)[:, None] < along, value[0], value[1])
-
-
-class Slopes(NamedTuple):
-    """Partial derivatives of a potential C(V, M, Q): what the conjugates are made of."""
-
-    response: Any
-    overlap: Any
-    norm: Any
-
-
-def slopes(potential, order: Order, size) -> Slopes:
-    """dC/dV, dC/dM, dC/dQ of `potential(order)`, by the chain rule through (V, M, noise)."""
-    d = jax.grad(potential)(order)
-    by_norm = d.noise / (2 * order.noise)
-    return Slopes(d.response, d.overlap - 2 * order.overlap / size * by_norm, by_norm)

@@ -17,14 +17,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from . import wells
 from .activation import Identity
 from .channel import field_dimension, standard_fields
-from .fixed_point import COLD, Map
-from .order import Order, decode, from_norm, slopes
-from .prox import MapProblem, attach_minimum, locate, polish
+from .fixed_point import Map
+from .order import Order, decode, from_norm
+from .prox import MapProblem
 from .quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from .setting import Pretraining
 from .symmetric import dimension, to_coordinates
+from .wells import Wells
 
 
 class Conjugates(NamedTuple):
@@ -50,100 +52,87 @@ def fields(pre: Pretraining, order: Order, nodes):
 
 
 def inner_problem(pre: Pretraining, order: Order, nodes: Nodes) -> MapProblem:
-    return _problem_at(pre, order, *fields(pre, order, nodes.normal))
-
-
-def _problem_at(pre: Pretraining, order: Order, y, omega) -> MapProblem:
+    y, omega = fields(pre, order, nodes.normal)
     return MapProblem(pre.activation, omega, pre.activation(y), order.response)
 
 
-class Inner(NamedTuple):
-    """Minimisers Z of one replica reached from Omega and from Y, as coordinates (2, n_T, N); no derivative.
+def no_inner(pre: Pretraining, nodes: Nodes) -> Wells:
+    """Placeholder for all parts, to be filled by `locate_inner`."""
+    parts, n = nodes.weight.shape
+    none = jnp.zeros((parts, n), bool)
+    return Wells(jnp.zeros((parts, 2, dimension(pre.tokens), n)), none, none)
 
-    `f` (2, N) are the minima, `ok` (N,) whether a descent converged.
+
+def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Wells, cold: Any = True) -> Wells:
+    """Inner minimisers of one part; unless `cold` the descents start at the previous ones."""
+    y, omega = (to_coordinates(z) for z in fields(pre, order, nodes.normal))
+    # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y.
+    many = jnp.stack([omega, y, (omega + y) / 2, omega + y, 2 * y])
+    starts = many.at[:2].set(jnp.where(cold, many[:2], previous.u))
+    asked = jnp.ones(starts.shape[::2], bool).at[1].set(cold | previous.two)
+    return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(cold, len(starts), 2))
+
+
+def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
+    """Inner minimisers of one part at order parameters very near those that they were found for."""
+    return wells.polish(inner_problem(pre, order, nodes), found, steps)
+
+
+class Averages(NamedTuple):
+    """What the equations need of the nodes (one part, or a mean). With h = (Omega - Z)/(2 V), the derivative of the inner
+    minimum in Omega: C; E h . Y; E <div h> / 2, from h . g; E |h|^2; share of nodes with two wells."""
+
+    potential: Any
+    teacher: Any
+    divergence: Any
+    square: Any
+    two_wells: Any
+
+
+def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells | None) -> Averages:
+    """The averages over one part of the nodes, whose inner minimisers are `found`.
+
+    Identity, without nodes: C = n Delta_0 / (T^2 + 4 V), n = T(T+1), Delta_0 = Q0 + delta/2 - 2 M + Q.
     """
+    if nodes is None or found is None:
+        t, size = pre.tokens, pre.label_size
+        n, scale = t * (t + 1), t * t + 4 * order.response
+        gap = size - 2 * order.overlap + order.norm(size)
+        # h = 2 (Omega - Y)/(T^2 + 4 V); E (Omega - Y) . Y = n (M - size) and E |Omega - Y|^2 = n Delta_0.
+        return Averages(n * gap / scale, 2 * n * (order.overlap - size) / scale, 2 * n / scale, 4 * n * gap / scale**2, 0.0)
+    one, two = standard_fields(nodes.normal, pre.tokens, pre.activation.forgets_shift)
+    problem = inner_problem(pre, order, nodes)
+    low = wells.lowest(problem, found)
+    omega = to_coordinates(problem.omega)
 
-    u: Any
-    f: Any
-    ok: Any
+    def lower(h):
+        return low.pick([h((omega - u) / (2 * order.response)) for u in low.u])
 
-    @property
-    def lower(self):
-        return jnp.where(self.f[0] < self.f[1], self.u[0], self.u[1])
+    h, square = lower(lambda h: h), lower(lambda h: jnp.sum(h * h, 0))
 
-    @property
-    def two_wells(self):
-        a, b = self.u
-        return jnp.max(jnp.abs(a - b), 0) > 1e-4 * (1 + jnp.max(jnp.abs(a), 0))
+    def mean(a):
+        return jnp.sum(nodes.weight * a)
 
-
-def no_inner(pre: Pretraining, nodes: Nodes) -> Inner:
-    """Placeholder for all replicas, to be filled by `locate_inner`."""
-    r, _, n = nodes.normal.shape
-    size = dimension(pre.tokens)
-    return Inner(jnp.zeros((r, 2, size, n)), jnp.zeros((r, 2, n)), jnp.zeros((r, n), bool))
-
-
-def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Inner, cold: Any = COLD) -> Inner:
-    """Inner minimisers of one replica; with `cold` = WARM the descents start at the previous ones."""
-    y, omega = fields(pre, order, nodes.normal)
-    problem = _problem_at(pre, order, y, omega)
-    cold = jnp.asarray(cold) > 0
-    starts = jnp.where(cold, jnp.stack([to_coordinates(omega), to_coordinates(y)]), previous.u)
-
-    # A loop, not two calls: the descent is compiled once.
-    def descend(k, found):
-        return tuple(a.at[k].set(v) for a, v in zip(found, locate(problem, starts[k]), strict=True))
-
-    # Where every node has one minimiser the other start is at the same place.
-    count = jnp.where(cold | jnp.any(previous.two_wells), 2, 1)
-    nothing = jnp.zeros_like(starts), jnp.zeros_like(previous.f), jnp.zeros((2, starts.shape[-1]), bool)
-    found = jax.lax.fori_loop(0, count, descend, nothing)
-    u, f, ok = (a.at[1].set(jnp.where(count == 2, a[1], a[0])) for a in found)
-    return Inner(u, f, ok[0] | ok[1])
+    teacher = mean(jnp.sum(h * jnp.sqrt(pre.label_size) * to_coordinates(one), 0))
+    divergence = mean(jnp.sum(h * to_coordinates(two), 0)) / order.noise
+    return Averages(mean(low.depth), teacher, divergence, mean(square), mean(1.0 * found.two))
 
 
-def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, inner: Inner, steps: Any = 3) -> Inner:
-    """Inner minimisers of one replica at order parameters very near those that `inner` was found for."""
-    u = polish(inner_problem(pre, order, nodes), inner.lower, steps)
-    first = inner.f[0] < inner.f[1]
-    return inner._replace(u=jnp.where(jnp.stack([first, ~first])[:, None], u, inner.u))
+def averages_of(pre: Pretraining, order: Order, nodes: Nodes, found: Wells) -> Averages:
+    """`averages` from one part of the nodes, block by block."""
+    return in_blocks(lambda n, w: averages(pre, order, n, w), nodes, found)
 
 
-def minimiser(pre: Pretraining, order: Order, nodes: Nodes, inner: Inner):
-    """Coordinates of the lower minimiser Z (n_T, N), with its derivative."""
-    return attach_minimum(inner_problem(pre, order, nodes), inner.lower)
+def conjugates(pre: Pretraining, order: Order, a: Averages) -> Conjugates:
+    """First half-step, q^ = -4 alpha dC/dV, m^ = -2 alpha dC/dM, s^ = 4 alpha dC/dQ, from the averages."""
+    mhat = -2 * pre.alpha * (a.teacher - order.overlap * a.divergence) / pre.label_size
+    return Conjugates(4 * pre.alpha * a.square, mhat, 2 * pre.alpha * a.divergence)
 
 
-def channel_potential(pre: Pretraining, order: Order, nodes: Any, u=None):
-    """C(V, M, Q). Identity: n Delta_0 / (T^2 + 4 V), n = T(T+1), Delta_0 = Q0 + delta/2 - 2 M + Q.
-
-    Otherwise the weighted sum over nodes at the inner minimiser `u`, which may be held fixed: the envelope
-    theorem makes its first derivatives exact then.
-    """
-    if isinstance(pre.activation, Identity):
-        t = pre.tokens
-        gap = pre.label_size - 2 * order.overlap + order.norm(pre.label_size)
-        return t * (t + 1) * gap / (t * t + 4 * order.response)
-    return jnp.sum(nodes.weight * inner_problem(pre, order, nodes).terms(u)[0])
-
-
-def conjugates_at(pre: Pretraining, order: Order, nodes: Nodes | None, u):
-    """(C, conjugates) at the inner minimiser `u`."""
-
-    def potential(o):
-        return channel_potential(pre, o, nodes, u)
-
-    d = slopes(potential, order, pre.label_size)
-    c = Conjugates(-4 * pre.alpha * d.response, -2 * pre.alpha * d.overlap, 4 * pre.alpha * d.norm)
-    return potential(order), c
-
-
-def conjugates(pre: Pretraining, order: Order, nodes: Nodes | None, inner: Inner | None) -> Conjugates:
-    """First half-step, (V, M, Q) -> (q^, m^, s^), from one replica of nodes and its inner minimisers."""
-    if nodes is None:
-        return conjugates_at(pre, order, None, None)[1]
-    return in_blocks(lambda n, i: conjugates_at(pre, order, n, minimiser(pre, order, n, i))[1], nodes, inner)
+def free_energy(pre: Pretraining, order: Order, a: Averages):
+    """Phi, per D^2: the training loss, penalty included."""
+    c, V, M, Q = conjugates(pre, order, a), order.response, order.overlap, order.norm(pre.label_size)
+    return (c.qhat * V + 2 * c.mhat * M - c.shat * Q) / 4 + pre.alpha * a.potential - prior_potential(pre, c)
 
 
 def thresholds(pre: Pretraining, c: Conjugates):
@@ -185,12 +174,13 @@ def downstream_overlap(pre: Pretraining, x):
     return decode(x).overlap if pre.task is None else x[3]
 
 
-def step(x, pre: Pretraining, const: tuple[Nodes, Inner] | None):
+def step(x, pre: Pretraining, const: tuple[Nodes, Wells] | None):
     """One sweep of state evolution in the solver's coordinates; `const` holds the inner minimisers at x."""
     order = decode(x)
     if const is None:
-        return image_of(pre, conjugates(pre, order, None, None))
-    return image_of(pre, mean(over_replicas(lambda n, i: conjugates(pre, order, n, i), *const)))
+        return image_of(pre, conjugates(pre, order, averages(pre, order, None, None)))
+    a = mean(over_replicas(lambda n, w: averages_of(pre, order, n, w), *const))
+    return image_of(pre, conjugates(pre, order, a))
 
 
 def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
@@ -200,16 +190,17 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
         order = decode(x)
 
         def one(n, previous):
-            inner = locate_inner(pre, order, n, previous, cold)
-            return (conjugates(pre, order, n, inner), 1.0 * jnp.any(inner.two_wells)), inner
+            found = locate_inner(pre, order, n, previous, cold)
+            return averages_of(pre, order, n, found), found
 
-        (c, two), memory = sweep(one, nodes, memory, count)
-        return image_of(pre, c), memory, two == 0
+        a, memory = sweep(one, nodes, memory, count)
+        return image_of(pre, conjugates(pre, order, a)), memory
 
     def jacobian(x, memory, count):
         def plain(x):
-            c, _ = sweep(lambda n, i: (conjugates(pre, decode(x), n, i), i), nodes, memory, count, write=False)
-            return image_of(pre, c)
+            order = decode(x)
+            a, _ = sweep(lambda n, w: (averages_of(pre, order, n, w), w), nodes, memory, count, write=False)
+            return image_of(pre, conjugates(pre, order, a))
 
         return jax.jacfwd(plain)(x)
 

@@ -155,8 +155,8 @@ class _State(NamedTuple):
 _LAST = 1e-7
 
 
-def _newton(problem, start, limit):
-    """Damped Newton at all nodes at once; a node that has converged is left alone.
+def _newton(problem, start, limit, over):
+    """Damped Newton at all nodes at once; a node that has converged, or is `over` from the start, is left alone.
 
     Every pass evaluates at the trial points and makes the next step. The last step of a node is so short that there is
     nothing to gain from an evaluation after it.
@@ -181,7 +181,7 @@ def _newton(problem, start, limit):
     n, nodes = start.shape
     far = jnp.full((nodes,), jnp.inf, start.dtype)
     eye = jnp.broadcast_to(jnp.eye(n, dtype=start.dtype)[:, :, None], (n, n, nodes))
-    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.zeros_like(far), jnp.isnan(far), 0)
+    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.zeros_like(far), over, 0)
     out = jax.lax.while_loop(cond, body, first)
     return out.u, out.f, out.done
 
@@ -208,15 +208,20 @@ class _Work(NamedTuple):
     round: Any
 
 
-def locate(problem, start, max_steps: int = 150):
+def locate(problem, start, max_steps: int = 150, asked: Any = None):
     """Local minimiser reached from `start` (n, N) by a monotone damped Newton descent; carries no derivative.
 
-    Returns `(u, f, converged)`: u (n, N), the minimum f (N,) and a flag per node.
+    Returns `(u, f, converged)`: u (n, N), the minimum f (N,) and a flag per node. Nodes that are not `asked` (N,) for
+    are passed over: they stay where they are, at infinite f.
     """
     problem, start = jax.lax.stop_gradient((problem, start))
     nodes = start.shape[1]
     group = _group(nodes)
-    visits = -(-nodes // group)
+    if asked is None:
+        order, visits, over = jnp.arange(nodes), -(-nodes // group), jnp.zeros((nodes,), bool)
+    else:
+        order, over = jnp.nonzero(asked, size=nodes, fill_value=0)[0], ~asked
+        visits = -(-jnp.sum(asked) // group)
 
     # A few per cent of the nodes need many more steps than the rest: they are left over from the first visits and
     # gathered into groups of their own, so that they do not hold the others. One compiled loop serves both visits.
@@ -227,21 +232,52 @@ def locate(problem, start, max_steps: int = 150):
         first = s.round < visits
         index = jax.lax.cond(
             first,
-            lambda: jnp.minimum(s.round * group + jnp.arange(group), nodes - 1),
+            lambda: order[jnp.minimum(s.round * group + jnp.arange(group), nodes - 1)],
             lambda: jnp.nonzero(~(s.done | s.closed), size=group, fill_value=nodes - 1)[0],
         )
-        u, f, done = _newton(problem.take(index), s.u[:, index], jnp.where(first, min(_FIRST, max_steps), max_steps))
+        limit = jnp.where(first, min(_FIRST, max_steps), max_steps)
+        u, f, done = _newton(problem.take(index), s.u[:, index], limit, s.done[index])
         return _Work(
             s.u.at[:, index].set(u),
-            s.f.at[index].set(f),
+            s.f.at[index].set(jnp.where(s.done[index], s.f[index], f)),
             s.done.at[index].set(done),
             s.closed.at[index].set(~first),
             s.round + 1,
         )
 
-    false = jnp.zeros((nodes,), bool)
-    out = jax.lax.while_loop(cond, body, _Work(start, jnp.full((nodes,), jnp.inf, start.dtype), false, false, 0))
-    return out.u, out.f, out.done
+    far = jnp.full((nodes,), jnp.inf, start.dtype)
+    out = jax.lax.while_loop(cond, body, _Work(start, far, over, jnp.zeros((nodes,), bool), 0))
+    return out.u, out.f, out.done if asked is None else out.done & asked
+
+
+def reflected(problem, u):
+    """chi (1 - 2 c c^T), as deep a well of the loss as chi: c the direction in which chi and omega agree least.
+
+    -chi for rank one. `problem` is a `VectorProblem`.
+    """
+    if problem.rank == 1:
+        return -u
+    chi, omega = (jnp.stack(columns(a, len(problem.zw))) for a in (u, problem.omega / problem.v))
+    agree = jnp.einsum("ktn,ltn->kln", chi, omega)
+    c = softest(agree + jnp.swapaxes(agree, 0, 1))
+    return (chi - 2 * c[:, None] * jnp.einsum("kn,ktn->tn", c, chi)).reshape(u.shape)
+
+
+def softest(h):
+    """Eigenvector (n, N) of the smallest eigenvalue of every H (n, n, N), by repeated squaring of (bound - H)."""
+    n = h.shape[0]
+    eye = jnp.eye(n)[:, :, None]
+    a = eye * jnp.sqrt(jnp.sum(h * h, (0, 1)) + 1e-300) - h
+
+    def square(_, a):
+        a = jnp.einsum("abn,bcn->acn", a, a)
+        return a / jnp.sqrt(jnp.sum(a * a, (0, 1)))
+
+    a = jax.lax.fori_loop(0, 20, square, a)
+    # All columns are multiples of the eigenvector now: take the longest.
+    size = jnp.sum(a * a, 0)
+    v = jnp.take_along_axis(a, jnp.argmax(size, 0)[None, None], 1)[:, 0]
+    return v / jnp.sqrt(jnp.sum(v * v, 0))
 
 
 def locate_lowest(problem, starts):

@@ -24,15 +24,15 @@ class Nodes(NamedTuple):
     the weighted sum in each.
 
     A part is a replica, whose weights sum to one, or a share of its nodes, all of the same size. The second half of
-    each part may mirror the first in some coordinates; `side` (R, n) is then +1 and -1 on the halves, else +1. `found`
-    (R, ..., n/2): what has been searched for at the nodes of the first half, if anything. Without the leading axis the
-    same names describe one part.
+    each part may mirror the first in some coordinates. `found` (R, ..., n/2): what has been searched for at the nodes of
+    the first half, if anything. `inner`: one array (R, d, s, n) for each level of nested expectations, s samples of it
+    at every node (see `nested`). Without the leading axis the same names describe one part.
     """
 
     normal: Any
     weight: Any
-    side: Any
     found: Any = None
+    inner: tuple = ()
 
 
 @functools.lru_cache(maxsize=16)
@@ -62,10 +62,7 @@ def gaussian_nodes(
     # Those of the first seeds are kept for the next start: SciPy's sequences take a second to import.
     words = f"nodes {(dimension, nodes, replicas, seed, mirror, order)} scipy {version('scipy')}"
     normal, weight = kept_arrays(words, make) if seed % 10**6 < 3 else make()
-    side = np.ones((replicas, per))
-    if images:
-        side[:, points:] = -1.0
-    found = Nodes(normal, weight, side)
+    found = Nodes(normal, weight)
     return found if part is None or part >= per else _parts(found, part, images)
 
 
@@ -95,7 +92,40 @@ def _parts(nodes: Nodes, size: int, images: bool) -> Nodes:
         return np.moveaxis(split, 3, 1).reshape(r * (n // size), *a.shape[1:-1], size)
 
     count = nodes.weight.shape[-1] // size
-    return Nodes(cut(nodes.normal), count * cut(nodes.weight), cut(nodes.side))
+    return Nodes(cut(nodes.normal), count * cut(nodes.weight))
+
+
+@functools.lru_cache(maxsize=16)
+def nested_nodes(
+    dimension: int, nodes: int, replicas: int, seed: int, mirror: tuple[int, ...], order: tuple[int, ...] | None,
+    part: int, inner: int, samples: tuple[int, ...],
+) -> Nodes:  # fmt: skip
+    """`gaussian_nodes`, each with `samples[i]` standard normal samples z in R^`inner` of every level i of expectations
+    inside (a power of two, at least four).
+
+    A short Sobol sequence, shifted at random (modulo one) at every node, with the opposite of every sample: the error
+    of an average over so few samples is then independent from node to node and averages out. The samples are two
+    halves of the same kind, so that a bias that falls as 1 / samples can be told and taken away (`debiased` in
+    `lorastate.wells`). Mirror images of a node have its samples.
+    """
+    outer = gaussian_nodes(dimension, nodes, replicas, seed, mirror, order, part)
+    r, n = outer.weight.shape
+
+    def make():
+        from scipy.stats import qmc
+
+        rng = np.random.default_rng([seed, inner, 1])
+        out = []
+        for count in samples:
+            base = qmc.Sobol(inner, scramble=False).random_base2(int(np.log2(count // 2))).T
+            shift = rng.random((r, inner, 1, n // 2))
+            z = ndtri(np.clip((base[:, :, None] + shift) % 1.0, 1e-12, 1 - 1e-12))
+            z = np.concatenate([half * sign for half in np.split(z, 2, axis=2) for sign in (1, -1)], 2)
+            out.append(np.concatenate([z, z], -1))
+        return tuple(out)
+
+    words = f"samples {(r, n, inner, samples, seed)} scipy {version('scipy')}"
+    return outer._replace(inner=kept_arrays(words, make) if seed < 3 else make())
 
 
 def by_replica(tree, replicas: int):

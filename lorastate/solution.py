@@ -11,24 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import theory, wells
+from . import theory
 from .bayes import BayesLimits, bayes_optimal
 from .channel import FrozenMap, LeastError
 from .errors import Code, SolveError, is_concrete, require_float64, succeeded
 from .fixed_point import nan_slope
-from .generalization import node_dimension as test_dimension
-from .order import decode
-from .pretraining import image_of, node_dimension, refresh_inner
 from .program import Program
-from .quadrature import Nodes, gaussian_nodes
 from .setting import Finetuning, Numerics, Pretraining, Setting
 from .spectrum import LearnedSpectrum
 
 _SUMMARY = {
     "pretraining": ("V", "M", "Q", "M_down", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
                     "rank_fraction", "replicon"),
-    "finetuning": ("v", "m", "q", "v_spare", "q_spare", "overlap", "train_loss", "test_error", "test_error_frozen",
-                   "effective_noise", "recalibration", "free_energy", "replicon", "double_well_share"),
+    "finetuning": ("v", "m", "p", "q", "v_spare", "p_spare", "q_spare", "overlap", "train_loss", "test_error",
+                   "test_error_frozen", "effective_noise", "recalibration", "free_energy", "replicon",
+                   "double_well_share", "breaking", "complexity"),
 }  # fmt: skip
 
 
@@ -36,8 +33,10 @@ _SUMMARY = {
 _describe_pretraining = Program(theory.describe_pretraining, quick=True)
 _describe_finetuning = Program(theory.describe_finetuning, quick=True)
 _quadrature_errors = Program(theory.quadrature_errors, quick=True), Program(theory.quadrature_errors)
+_map_errors = Program(theory.map_errors, quick=True)
 _solve_pretraining = Program(theory.solve_pretraining, quick=True), Program(theory.solve_pretraining)
-_solve_finetuning = Program(theory.solve_finetuning, quick=True), Program(theory.solve_finetuning)
+_solve_symmetric = Program(theory.solve_symmetric, quick=True), Program(theory.solve_symmetric)
+_solve_broken = Program(theory.solve_broken, quick=True), Program(theory.solve_broken)
 
 #: Nodes times solves from which on a slower compilation pays, and the solves that a single one stands for.
 _MUCH, _SOLVES = 2**20, 16
@@ -48,22 +47,71 @@ def by_work(programs: tuple[Program, Program], nodes: int, solves: int = _SOLVES
     return programs[nodes * solves > _MUCH]
 
 
-def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: theory.NodeSets):
-    """Both stages without derivatives, compiled once per kind of setting: `(FirstStage, SecondStage)`."""
+def _solve_first(pre: Pretraining, numerics: Numerics, nodes: theory.NodeSets) -> theory.FirstStage:
+    """Pre-training, `numerics` without its seed."""
+    solved = by_work(_solve_pretraining, 4 * numerics.nodes)(pre, numerics, nodes.pretraining)
+    return _describe_pretraining(pre, theory.NodeSets(nodes.pretraining, None, nodes.pretraining_test, None), solved)
+
+
+def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
+    """Both stages without derivatives, compiled once per kind of setting: `(nodes, FirstStage, SecondStage)`.
+
+    The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
+    with one step of symmetry breaking or, if `numerics.symmetry` asks for it, with nodes that have two. Outside of
+    transformations only: there is nothing to look at inside.
+    """
+    nodes, still = theory.node_sets(pre, fine, numerics), numerics.without_seed
+    first = _solve_first(pre, still, nodes)
+    given = pre, fine, first, still
+    second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, True)
+    if numerics.symmetry == "rs":
+        if bool(jnp.any(second.solved.inner.two)) or not succeeded(int(second.solved.point.code)):
+            second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, False)
+    elif bool(second.rough) or numerics.symmetry == "1rsb":
+        nodes = theory.with_broken(nodes, fine, numerics)
+        work = numerics.finetuning_nodes * numerics.samples // 4
+        second = by_work(_solve_broken, work)(*given, nodes.broken, second.coarse)
+    return nodes, first, second
+
+
+def _answer(pre, fine, numerics, nodes, first, second):
+    """(values, errors, status) of both stages and the branches, with the codes that quadrature errors decide."""
+    out = _describe_finetuning(pre, fine, nodes, first, second)
+    bars = by_work(_quadrature_errors, numerics.finetuning_nodes)(pre, fine, numerics, nodes, out)
+    bars = dict(zip(("pretraining", "finetuning"), bars, strict=True))
+    values = {"pretraining": out.pretraining, "finetuning": out.finetuning}
+    status = {stage: theory.final_status(out.status[stage], bars[stage]) for stage in bars}
+    return values, {stage: b.errors for stage, b in bars.items()}, status, out.branches
+
+
+def _traced_answer(pre, fine, numerics):
+    """`_answer` inside a transformation, where both searches have to be there: NaN where the solve failed, since nobody
+    can look at the code."""
+    nodes = theory.with_broken(theory.node_sets(pre, fine, numerics), fine, numerics)
     numerics = numerics.without_seed
-    first = by_work(_solve_pretraining, 4 * numerics.nodes)(pre, numerics, nodes.pretraining)
-    first = _describe_pretraining(pre, nodes, first)
+    first = _solve_first(pre, numerics, nodes)
+    second = _solve_symmetric[0](pre, fine, first, numerics, nodes.finetuning, numerics.symmetry != "rs")
 
-    def search(split: bool):
-        program = by_work(_solve_finetuning, numerics.finetuning_nodes)
-        return program(pre, fine, first, numerics, nodes.finetuning, split)
+    def symmetric():
+        return _answer(pre, fine, numerics, nodes, first, second)
 
-    # The search for smooth nodes is tried first; inside a transformation there is nothing to look at.
-    if wells.splits(fine.rank) and all(map(is_concrete, jax.tree_util.tree_leaves((pre, fine, first.status)))):
-        second = search(False)
-        if not bool(second.rough):
-            return first, second
-    return first, search(True)
+    def broken():
+        found = _solve_broken[0](pre, fine, first, numerics, nodes.broken, second.coarse)
+        return _answer(pre, fine, numerics, nodes, first, found)
+
+    if numerics.symmetry == "auto":
+        values, errors, status, branches = jax.lax.cond(second.rough, broken, symmetric)
+    else:
+        values, errors, status, branches = symmetric() if numerics.symmetry == "rs" else broken()
+    good = {stage: succeeded(status[stage]["code"]) for stage in status}
+    values = {stage: _lost(v, good[stage]) for stage, v in values.items()}
+    return values, errors, status, branches
+
+
+def _lost(values, good):
+    """The values, NaN with NaN slopes where a solve has failed."""
+    # Added: a choice between two values would have no slope on the other.
+    return jax.tree_util.tree_map(lambda v: nan_slope(v, good) + jnp.where(good, 0.0, jnp.nan), values)
 
 
 class Solution(eqx.Module):
@@ -151,19 +199,19 @@ class Solution(eqx.Module):
         return float(self.errors[stage][name])
 
     def code(self, stage: str) -> Code:
-        """Result code of a stage; a solve that stopped at a jump must be well inside its quadrature error."""
-        return Code(int(theory.final_code(stage, self.status[stage], self.errors[stage])))
+        """Result code of a stage."""
+        return Code(int(self.status[stage]["code"]))
 
     @property
     def ok(self) -> bool:
         """Whether both stages were solved."""
-        return all(self.code(s) in (Code.ok, Code.floor) for s in self.status)
+        return all(self.code(s) is Code.ok for s in self.status)
 
     def require_ok(self) -> None:
         """Raises `SolveError` for the first stage that failed."""
         for stage in ("pretraining", "finetuning"):
             code = self.code(stage)
-            if code not in (Code.ok, Code.floor):
+            if code is not Code.ok:
                 detail = f"residual {float(self.status[stage]['residual']):.2e}"
                 if code is Code.too_narrow:
                     rank = float(self.pretraining["rank_fraction"])
@@ -205,7 +253,7 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
 
     Raises `SolveError` when a solve failed, unless `throw` is False (then read `Solution.ok` and `Solution.code`).
     Compiled once per kind of setting (tokens, activations, numerics); under jit, vmap and grad nothing is raised
-    and the derivative of a failed solve is NaN.
+    and a failed solve gives NaN, values and derivatives.
     """
     require_float64()
     asked = setting
@@ -213,20 +261,16 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
         from .design import with_best_scale  # which predicts at every step of its search
 
         setting = with_best_scale(setting)
-    pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes = theory.node_sets(pre, fine, setting.numerics)
-    out = _describe_finetuning(pre, fine, nodes, *solve(pre, fine, setting.numerics, nodes))
-    bars = by_work(_quadrature_errors, setting.numerics.finetuning_nodes)
-    map_errors, errors = bars(pre, fine, setting.numerics.without_seed, nodes, out.solved)
-    solution = Solution(
-        asked,
-        out.pretraining,
-        out.finetuning,
-        {"pretraining": map_errors, "finetuning": errors},
-        out.status,
-        out.branches,
-    )
-    if throw and is_concrete(out.status["pretraining"]["code"]):
+    pre, fine, numerics = setting.pretraining, setting.finetuning_resolved, setting.numerics
+    known = all(map(is_concrete, (*jax.tree_util.tree_leaves((pre, fine)), jnp.zeros(()))))
+    if known:
+        nodes, first, second = solve(pre, fine, numerics)
+        answer = _answer(pre, fine, numerics.without_seed, nodes, first, second)
+    else:
+        answer = _traced_answer(pre, fine, numerics)
+    values, errors, status, branches = answer
+    solution = Solution(asked, values["pretraining"], values["finetuning"], errors, status, branches)
+    if throw and known:
         solution.require_ok()
     return solution
 
@@ -265,8 +309,8 @@ class PretrainingSolution(eqx.Module):
 
     @property
     def code(self) -> Code:
-        """How the solve ended; one that stopped at a jump must be well inside its quadrature error."""
-        return Code(int(theory.final_code("pretraining", self.status, self.errors)))
+        """How the solve ended."""
+        return Code(int(self.status["code"]))
 
     @property
     def ok(self) -> bool:
@@ -294,47 +338,6 @@ class PretrainingSolution(eqx.Module):
         }
 
 
-def error_nodes(activation, tokens: int, numerics: Numerics, stream: int, *ranks) -> Nodes | None:
-    """Nodes of a test error, those of `theory.node_sets` (stream 10^6 pre-training, 2 10^6 fine-tuning); None where a
-    closed form needs none."""
-    d = test_dimension(activation, tokens, *ranks)
-    return _plain_nodes(d, 2 * numerics.finetuning_nodes, numerics, stream, theory._TEST_PART) if d else None
-
-
-def _plain_nodes(d: int, count: int, numerics: Numerics, stream: int, part: int) -> Nodes:
-    large = count >= numerics.replicas * theory._PLAIN
-    seed, mirror = numerics.seed + stream, () if large else None
-    return gaussian_nodes(d, count, numerics.replicas, seed, mirror, part=part if large else None)
-
-
-def _map_nodes(pre: Pretraining, numerics: Numerics) -> theory.NodeSets:
-    """The nodes of pre-training, those of `theory.node_sets`, without any of fine-tuning."""
-    d = node_dimension(pre)
-    nodes = _plain_nodes(d, numerics.nodes, numerics, 0, theory._MAP_PART) if d else None
-    unused: Any = None
-    return theory.NodeSets(nodes, unused, error_nodes(pre.activation, pre.tokens, numerics, 10**6), unused)
-
-
-def _map_errors(pre: Pretraining, numerics: Numerics, nodes: theory.NodeSets, solved: theory.Solved):
-    """Standard error of every prediction, from the spread over replicas (see `theory.quadrature_errors`)."""
-    pre, solved = jax.lax.stop_gradient((pre, solved))
-    assert nodes.pretraining is not None and nodes.pretraining_test is not None
-
-    def averages_at(steps, n, x, inner):
-        inner = refresh_inner(pre, decode(x), n, inner, steps)
-        return theory._map_replica(pre, decode(x), n, inner), inner
-
-    def errors_at(n, x):
-        return theory._map_errors(pre, decode(x), n)
-
-    xs, a = theory._own_solutions(averages_at, lambda c: image_of(pre, c), solved, nodes.pretraining, numerics.replicas)
-    errors = theory._of_replicas(errors_at, nodes.pretraining_test, xs)
-    return theory._standard_errors(jax.vmap(lambda x, a, e: theory.map_predictions(pre, x, a, e))(xs, a, errors))
-
-
-_map_error_bars = Program(_map_errors, quick=True)
-
-
 def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: bool = True) -> PretrainingSolution:
     """Solves pre-training alone and predicts everything about it.
 
@@ -343,20 +346,16 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     """
     require_float64()
     pre, numerics = pretraining, Numerics() if numerics is None else numerics
-    nodes, still = _map_nodes(pre, numerics), numerics.without_seed
-    solved = by_work(_solve_pretraining, 4 * numerics.nodes)(pre, still, nodes.pretraining)
-    first = _describe_pretraining(pre, nodes, solved)
-    if nodes.pretraining is None or nodes.pretraining_test is None:
-        errors = {name: jnp.zeros(()) for name in first.values}
-    else:
-        errors = _map_error_bars(pre, still, nodes, first.solved)
+    nodes, still = theory.map_node_sets(pre, numerics), numerics.without_seed
+    sets = theory.NodeSets(nodes[0], None, nodes[1], None)
+    first = _solve_first(pre, still, sets)
+    bars, _ = _map_errors(pre, still, sets, first.values, first.solved)
+    status = theory.final_status(first.status, bars)
     values, x = first.values, first.x
-    known = all(map(is_concrete, jax.tree_util.tree_leaves((values, errors, first.status))))
-    if not known:  # nobody can look at the code: the numbers must say it
-        good = succeeded(theory.final_code("pretraining", first.status, errors))
-        lost = jnp.where(good, 0.0, jnp.nan)  # added: a choice between two values would have no slope on the other
-        values, x = jax.tree_util.tree_map(lambda v: nan_slope(v, good) + lost, (values, x))
-    solution = PretrainingSolution(pre, values, errors, first.status, x)
+    known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
+    if not known:
+        values, x = _lost((values, x), succeeded(status["code"]))
+    solution = PretrainingSolution(pre, values, bars.errors, status, x)
     if throw and known:
         solution.require_ok()
     return solution

@@ -1,7 +1,11 @@
 """The pipeline: pre-training solve -> frozen map -> fine-tuning solve -> raw predictions with error bars.
 
-One pure function, `evaluate`, takes the two stages and the nodes to plain dictionaries of arrays; everything that users
-touch (`lorastate.solution`, `lorastate.design`) is a view of it. It is jitted once by its callers.
+Each stage is searched without derivatives (`solve_*`: loops) and then described with them (`describe_*`: none). Users
+see this through `lorastate.solution` and `lorastate.design`, which compile the pieces.
+
+Fine-tuning is first taken to be replica symmetric, with smooth nodes: a small program, and fast. Where a node has two
+wells, or the replicon is at least one, that is no solution of the theory, and the search with one step of breaking is
+made (`levels` = 1).
 """
 
 from __future__ import annotations
@@ -17,11 +21,21 @@ from . import pretraining as pt
 from . import wells
 from .channel import FrozenMap
 from .errors import Code, succeeded
-from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, plain_map, small_solve
+from .fixed_point import FixedPoint, Method, Stage, attach, iterate, nan_slope, newton_step, plain_map
 from .generalization import finetuning_error, node_dimension, pretraining_error
-from .order import RESPONSE_FLOOR, Order, decode, directions, from_norm
+from .order import RESPONSE_FLOOR, SPREAD_FLOOR, Order, decode, directions, from_norm
 from .prox import ldl_solve
-from .quadrature import Nodes, Slots, by_replica, for_parts, gaussian_nodes, in_blocks, mean, over_replicas
+from .quadrature import (
+    Nodes,
+    Slots,
+    by_replica,
+    for_parts,
+    gaussian_nodes,
+    in_blocks,
+    mean,
+    nested_nodes,
+    over_replicas,
+)
 from .setting import Finetuning, Numerics, Pretraining
 from .symmetric import dimension
 
@@ -30,38 +44,65 @@ _MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 4096
 #: Nodes of a replica from which on it is cut into parts, and those without images (of pre-training and test errors) and
 #: coordinates that alternate (of fine-tuning) give smaller errors.
 _PLAIN, _LORA = 2048, 4096
+#: Where symmetry is broken: nodes of fine-tuning for one that has samples inside, and nodes of a part.
+_FEWER, _BROKEN_PART = 4, 256
 
 
 class NodeSets(NamedTuple):
-    """Quadrature nodes of each expectation; None where a closed form needs none."""
+    """Quadrature nodes of each expectation; None where a closed form needs none. `broken`: those of fine-tuning with
+    samples inside, for steps of symmetry breaking."""
 
     pretraining: Nodes | None
     finetuning: Nodes
     pretraining_test: Nodes | None
     finetuning_test: Nodes | None
+    broken: Nodes | None = None
 
 
 def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSets:
-    """The node sets of a setting (cached: they depend on static fields only)."""
-    r, seed, t = numerics.replicas, numerics.seed, fine.tokens
-    assert t is not None
-
-    def plain(d, count, stream, part):
-        large = count >= r * _PLAIN
-        return gaussian_nodes(d, count, r, seed + stream, () if large else None, part=part if large else None)
-
-    def test(activation, tokens, stream, *ranks):
-        d = node_dimension(activation, tokens, *ranks)
-        return plain(d, 2 * numerics.finetuning_nodes, stream, _TEST_PART) if d else None
-
-    d, lora_d, count = pt.node_dimension(pre), ft.node_dimension(fine), numerics.finetuning_nodes
+    """The node sets of a setting (cached: they depend on static fields only), but for `broken`."""
+    assert fine.tokens is not None
+    map_nodes, map_test = map_node_sets(pre, numerics)
+    count, r, seed = numerics.finetuning_nodes, numerics.replicas, numerics.seed
     order, part = (ft.node_order(fine), _LORA_PART) if count >= r * _LORA else (None, None)
-    return NodeSets(
-        plain(d, numerics.nodes, 0, _MAP_PART) if d else None,
-        gaussian_nodes(lora_d, count, r, seed, ft.mirrored(fine), order, part),
-        test(pre.activation, pre.tokens, 10**6),
-        test(fine.activation, t, 2 * 10**6, (fine.rank, fine.teacher_rank)),
+    lora = gaussian_nodes(ft.node_dimension(fine), count, r, seed, ft.mirrored(fine), order, part)
+    return NodeSets(map_nodes, lora, map_test, test_nodes(fine, numerics))
+
+
+def test_nodes(fine: Finetuning, numerics: Numerics) -> Nodes | None:
+    """Nodes of the test errors of fine-tuning."""
+    assert fine.tokens is not None
+    d = node_dimension(fine.activation, fine.tokens, (fine.rank, fine.teacher_rank))
+    return _plain(d, 2 * numerics.finetuning_nodes, numerics, 2 * 10**6, _TEST_PART)
+
+
+def map_node_sets(pre: Pretraining, numerics: Numerics) -> tuple[Nodes | None, Nodes | None]:
+    """Nodes of pre-training and of its test errors."""
+    d = node_dimension(pre.activation, pre.tokens)
+    return (
+        _plain(pt.node_dimension(pre), numerics.nodes, numerics, 0, _MAP_PART),
+        _plain(d, 2 * numerics.finetuning_nodes, numerics, 10**6, _TEST_PART),
     )
+
+
+def _plain(d: int, count: int, numerics: Numerics, stream: int, part: int) -> Nodes | None:
+    if not d:
+        return None
+    large = count >= numerics.replicas * _PLAIN
+    seed = numerics.seed + stream
+    return gaussian_nodes(d, count, numerics.replicas, seed, () if large else None, part=part if large else None)
+
+
+def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics) -> NodeSets:
+    """The node sets with those for one step of breaking."""
+    assert fine.tokens is not None
+    count, r = max(numerics.finetuning_nodes // _FEWER, 64 * numerics.replicas), numerics.replicas
+    order = ft.node_order(fine) if count >= r * _LORA // _FEWER else None
+    broken = nested_nodes(
+        ft.node_dimension(fine), count, r, numerics.seed, ft.mirrored(fine), order, _BROKEN_PART,
+        fine.rank * fine.tokens, (numerics.samples,),
+    )  # fmt: skip
+    return nodes._replace(broken=broken)
 
 
 def _stages(numerics: Numerics, parts: int, rough: float, settle: float = np.inf, floor: float = 5e-3) -> list[Stage]:
@@ -92,21 +133,27 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
     else:
         fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
         rules = _stages(numerics, len(nodes.weight), 1e-4)
-    # The first stage twice, from either start; the second time only if the first has failed: NaN stops at once.
+        rules.append(rules[-1])
+    # The first stage twice, from either start; the second time only if the first has failed. The last stage twice too:
+    # it begins with a cold search, which may find what following wells has missed; only where there are two. NaN stops
+    # at once.
     rules = _stacked([rules[0], *rules])
     usual = pt.start(pre)
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
-    starts = jnp.stack([usual, pt.start(pre, weak_ridge=True), last][: len(rules[0])])
+    starts = jnp.stack([usual, pt.start(pre, weak_ridge=True), last, last][: len(rules[0])])
     index = jnp.arange(len(starts))
 
     def stage(carry, job):
         x, solved, jac, memory = carry
         rules, start, k = job
-        x0 = jnp.where(k < 2, jnp.where(solved, jnp.nan, start), x)
+        again = jnp.array(True) if nodes is None else jnp.any(memory.read().two)
+        skip = ((k == 1) & solved) | ((k == 3) & ~again)
+        x0 = jnp.where(skip, jnp.nan, jnp.where(k < 2, start, x))
         point, found, memory = iterate(fmap, rules, True, x0, jac, memory)
-        skip = (k == 1) & (solved | ~succeeded(point.code))
+        skip = skip | ((k == 1) & ~succeeded(point.code))
         x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
-        return (x, skip | succeeded(point.code), jac, memory), (point, skip)
+        solved = jnp.where(skip, solved, succeeded(point.code))
+        return (x, solved, jac, memory), (point, skip)
 
     first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory)
     carry, (points, skipped) = jax.lax.scan(stage, first, (rules, starts, index))
@@ -121,114 +168,169 @@ def _stacked(trees):
 
 
 class Branches(NamedTuple):
-    """Fine-tuning solutions from the informative [0] and the small [1] start, with their free energies."""
+    """Fine-tuning solutions from the informative [0] and the small [1] start: m and q along the teacher, free energy,
+    code; and which of them was taken."""
 
-    solution: FixedPoint
+    overlap: Any
+    norm: Any
     free_energy: Any
+    code: Any
     chosen: Any
 
 
-def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, split: bool = True):
-    """Solutions from both starts, stacked, with their Jacobians, c of every replica and rows of the memory as `inner`;
-    that memory; whether the two are the same one. No derivatives. Without `split` for smooth nodes only: it gives up
-    after the first stage where some ought to be split."""
+class Search(NamedTuple):
+    """What differs between the searches of fine-tuning: steps of breaking, whether every node is taken to have one well,
+    and the starts (informative and small)."""
+
+    levels: int
+    alone: bool
+    starts: Any
+
+
+_LAST, _ESCAPE, _FREE, _BACK = 1, 2, 3, 4
+
+
+def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
+    """(rules, kind, branch) of every stage of a search: both starts on a part of the nodes, there once more from a cold
+    search, both on all of the nodes, and away from a solution that repels.
+
+    With breaking y is held until then, and set free after a cold search. phi is so flat in it that on some nodes
+    the maximum cannot be told from their noise: then all goes back to where y was held, and what that does to the rest
+    is part of the error bars.
+    """
+    # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
+    coarse, refined = _stages(numerics, parts, 1e-3, settle=0.03)
+    if levels:
+        coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, index=min(4, parts), hold=True, max_steps=40)
+        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-5), hold=True)
+    if ft.spare(fine):
+        # The response of spare directions overshoots, and the more so the more samples there are.
+        coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
+    again = coarse._replace(burn_in=0)
+    last = refined._replace(tolerance=1e-3) if levels else refined
+    kinds = [(coarse, 0, 0), (coarse, 0, 1), (again, 0, 0), (again, 0, 1), (last, _LAST, 0), (last, _LAST, 1)]
+    kinds.append((refined._replace(settle=0.0), _ESCAPE, 0))
+    if levels:
+        free = refined._replace(hold=False, max_steps=_TRIES)
+        kinds += [(rules, kind, k) for rules, kind in ((free, _FREE), (refined, _BACK)) for k in (0, 1)]
+    rules, which, branch = zip(*kinds, strict=True)
+    return _stacked(rules), jnp.array(which), jnp.array(branch)
+
+
+#: Steps in which y has to find its place.
+_TRIES = 14
+#: Distance in (m, q) below which two solutions on the first nodes are one, without and with breaking (y is flat there);
+#: relative difference of free energies on them from which on the higher branch is not refined.
+_SAME, _CLEARLY = (0.02, 0.04), 0.01
+
+
+class _Found(NamedTuple):
+    """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies."""
+
+    x: Any
+    jacobian: Any
+    row: Any
+    code: Any
+    energy: Any
+    stale: Any  # whether a failed stage has written over the row
+
+
+def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, search: Search):
+    """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
+    whether the two are the same one; where the first stage from the informative start ended. No derivatives.
+
+    Where nodes are taken to have one well the search gives up after the first stage if some have two.
+    """
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
-    fmap = ft.state_evolution(fine, frozen, nodes)
-    last, escape = 1, 2
+    fmap = ft.state_evolution(fine, frozen, nodes, search.levels)
+
+    def energy_at(x, memory: Slots, count):
+        first = 1.0 * (jnp.arange(len(nodes.weight)) < count)
+        a = jax.tree_util.tree_map(lambda v: jnp.tensordot(first, v, 1) / count, memory.read().averages)
+        return ft.free_energy(fine, ft.order_at(fine, x), a)
 
     def job(carry, rules_kind_branch):
-        xs, jacs, potentials, rows, codes, memory, same = carry
+        found, memory, same = carry
         rules, kind, k = rules_kind_branch
-        same = jnp.where((kind == last) & (k == 0), jnp.max(jnp.abs(xs[0] - xs[1])) < 0.02, same)
+        close = jnp.max(jnp.abs(ft.apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
+        same = jnp.where((kind == _LAST) & (k == 0), close, same)
         # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
         # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
         # NaN stops at once.
-        lost = (codes[0] == Code.unstable) & ~succeeded(codes[1])
-        skip = ((kind == escape) & ~lost) | ((kind == last) & same & (k == 1))
-        if not split and wells.splits(fine.rank):
-            skip = skip | ((kind > 0) & jnp.any(_jumps(memory)[rows, 0]))
-        x0 = jnp.where(skip, jnp.nan, jnp.where(kind == escape, ft.pushed(xs[k]), xs[k]))
+        lost = (found.code[0] == Code.unstable) & ~succeeded(found.code[1])
+        refining = (kind != 0) & (kind != _ESCAPE)
+        skip = ((kind == _ESCAPE) & ~lost) | (refining & same & (k == 1))
+        higher = jnp.array(False)
+        if search.levels:
+            gap = found.energy[k] - found.energy[1 - k]
+            higher = refining & (gap > _CLEARLY * jnp.abs(found.energy[k])) & succeeded(found.code[1 - k])
+        if search.alone:
+            skip = skip | ((kind > 0) & _clearly_rough(memory, found.row))
+        skip = skip | ((kind == _BACK) & ~found.stale[k])
+        start = jnp.where(kind == _ESCAPE, ft.pushed(fine, found.x[k]), found.x[k])
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
-        here = jnp.where(kind == escape, rows[1], rows[k])
-        memory = _with_flags(memory._replace(here=here), *(v[rows[k]] for v in _flags(memory)))
-        point, jac, memory = iterate(fmap, rules, True, x0, jacs[k], memory)
-        # What the first replica found at the end of the coarse stage decides how all of them are searched.
-        thorough, needed = (v[memory.here] for v in _flags(memory))
-        memory = _with_flags(memory, *(jnp.where(kind > 0, v, needed[0]) for v in (thorough, needed)))
-        kept = (kind == escape) & ~jnp.all(jnp.isfinite(point.x))
-        put = jax.tree_util.tree_map(
-            lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)),
-            (xs, jacs, potentials, rows, codes),
-            (point.x, jac, memory.data.potential[memory.here], memory.here, point.code),
-        )
-        return (*put, memory, same), (point, kept)
+        memory = memory._replace(here=jnp.where(kind == _ESCAPE, found.row[1], found.row[k]))
+        x0 = jnp.where(skip | higher, jnp.nan, start)
+        point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
+        optional = ((kind != 0) & (kind != _LAST)) | higher
+        kept = (~jnp.all(jnp.isfinite(point.x)) & optional) | ((kind == _FREE) & ~succeeded(point.code))
+        new = _Found(point.x, jac, memory.here, point.code, energy_at(point.x, memory, rules.index), jnp.array(False))
+        put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
+        stale = (kind == _FREE) & kept & ~skip & ~higher
+        row = jnp.where(kept & ~stale, found.row[k], memory.here)
+        put = put._replace(row=put.row.at[k].set(row), stale=put.stale.at[k].set(stale))
+        return (put, memory, same), (point, kept)
 
-    x0 = jnp.stack([ft.start(fine, True), ft.start(fine, False)])
-    memory = Slots.of(ft.no_memory(fine, nodes, split), 3)
-    # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
-    rough, refined = _stages(numerics, len(nodes.weight), 1e-3, settle=0.03)
-    if fine.rank > fine.teacher_rank:
-        # The response of spare directions overshoots, and the more so the more samples there are.
-        rough, refined = (rule._replace(damping=0.7) for rule in (rough, refined))
-    rules = (rough, refined, refined._replace(settle=0.0))
-    kinds, branches = jnp.array([0, 0, last, last, escape]), jnp.array([0, 1, 0, 1, 0])
-    jobs = (_stacked([rules[i] for i in (0, 0, 1, 1, 2)]), kinds, branches)
-    potentials, jacs = memory.data.potential[:2], jnp.zeros((*x0.shape, x0.shape[1]))
-    state = (x0, jacs, potentials, jnp.arange(2), jnp.zeros(2, int), memory, jnp.array(False))
-    (_, jacs, potentials, rows, _, memory, same), (points, kept) = jax.lax.scan(job, state, jobs)
-    final = jax.tree_util.tree_map(lambda a: jnp.stack([jnp.where(kept[4], a[2], a[4]), a[3]]), points)
-    steps = points.steps[:2] + points.steps[2:4] + jnp.array([1, 0]) * points.steps[4]
-    return Solved(final._replace(steps=steps), jacs, (potentials, rows)), memory, same
+    x0 = search.starts
+    memory = Slots.of(ft.no_memory(fine, nodes, search.levels, search.alone), 3)
+    jobs = _jobs(fine, numerics, len(nodes.weight), search.levels)
+    none = jnp.zeros(2)
+    nothing = _Found(x0, jnp.zeros((*x0.shape, x0.shape[1])), jnp.arange(2), jnp.zeros(2, int), none, none > 0)
+    (found, memory, same), (points, kept) = jax.lax.scan(job, (nothing, memory, jnp.array(False)), jobs)
+    # Of each start the last stage that was made counts.
+    branch, index = jobs[2], jnp.arange(len(jobs[2]))
+    last = jnp.stack([jnp.max(jnp.where((branch == k) & ~kept, index, k)) for k in (0, 1)])
+    steps = jnp.stack([jnp.sum(jnp.where((branch == k) & ~kept, jnp.maximum(points.steps, 0), 0)) for k in (0, 1)])
+    final = jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
+    return final, found, memory, same, points.x[2]
 
 
-def _jumps(memory: Slots):
-    """Whether there are wells in a part of the nodes that smooth ones do not have, in every row."""
-    return memory.data.inner.split | memory.data.inner.needed
+#: Share of nodes with two wells up to which symmetry counts as unbroken. The minima are then apart by (q - p)/q of the
+#: order of the square of ten times that: 1e-4.
+_FEW = 1e-3
 
 
-def _flags(memory: Slots):
-    return memory.data.inner.thorough, memory.data.inner.needed
+def _rough(memory: Slots, rows):
+    """Whether more than a few nodes have two wells, in either row."""
+    return jnp.any(jnp.mean(memory.data.averages.two_wells[rows], -1) > _FEW)
 
 
-def _with_flags(memory: Slots, thorough, needed) -> Slots:
-    """The memory with these two flags of every replica in its valid row."""
-    inner, here = memory.data.inner, memory.here
-    inner = inner._replace(thorough=inner.thorough.at[here].set(thorough), needed=inner.needed.at[here].set(needed))
-    return memory._replace(data=memory.data._replace(inner=inner))
+def _clearly_rough(memory: Slots, rows):
+    """The same as far as the first part of the nodes can tell."""
+    return jnp.any(memory.data.averages.two_wells[rows, 0] > 30 * _FEW)
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------
 
 
-class MapAverages(NamedTuple):
-    """What pre-training predictions need of the nodes (one replica, or their mean)."""
-
-    conjugates: pt.Conjugates
-    potential: Any  # C
-    susceptibility: Any  # E || D(Z - Omega)/D Omega ||_HS^2
-    two_wells: Any
-
-
-def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None, inner: pt.Inner | None) -> MapAverages:
-    """The averages of every replica, stacked (the values themselves where no nodes are needed)."""
-    if nodes is None:
-        t, zero = pre.tokens, jnp.zeros(())
-        s = dimension(t) * (4 * order.response / (t * t + 4 * order.response)) ** 2
-        c = pt.channel_potential(pre, order, None)
-        return MapAverages(pt.conjugates_at(pre, order, None, None)[1], c, s, zero)
-
-    return over_replicas(lambda n, i: _map_replica(pre, order, n, i), nodes, inner)
+def map_averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: wells.Wells | None):
+    """(averages, E || D(Z - Omega)/D Omega ||_HS^2) of every part, stacked (the values themselves where no nodes are
+    needed)."""
+    if nodes is None or found is None:
+        t = pre.tokens
+        gap = dimension(t) * (4 * order.response / (t * t + 4 * order.response)) ** 2
+        return pt.averages(pre, order, None, None), gap
+    return over_replicas(lambda n, w: _map_part(pre, order, n, w), nodes, found)
 
 
-def _map_replica(pre, order, nodes, inner) -> MapAverages:
-    def block(nodes, inner):
-        u = pt.minimiser(pre, order, nodes, inner)
-        c, conjugates = pt.conjugates_at(pre, order, nodes, u)
-        hess = pt.inner_problem(pre, order, nodes).terms(u)[2]
-        s = jnp.sum(nodes.weight * _response_gap(hess, 2 * order.response, len(u)))
-        return MapAverages(conjugates, c, s, jnp.sum(nodes.weight * inner.two_wells))
+def _map_part(pre, order, nodes, found):
+    def block(nodes, found):
+        problem = pt.inner_problem(pre, order, nodes)
+        low = wells.lowest(problem, found)
+        gap = low.pick([_response_gap(problem.terms(u)[2], 2 * order.response, len(u)) for u in low.u])
+        return pt.averages(pre, order, nodes, found), jnp.sum(nodes.weight * gap)
 
-    return in_blocks(block, nodes, inner)
+    return in_blocks(block, nodes, found)
 
 
 def _response_gap(hess, scale, along: int):
@@ -250,46 +352,39 @@ def _response_gap(hess, scale, along: int):
     return total[0][0] if along >= n else jnp.stack(total, 1)
 
 
-class LoraAverages(NamedTuple):
-    """What fine-tuning predictions need of the nodes (one replica, or their mean)."""
+def _lora_part(fine: Finetuning, frozen: FrozenMap, order: Order, nodes, found):
+    """(averages, E || d(chi - omega)/d omega ||_F^2, (2, 2) where some directions are spare) of one part; the latter
+    without breaking only: where minimisers jump it has no finite value."""
 
-    conjugates: ft.Conjugates
-    potential: Any  # c
-    susceptibility: Any  # E || d(chi - omega)/d omega ||_F^2, (2, 2) where some directions are spare
-    two_wells: Any
-
-
-def _lora_replica(fine: Finetuning, frozen: FrozenMap, order: Order, nodes, inner) -> LoraAverages:
-    def use(d, chi, two):
-        c, conjugates = ft.conjugates_at(fine, order, d, chi)
+    def block(nodes, found):
+        d = ft.draws(fine, frozen, nodes)
+        a = ft.averages(fine, order, d, found)
+        if order.levels:
+            return a, jnp.full((2, 2) if ft.spare(fine) else (), jnp.nan)
         problem = ft.inner_problem(fine, order, d)
-        s = jnp.sum(d.weight * _response_gap(problem.terms(chi)[2], problem.v, len(d.teacher)), -1)
-        return LoraAverages(conjugates, c, s, jnp.sum(d.weight * two))
+        low = wells.lowest(problem, found)
+        gaps = [_response_gap(problem.terms(u)[2], problem.v, len(d.teacher)) for u in low.u]
+        gap = low.pick([g.reshape(-1, g.shape[-1]) for g in gaps]).reshape(gaps[0].shape)
+        return a, jnp.sum(d.weight * gap, -1)
 
-    def block(nodes, inner):
-        return ft.with_minimisers(fine, order, ft.draws(fine, frozen, nodes), inner, use)
-
-    return in_blocks(block, nodes, inner)
+    return in_blocks(block, nodes, found)
 
 
-def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, inner) -> LoraAverages:
-    """The averages of every replica, stacked."""
-    return over_replicas(lambda n, i: _lora_replica(fine, frozen, order, n, i), nodes, inner)
+def lora_averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, found):
+    """The averages of every part, stacked."""
+    return over_replicas(lambda n, w: _lora_part(fine, frozen, order, n, w), nodes, found)
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------
 
 
-def map_predictions(pre: Pretraining, x, a: MapAverages, errors) -> dict[str, Any]:
-    """Every pre-training prediction from the solver's coordinates, the averages and (E, E noiseless)."""
-    c, order = a.conjugates, decode(x)
+def map_predictions(pre: Pretraining, x, averages, errors) -> dict[str, Any]:
+    """Every pre-training prediction from the solver's coordinates, `map_averages` and (E, E noiseless)."""
+    (a, gap), order = averages, decode(x)
+    c = pt.conjugates(pre, order, a)
     live = order.response > 2 * RESPONSE_FLOOR
-    size = pre.label_size
-    V, M, Q = (jnp.where(live, v, 0.0) for v in (order.response, order.overlap, order.norm(size)))
+    V, M, Q = (jnp.where(live, v, 0.0) for v in (order.response, order.overlap, order.norm(pre.label_size)))
     delta, eps, _ = pt.thresholds(pre, c)
-    phi = (c.qhat * V + 2 * c.mhat * M - c.shat * Q) / 4 + pre.alpha * a.potential - pt.prior_potential(pre, c)
-    response = pre.law.pair_response(delta, eps)
-    replicon = 2 * pre.alpha / order.response**2 * a.susceptibility / c.shat**2 * response
     return {
         "V": V,
         "M": M,
@@ -297,14 +392,21 @@ def map_predictions(pre: Pretraining, x, a: MapAverages, errors) -> dict[str, An
         "M_down": jnp.where(live, pt.downstream_overlap(pre, x), 0.0),
         **c._asdict(),
         "overlap": jnp.where(live, M / jnp.sqrt(jnp.where(live, Q, 1.0) * pre.Q0), jnp.nan),
-        "train_loss": phi,
+        "train_loss": pt.free_energy(pre, order, a),
         "train_error": pre.alpha * a.potential - c.qhat * order.response / 4,
         "test_error": errors[0],
         "test_error_noiseless": errors[1],
         "rank_fraction": 1 - pre.law.mass_below(eps, delta),
-        "replicon": jnp.where(live, replicon, jnp.nan),
-        "double_well_share": a.two_wells,
+        "replicon": jnp.where(live, map_replicon(pre, order, c, gap), jnp.nan),
+        "double_well_share": a.two_wells + jnp.zeros(()),
     }
+
+
+def map_replicon(pre: Pretraining, order: Order, c: pt.Conjugates, gap):
+    """(2 alpha / V^2) E ||D(Z - Omega)/D Omega||_HS^2 / s^^2 E ((f(x) - f(y))/(x - y))^2, f = ReLU(. - 2 lam~), x and y
+    from the law of m^ S* + sqrt(q^) Z: replica symmetry of pre-training is stable below one (arXiv:2509.24914)."""
+    delta, eps, _ = pt.thresholds(pre, c)
+    return 2 * pre.alpha / order.response**2 * gap / c.shat**2 * pre.law.pair_response(delta, eps)
 
 
 #: |w|^2 / D below which the update counts as zero.
@@ -320,13 +422,13 @@ def lora_overlap(fine: Finetuning, order: Order):
     return jnp.where(live, jnp.sum(n * order.overlap) / most, jnp.nan)
 
 
-def _replicon(fine: Finetuning, a: LoraAverages):
+def _replicon(fine: Finetuning, gap):
     """Growth of a difference between the norms of two replicas, alike in the directions along the teacher and in the
     spare ones: largest eigenvalue of (alpha' / n_b) E || d(chi - omega)_b / d omega_b' ||_F^2, n_b directions in b."""
     n = directions(fine.rank, fine.teacher_rank)
     if np.ndim(n) == 0:
-        return fine.alpha * a.susceptibility / n
-    r = fine.alpha * a.susceptibility / n[:, None]
+        return fine.alpha * gap / n
+    r = fine.alpha * gap / n[:, None]
     half, off = (r[0, 0] - r[1, 1]) / 2, r[0, 1] * r[1, 0]
     return (r[0, 0] + r[1, 1]) / 2 + jnp.sqrt(half**2 + off + 1e-30)
 
@@ -353,16 +455,23 @@ def lora_order(values: dict[str, Any]) -> Order:
     return from_norm(v, m, q, ft.TEACHER_SIZE)
 
 
-def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraAverages, errors) -> dict[str, Any]:
+def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, averages, errors) -> dict[str, Any]:
     """Every fine-tuning prediction from the order parameters, the averages and (E', E' at w = 0)."""
-    c, q0 = a.conjugates, ft.TEACHER_SIZE
-    q = order.norm(q0)
-    live = q > _LIVE
-    phi = ft.free_energy(fine, order, c, a.potential)
-    m, q = jnp.where(live, order.overlap, 0.0), jnp.where(live, q, 0.0)
+    (a, gap), q0 = averages, ft.TEACHER_SIZE
+    c, norms = ft.conjugates(fine, order, a), order.norms(q0)
+    live = norms[-1] > _LIVE
+    phi = ft.free_energy(fine, order, a)
+    m, p, q = (jnp.where(live, v, 0.0) for v in (order.overlap, norms[0], norms[-1]))
     penalty = jnp.sum(directions(fine.rank, fine.teacher_rank) * c.qhat * order.response)
+    none, broken = jnp.full((), jnp.nan), jnp.array(False)
+    breaking = complexity = none
+    if order.levels:
+        broken = jnp.max(order.spread[0]) > 2 * SPREAD_FLOOR  # otherwise all minima are one
+        breaking = jnp.where(broken, order.breaking[0], none)
+        complexity = jnp.where(broken, order.breaking[0] ** 2 * ft.energy_slopes(fine, order, a)[0], none)
+    hats = {"qhat": c.qhat, "mhat": c.mhat, "lhat": c.lhat}
     return {
-        **_by_direction({"v": order.response, "m": m, "q": q, **c._asdict()}),
+        **_by_direction({"v": order.response, "m": m, "p": p, "q": q, **hats}),
         "overlap": lora_overlap(fine, order),
         "train_loss": phi,
         "train_error": fine.alpha * a.potential - penalty / 2,
@@ -371,8 +480,11 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, a: LoraA
         "effective_noise": fine.effective_noise(frozen),
         "recalibration": fine.scale(frozen),
         "free_energy": phi,
-        "replicon": _replicon(fine, a),
+        "replicon": _replicon(fine, gap),
         "double_well_share": a.two_wells,
+        "broken": 1.0 * broken,
+        "breaking": breaking,
+        "complexity": complexity,
     }
 
 
@@ -386,7 +498,7 @@ def _map_errors(pre, order, nodes):
 
 def _lora_errors(fine, frozen, order, nodes):
     # Test inputs are fresh, whatever the fine-tuning inputs were; the factor on the map stays.
-    frozen = frozen.scaled(fine.scale(frozen))
+    frozen, order = frozen.scaled(fine.scale(frozen)), order.merged
     size = frozen.Q0 + fine.delta / 2
     common = (fine.activation, fine.tokens, size, frozen.overlap, frozen.norm)
     ranks = fine.rank, fine.teacher_rank
@@ -407,7 +519,7 @@ def _averaged(f, nodes):
 
 
 class FirstStage(NamedTuple):
-    """Output of `evaluate_pretraining`."""
+    """Output of `describe_pretraining`."""
 
     values: dict[str, Any]
     x: Any  # order parameters in the solver's coordinates, with their derivative
@@ -416,17 +528,19 @@ class FirstStage(NamedTuple):
 
 
 class SecondStage(NamedTuple):
-    """Output of `solve_finetuning`: the branch taken, both branches, what the channel searched for, and whether a
-    search for smooth nodes will not do."""
+    """Output of `solve_finetuning`: the branch taken, both branches, what the channel searched for, and whether more is
+    needed: wells were found where none should be, the replicon is not below one, or nothing was solved. `coarse` (n,):
+    where the first stage of the informative search ended."""
 
     solved: Solved
     branches: Branches
     found: Any
     rough: Any
+    coarse: Any
 
 
 class Evaluation(NamedTuple):
-    """Output of `evaluate`: values and status of both stages, and what `quadrature_errors` starts from."""
+    """Values and status of both stages, and what `quadrature_errors` starts from."""
 
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
@@ -435,30 +549,23 @@ class Evaluation(NamedTuple):
     solved: tuple[Solved, Solved, Any]  # of both stages, and what the channel searched for
 
 
-def evaluate(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets) -> Evaluation:
-    """Solves both stages and predicts everything; differentiable in every leaf of `pre` and `fine`.
-
-    Each stage is searched without derivatives (`solve_*`: loops) and then described with them (`describe_*`: none), so
-    that a program of values and a program of gradients can share the compiled searches.
-    """
-    first = describe_pretraining(pre, nodes, solve_pretraining(pre, numerics, nodes.pretraining))
-    second = solve_finetuning(pre, fine, first, numerics, nodes.finetuning)
-    return describe_finetuning(pre, fine, nodes, first, second)
-
-
 def describe_pretraining(pre: Pretraining, nodes: NodeSets, solved: Solved) -> FirstStage:
     """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
     const = None if nodes.pretraining is None else (nodes.pretraining, solved.inner)
-    lost = 0.0 if nodes.pretraining is None else 1 - jnp.mean(1.0 * solved.inner.ok)
+    lost = 0.0 if nodes.pretraining is None else wells.lost(solved.inner)
     code = jnp.where(lost > 1e-3, int(Code.stalled), solved.point.code)
-    x = nan_slope(attach(pt.step, solved.point.x, pre, const), succeeded(solved.point.code))
+    x = nan_slope(attach(pt.step, 0, solved.point.x, pre, const), succeeded(solved.point.code))
     order = decode(x)
     a = map_averages(pre, order, nodes.pretraining, solved.inner)
     errors = _averaged(lambda n: _map_errors(pre, order, n), nodes.pretraining_test)
     values = map_predictions(pre, x, a if nodes.pretraining is None else mean(a), errors)
     narrow = values["rank_fraction"] > pre.kappa * (1 + 1e-9)
     code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
-    return FirstStage(values, x, {**solved.point._asdict(), "code": code}, solved)
+    return FirstStage(values, x, _status(solved.point._replace(code=code)), solved)
+
+
+def _status(point: FixedPoint) -> dict[str, Any]:
+    return {name: getattr(point, name) for name in ("code", "residual", "rate", "growth", "steps")}
 
 
 def frozen_at(pre: Pretraining, fine: Finetuning, x) -> FrozenMap:
@@ -466,19 +573,28 @@ def frozen_at(pre: Pretraining, fine: Finetuning, x) -> FrozenMap:
     return fine.inputs.freeze(pre, decode(x), pt.downstream_overlap(pre, x))
 
 
+def lora_nodes(fine: Finetuning, nodes: NodeSets, x, found) -> Nodes:
+    """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them."""
+    chosen = nodes.broken if ft.order_at(fine, x).levels else nodes.finetuning
+    assert chosen is not None
+    return chosen._replace(found=found)
+
+
 def describe_finetuning(
     pre: Pretraining, fine: Finetuning, nodes: NodeSets, first: FirstStage, second: SecondStage
 ) -> Evaluation:
     """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
     frozen = frozen_at(pre, fine, first.x)
-    prepared, solved = nodes.finetuning._replace(found=second.found), second.solved
-    x = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, ft.start(fine, True))
-    order = decode(attach(ft.step, x, (fine, frozen), (prepared, solved.inner)))
+    solved = second.solved
+    prepared = lora_nodes(fine, nodes, solved.point.x, second.found)
+    x = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse)
+    x = attach(ft.step, ft.order_at(fine, x).levels, x, (fine, frozen), (prepared, solved.inner))
+    order = ft.order_at(fine, x)
     b = mean(lora_averages(fine, frozen, order, prepared, solved.inner))
     errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
     values = lora_predictions(fine, frozen, order, b, errors)
     values = {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
-    status = {"pretraining": first.status, "finetuning": solved.point._asdict()}
+    status = {"pretraining": first.status, "finetuning": _status(solved.point)}
     return Evaluation(first.values, values, second.branches, status, (first.solved, solved, second.found))
 
 
@@ -490,111 +606,117 @@ def _lowest(code, energies):
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
 
 
-def solve_finetuning(
-    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, split: bool = True
+def solve_symmetric(
+    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, alone: bool = True
 ) -> SecondStage:
-    """Fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest free energy among
-    those that were solved.
+    """Replica-symmetric fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest free
+    energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not do;
+    without, on any, for a comparison: where nodes have two wells that is not the solution of the theory."""
+    fine, frozen = jax.lax.stop_gradient((fine, frozen_at(pre, fine, first.x)))
+    starts = jnp.stack([ft.start(fine, True), ft.start(fine, False)])
+    return _solve(fine, frozen, first, numerics, nodes, Search(0, alone, starts))
 
-    Without `split` all nodes are taken to be smooth, which is faster to compile and to solve. Where they are not, or
-    anything has failed, the result is `rough`, and only a search with `split` can be trusted.
-    """
-    frozen = jax.lax.stop_gradient(frozen_at(pre, fine, first.x))
-    fine = jax.lax.stop_gradient(fine)
+
+def solve_broken(
+    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, coarse
+) -> SecondStage:
+    """The same with one step of symmetry breaking; `coarse`: where a replica-symmetric search came to."""
+    fine, frozen = jax.lax.stop_gradient((fine, frozen_at(pre, fine, first.x)))
+    starts = jnp.stack([ft.broken_start(fine, coarse, True), ft.broken_start(fine, coarse, False)])
+    return _solve(fine, frozen, first, numerics, nodes, Search(1, False, starts))
+
+
+def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, search: Search) -> SecondStage:
     prepared = ft.prepare(fine, frozen, nodes)
-    solved, memory, same = search_finetuning(fine, frozen, numerics, prepared, split)
-    potentials, rows = solved.inner
+    points, found, memory, same, coarse = search_finetuning(fine, frozen, numerics, prepared, search)
     # Where the second start found nothing new it stands for the first.
-    starts = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), solved.point)
-
-    def energy_at(x, potential):
-        order = decode(x)
-        return ft.free_energy(fine, order, ft.conjugates_of(fine, order), potential.mean())
-
-    energies = jax.vmap(energy_at)(solved.point.x, potentials)
-    energies = jnp.where(same, energies[0], energies)
+    starts = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), points)
+    energies = jnp.where(same, found.energy[0], found.energy)
     chosen = jnp.where(same, 0, _lowest(starts.code, energies))
-    point, jacobian = jax.tree_util.tree_map(lambda a: a[chosen], (solved.point, solved.jacobian))
-    best = Solved(point, jacobian, memory._replace(here=rows[chosen]).read().inner)
+    point = jax.tree_util.tree_map(lambda a: a[chosen], points)
+    best = Solved(point, found.jacobian[chosen], memory._replace(here=found.row[chosen]).read().found)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
-    failed = ~succeeded(code) | ~jnp.all(succeeded(starts.code))
+    rough = ~succeeded(code) | ~jnp.all(succeeded(starts.code)) | _rough(memory, found.row)
     code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
-    rough = jnp.array(False)
-    if not split and wells.splits(fine.rank):
-        jumps = jnp.any(_jumps(memory)[rows, :], 1)
-        rough = (jumps[0] | (jumps[1] & ~same) | failed) & (code != Code.upstream)
-    return SecondStage(best, Branches(starts, energies, chosen), prepared.found, rough)
-
-
-#: Error above which a solve that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
-_FLOOR_SHARE = 0.3
-
-
-def final_code(stage: str, status: dict[str, Any], errors: dict[str, Any]):
-    """The code of a stage once its quadrature errors are known: a solve that stopped at a jump must be well inside the
-    largest error of its order parameters."""
-    names = ("V", "M", "Q") if stage == "pretraining" else ("v", "m", "q", "v_spare", "q_spare")
-    names = [n for n in names if n in errors]
-    allowed = _FLOOR_SHARE * jnp.max(jnp.stack([jnp.asarray(errors[n]) for n in names]))
-    far = (status["code"] == Code.floor) & ~(status["error"] <= allowed)
-    return jnp.where(far, int(Code.stalled), status["code"])
+    if search.alone:
+        order = ft.order_at(fine, best.point.x)
+        _, gap = mean(lora_averages(fine, frozen, order, prepared, best.inner))
+        rough = rough | ~(_replicon(fine, gap) < 1)
+    orders = [ft.order_at(fine, x).along for x in starts.x]
+    m, q = (jnp.stack(v) for v in zip(*((o.overlap, o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
+    branches = Branches(m, q, energies, starts.code, chosen)
+    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), coarse)
 
 
 # ---- error bars ------------------------------------------------------------------------------------------------
 
 
-def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, solved):
-    """Standard error of every prediction, from the spread over replicas: two dictionaries.
+class Bars(NamedTuple):
+    """Standard errors of the predictions of a stage, and how far its solve is off, in those of its order parameters
+    (`FixedPoint.error`; the largest)."""
+
+    errors: dict[str, Any]
+    shift: Any
+
+
+def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, out: Evaluation):
+    """`Bars` of both stages, from the spread over replicas.
 
     Replica r would solve x = F_r(x). One step with the Jacobian of all replicas takes it there to first order,
-    x_r = x + (I - J)^{-1} (F_r(x) - F(x)), and its predictions are evaluated at x_r with its own nodes: no second
-    solve. What its pre-training does to its fine-tuning is carried along.
+    x_r = x + (I - J)^{-1} (F_r(x) - x), and its predictions are evaluated at x_r with its own nodes: no second
+    solve. What its pre-training does to its fine-tuning is carried along. The distance of the mean over replicas from
+    the prediction is added in quadrature: what the solve has left undone, and the bias of so few nodes.
     """
     stop = jax.lax.stop_gradient
-    pre, fine, (of_map, of_lora, found) = stop(pre), stop(fine), stop(solved)
-    prepared = nodes.finetuning._replace(found=found)
-    if nodes.pretraining is None or nodes.pretraining_test is None:
-        order = decode(of_map.point.x)
-        a = map_averages(pre, order, None, None)
-        one = map_predictions(pre, of_map.point.x, a, _map_errors(pre, order, None))
-        map_x = jnp.broadcast_to(of_map.point.x, (numerics.replicas, len(of_map.point.x)))
-        map_values = {k: jnp.broadcast_to(v, (numerics.replicas,)) for k, v in one.items()}
-    else:
-
-        def map_at(steps, n, x, inner):
-            inner = pt.refresh_inner(pre, decode(x), n, inner, steps)
-            return _map_replica(pre, decode(x), n, inner), inner
-
-        def map_image(c):
-            return pt.image_of(pre, c)
-
-        map_x, a = _own_solutions(map_at, map_image, of_map, nodes.pretraining, numerics.replicas)
-        errors = _of_replicas(lambda n, x: _map_errors(pre, decode(x), n), nodes.pretraining_test, map_x)
-        map_values = jax.vmap(lambda x, a, e: map_predictions(pre, x, a, e))(map_x, a, errors)
+    pre, fine, out = stop(pre), stop(fine), stop(out)
+    map_bars, map_x = map_errors(pre, numerics, nodes, out.pretraining, out.solved[0])
+    _, of_lora, found = out.solved
+    levels = ft.order_at(fine, of_lora.point.x).levels
+    prepared = lora_nodes(fine, nodes, of_lora.point.x, found)
 
     def lora_at(steps, n, x, inner, upstream):
-        frozen, order = frozen_at(pre, fine, upstream), decode(x)
+        frozen, order = frozen_at(pre, fine, upstream), ft.order_at(fine, x)
         n = ft.refresh_nodes(fine, frozen, n)
         inner = ft.refresh_inner(fine, frozen, order, n, inner, steps)
-        return _lora_replica(fine, frozen, order, n, inner), inner
+        return _lora_part(fine, frozen, order, n, inner), inner
 
-    def lora_image(c):
-        return ft.order_parameters(fine, c).encode()
+    def lora_image(averages, x):
+        return ft.order_parameters(fine, ft.order_at(fine, x), averages[0]).encode()
 
-    xs, b = _own_solutions(lora_at, lora_image, of_lora, prepared, numerics.replicas, map_x)
+    xs, b = _own_solutions(lora_at, lora_image, of_lora, prepared, numerics.replicas, levels, map_x)
 
     def errors_at(n, x, upstream):
-        return _lora_errors(fine, frozen_at(pre, fine, upstream), decode(x), n)
+        return _lora_errors(fine, frozen_at(pre, fine, upstream), ft.order_at(fine, x), n)
 
     if nodes.finetuning_test is None:
         errors = jax.vmap(lambda x, u: errors_at(None, x, u))(xs, map_x)
     else:
         errors = _of_replicas(errors_at, nodes.finetuning_test, xs, map_x)
-    values = jax.vmap(lambda x, u, b, e: lora_predictions(fine, frozen_at(pre, fine, u), decode(x), b, e))(
-        xs, map_x, b, errors
-    )
-    return _standard_errors(map_values), _standard_errors(values)
+
+    def predictions(x, upstream, b, e):
+        return lora_predictions(fine, frozen_at(pre, fine, upstream), ft.order_at(fine, x), b, e)
+
+    values = jax.vmap(predictions)(xs, map_x, b, errors)
+    return map_bars, _bars(values, out.finetuning, xs, of_lora)
+
+
+def map_errors(pre: Pretraining, numerics: Numerics, nodes: NodeSets, values: dict[str, Any], solved: Solved):
+    """`Bars` of pre-training, and the order parameters (R, n) of every replica."""
+    if nodes.pretraining is None or nodes.pretraining_test is None:
+        xs = jnp.broadcast_to(solved.point.x, (numerics.replicas, len(solved.point.x)))
+        return Bars({k: 0.0 * v for k, v in values.items()}, jnp.zeros(())), xs
+
+    def at(steps, n, x, inner):
+        inner = pt.refresh_inner(pre, decode(x), n, inner, steps)
+        return _map_part(pre, decode(x), n, inner), inner
+
+    def image(averages, x):
+        return pt.image_of(pre, pt.conjugates(pre, decode(x), averages[0]))
+
+    xs, a = _own_solutions(at, image, solved, nodes.pretraining, numerics.replicas, 0)
+    errors = _of_replicas(lambda n, x: _map_errors(pre, decode(x), n), nodes.pretraining_test, xs)
+    return _bars(jax.vmap(lambda x, a, e: map_predictions(pre, x, a, e))(xs, a, errors), values, xs, solved), xs
 
 
 def _of_replicas(f, nodes: Nodes, *of_replica):
@@ -603,14 +725,13 @@ def _of_replicas(f, nodes: Nodes, *of_replica):
     return by_replica(values, len(of_replica[0]))
 
 
-def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, replicas: int, *upstream):
+def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, replicas: int, outer: int, *upstream):
     """Order parameters (R, n) and averages of every replica at its own fixed point, to first order.
 
     `averages_at(steps, part, x, inner, *upstream) -> (averages, inner)`, with some steps of the inner minimisers to
-    where they are at x; `image(conjugates)` is the second half-step. The first pass makes one step with the common
+    where they are at x; `image(averages, x)` makes F(x) of them. The first pass makes one step with the common
     Jacobian (cut to 1), the second evaluates there: one compiled copy serves both.
     """
-    gap = jnp.eye(len(solved.jacobian)) - solved.jacobian
     upstream = for_parts(upstream, nodes)
 
     def one_pass(carry, steps):
@@ -618,15 +739,31 @@ def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, replicas: i
         at = for_parts(xs, nodes)
         averages, inner = over_replicas(lambda *a: averages_at(steps, *a), nodes, at, inner, *upstream)
         averages = by_replica(averages, replicas)
-        shift = jax.vmap(lambda c, x: small_solve(gap, image(c) - x))(averages.conjugates, xs)
+        shift = jax.vmap(lambda a, x: newton_step(solved.jacobian, image(a, x) - x, outer))(averages, xs)
         return (xs + jnp.clip(shift, -1.0, 1.0), inner), (xs, averages)
 
-    start = jnp.broadcast_to(solved.point.x, (replicas, len(gap))), solved.inner
+    start = jnp.broadcast_to(solved.point.x, (replicas, len(solved.jacobian))), solved.inner
     # What pre-training does to the first pass of fine-tuning moves the minimisers there too.
     steps = jnp.array([1 if upstream else 0, 2])
     _, passes = jax.lax.scan(one_pass, start, steps)
     return jax.tree_util.tree_map(lambda v: v[-1], passes)
 
 
-def _standard_errors(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: jnp.std(v, ddof=1) / np.sqrt(v.shape[0]) for k, v in values.items()}
+def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved) -> Bars:
+    def error(v):
+        return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
+
+    errors = {k: jnp.hypot(error(v), jnp.mean(v) - values[k]) for k, v in of_replicas.items()}
+    return Bars(errors, jnp.max(solved.point.error / (error(xs) + 1e-12)))
+
+
+#: Distance from the solution at which one that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
+_FLOOR_SHARE = 0.3
+
+
+def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
+    """The status of a stage once its quadrature errors are known: a solve that stopped at a jump is one if it is well
+    inside the error of every order parameter."""
+    near = bars.shift <= _FLOOR_SHARE
+    code = jnp.where(status["code"] == Code.floor, jnp.where(near, int(Code.ok), int(Code.stalled)), status["code"])
+    return status | {"code": code}
