@@ -8,7 +8,7 @@ the surface where it jumps,
     d E h / d theta = E [dh / d theta] + E [(h_1 - h_2) delta(f_2 - f_1) d(f_2 - f_1) / d theta],
 
 1 and 2 the two lowest wells. `pick` returns h of the lower well and differentiates by this formula, with a narrow
-Gaussian for delta: all derivatives, whatever theta is, then see the jumps.
+kernel for delta: all derivatives, whatever theta is, then see the jumps.
 
 The same two halves as everywhere: `locate` finds (loops, no derivative), `lowest` differentiates (no loops).
 """
@@ -30,7 +30,7 @@ class Wells(NamedTuple):
     flags `two` and `ok` (s N,), the latter whether any descent converged. No derivative.
 
     `anchors` (S, m, N): where descents from many starts have ended at the node itself, the `loss` (S, N) there, and which
-    two of them each sample was `tried` from (2, s N). Where no node should have two wells there is room for one alone,
+    of them each sample was `tried` from (_ANCHORS, s N). Where no node should have two wells there is room for one alone,
     u (1, m, N), and `two` says where that may be wrong.
     """
 
@@ -49,7 +49,7 @@ def nothing(parts: int, unknowns: int, nodes: int, samples: int = 1, alone: bool
     if alone:
         return found
     starts = len(_many_starts(jnp.zeros((unknowns, 1)), jnp.zeros((unknowns, 1))))
-    anchors, tried = jnp.zeros((parts, starts, unknowns, nodes)), jnp.zeros((parts, 2, samples * nodes), int)
+    anchors, tried = jnp.zeros((parts, starts, unknowns, nodes)), jnp.zeros((parts, _ANCHORS, samples * nodes), int)
     return found._replace(anchors=anchors, loss=jnp.zeros((parts, starts, nodes)), tried=tried)
 
 
@@ -115,11 +115,15 @@ def _many_starts(omega, guess):
     return jnp.stack([omega, guess, -guess, *axes])
 
 
+#: Anchors that are tried at a sample.
+_ANCHORS = 3
+
+
 def locate(problem, x, guess, previous: Wells, cold) -> Wells:
     """The two lowest wells at the points x (m, s N), s samples of every node of `problem` (samples first).
 
-    A `cold` search looks for the anchors of every node anew. At a sample it descends from x and from the two anchors, or
-    mirror images of one, that promise to be lowest there. Otherwise both wells are followed from where they were, and
+    A `cold` search looks for the anchors of every node anew. At a sample it descends from x and from the anchors, or
+    mirror images of some, that promise to be lowest there. Otherwise both wells are followed from where they were, and
     anchors are tried where others promise most than did before.
     """
     problem, x, guess = jax.lax.stop_gradient((problem, x, guess))
@@ -147,12 +151,15 @@ def locate(problem, x, guess, previous: Wells, cold) -> Wells:
         index = jnp.argmin(costs, 0)  # (s, N)
         return index.reshape(-1), jnp.moveaxis(jnp.take_along_axis(both, index[:, None], 0), 0, 1)
 
-    one, first = best(costs)
-    away = jnp.max(jnp.abs(both[:, :, None] - first), 1) > 100 * _SAME
-    other, second = best(jnp.where(away, costs, jnp.inf))
-    tried = jnp.stack([one, other])
-    new = cold | ((tried != previous.tried[0]) & (tried != previous.tried[1]))
-    starts = jnp.stack([jnp.where(cold, x, previous.u[0]), previous.u[1], first.reshape(m, -1), second.reshape(m, -1)])
+    tried, places = [], []
+    for _ in range(_ANCHORS):
+        index, place = best(costs)
+        tried.append(index)
+        places.append(place.reshape(m, -1))
+        costs = jnp.where(jnp.max(jnp.abs(both[:, :, None] - place), 1) > 100 * _SAME, costs, jnp.inf)
+    tried = jnp.stack(tried)
+    new = cold | ~jnp.any(tried[:, None] == previous.tried, 1)
+    starts = jnp.stack([jnp.where(cold, x, previous.u[0]), previous.u[1], *places])
     asked = jnp.stack([jnp.ones_like(previous.two), ~cold & previous.two, *new])
     found = descend(tiled(problem, x), starts, asked)
     return found._replace(anchors=anchors, loss=loss, tried=tried)
@@ -192,8 +199,9 @@ def tiled(problem, x):
     return problem._replace(zw=repeat(problem.zw), target=repeat(problem.target), omega=x)
 
 
-#: Width of the kernel that stands for delta, in mean distances between the depths of two wells.
-_WIDTH = 0.25
+#: Width of the kernel that stands for delta, in mean distances between the depths of two wells: a Gaussian times
+#: 1.5 - x^2/2, exact for cubic functions.
+_WIDTH = 0.1
 
 
 class Lowest(NamedTuple):
@@ -234,7 +242,7 @@ def _pick_jvp(primals, tangents):
     gap, width, a, b = primals
     two = jnp.isfinite(gap)
     near = jnp.where(two, gap, 0.0) / width
-    kernel = jnp.where(two, jnp.exp(-(near**2) / 2) / (width * np.sqrt(2 * np.pi)), 0.0)
+    kernel = jnp.where(two, (1.5 - near**2 / 2) * jnp.exp(-(near**2) / 2) / (width * np.sqrt(2 * np.pi)), 0.0)
     change = jnp.where(two, tangents[0], 0.0)
     return _pick(gap, width, a, b), _pick(gap, width, *tangents[2:]) + (a - b) * (kernel * change)
 
