@@ -22,6 +22,7 @@ _HOME = {
     "Solution": "solution", "predict": "solution", "PretrainingSolution": "solution", "pretrain": "solution",
     "explain": "report", "noise_decomposition": "report",
     "weak_recovery_threshold": "stability", "interpolation_threshold": "stability", "branches": "stability",
+    "instability_threshold": "stability",
     "measure_mismatch": "mismatch", "find_mismatch": "mismatch", "Mismatch": "mismatch",
     "sweep": "sweeps", "SweepInterrupted": "sweeps", "SweepIncomplete": "sweeps",
     "gradient": "design", "optimize": "design", "Optimum": "design",

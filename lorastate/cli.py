@@ -64,17 +64,21 @@ class Predict:
             limits = limits.result()
         summary = found.summary()
         summary["bayes_optimal"] = limits.summary() if limits else None
+        broken = summary["symmetry"] == "one-step broken"
+        summary["rs"] = found.rs if broken else None
         if self.json:
             _print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
-        found.require_ok()
-        if not self.json:
+        else:
             _say(_describe(setting))
             for stage in _TITLE:
-                _say(_prediction_table(stage, summary))
+                if summary["status"][stage]["code"] == "ok":
+                    _say(_prediction_table(stage, summary))
+        found.require_ok()
+        if not self.json:
             if limits:
                 _say(_limits_table(limits))
             _say(_status_line(summary["status"]))
-            _say_if_unstable(summary)
+            _say(_symmetry_lines(summary))
             _say(_branch_line(found.branches))
         return 0
 
@@ -794,23 +798,33 @@ def _status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(one(stage) for stage in _TITLE) + "."
 
 
-def _say_if_unstable(summary: Mapping[str, Any]) -> None:
+def _symmetry_lines(summary: Mapping[str, Any]) -> str:
+    """In which phase fine-tuning is, and what to think of pre-training."""
+    lines = []
     for stage, title in _TITLE.items():
         replicon = summary[stage]["replicon"]
         if replicon is not None and replicon >= 1:
             unstable = f"replica symmetry is unstable (replicon {replicon:.3g}, stable below 1)"
-            _say(f"{title}: {unstable}: training may differ from these numbers.")
+            lines.append(f"{title}: {unstable}: training may differ from these numbers.")
+    if summary["rs"]:
+        rs = ", ".join(f"{name} {_number(summary['rs'][name], 4)}" for name in ("test_error", "overlap", "free_energy"))
+        lines.append(
+            "Fine-tuning is a glass: many minima, one-step broken replica symmetry. The numbers are those of the lowest; "
+            f"training from a random start may end higher.\nReplica-symmetric, unstable: {rs}."
+        )
+    else:
+        lines.append(f"Fine-tuning is {summary['symmetry']}.")
+    return "\n".join(lines)
 
 
 def _branch_line(branches: Any) -> str:
     """Both branches of fine-tuning with m and free energy, and which one was taken."""
     from .errors import Code
-    from .order import decode
 
     parts = []
     for k, name in enumerate(("informative", "small")):
-        energy, m = float(branches.free_energy[k]), float(decode(branches.solution.x[k]).along.overlap)
-        code = Code(int(branches.solution.code[k])).name
+        energy, m = float(branches.free_energy[k]), float(branches.overlap[k])
+        code = Code(int(branches.code[k])).name
         mark = " (taken)" if int(branches.chosen) == k else ""
         parts.append(f"{name} start {code}, m {_number(m, 4)}, phi {_number(energy)}{mark}")
     if abs(float(branches.free_energy[0]) - float(branches.free_energy[1])) < 1e-9:

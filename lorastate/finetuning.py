@@ -1,8 +1,8 @@
 """Fine-tuning: state evolution of the LoRA update w in R^{D x r} on the frozen map, in k steps of symmetry breaking.
 
 The minima of L' have norm q = w_a^T w_a/D, overlap m = w_a^T w*/D with the teacher and overlaps p_0 < ... < p_k = q
-with each other; 0 = y_0 < y_1 < ... < y_k. k = 0 is replica symmetry, one minimum up to w -> -w (arXiv:2606.05899). With
-s_i = p'_i - p'_{i-1}, A_k = l' + 2 lam', A_{i-1} = A_i - y_i s_i, y_{k+1} = 0 and, for every direction,
+with each other; 0 = y_0 < y_1 < ... < y_k. k = 0 is replica symmetry, one minimum up to w -> -w (arXiv:2606.05899).
+With s_i = p'_i - p'_{i-1}, A_k = l' + 2 lam', A_{i-1} = A_i - y_i s_i, y_{k+1} = 0 and, for every direction,
 
     phi = [ q' v + sum_i (y_i - y_{i+1}) p'_i p_i + 2 m' m - l' q ]/2 + alpha' c
           + sum_{i>=1} log(A_{i-1}/A_i)/(2 y_i) - (m'^2 q0 + p'_0)/(2 A_0)
@@ -10,7 +10,7 @@ s_i = p'_i - p'_{i-1}, A_k = l' + 2 lam', A_{i-1} = A_i - y_i s_i, y_{k+1} = 0 a
     c = E f_0(omega),   f_{i-1}(x) = -(1/y_i) log E_z exp(-y_i f_i(x + sqrt(p_i - p_{i-1}) z))
     f_k(x) = min_chi [ ||sigma(Z_W + chi chi^T) - sigma(Y0 + chi* chi*^T)||_F^2 + Tr d v^-1 d^T / 2 ],   d = chi - x
 
-Stationarity. With g = df_k/dx = (x - chi)/v, <.>_i the average over z_i weighted by exp(-y_i f_i), and g_i = <g>_{i+1..k},
+Stationarity. With g = df_k/dx = (x - chi)/v, <.>_i the average over z_i weighted by exp(-y_i f_i), g_i = <g>_{i+1..k},
 
     q' = p'_k     p'_i = alpha' E |g_i|^2     m' = -alpha' dc/dm     l' = alpha' E <div g>
     v = 1/A_k     m = m' q0/A_0     p_0 = (m'^2 q0 + p'_0)/A_0^2     p_i = p_{i-1} + s_i/(A_i A_{i-1})     dphi/dy_i = 0
@@ -151,7 +151,8 @@ def draws(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Draws:
     teacher = jnp.sqrt(TEACHER_SIZE) * x[:begin]
     parts = [(teacher, x[begin:end], share * nodes.weight) for share in shares]
     inner = tuple(jnp.concatenate([z] * len(shares), -1) for z in nodes.inner)
-    return Draws(Fields(y0, fine.scale(frozen) * zw), *(jnp.concatenate(p, -1) for p in zip(*parts, strict=True)), inner)
+    teacher, noise, weight = (jnp.concatenate(p, -1) for p in zip(*parts, strict=True))
+    return Draws(Fields(y0, fine.scale(frozen) * zw), teacher, noise, weight, inner)
 
 
 def label(fine: Finetuning, d: Draws):
@@ -166,7 +167,7 @@ def student(order: Order, d: Draws):
 
 
 def samples(order: Order, d: Draws):
-    """x = omega + sum_i spread_i z_i, (r T, s_k ... s_1 N): the nodes last, before them the samples of the first level."""
+    """x = omega + sum_i spread_i z_i, (r T, s_k ... s_1 N): nodes last, before them the samples of the first level."""
     rows = len(d.noise)
     x = student(order, d)
     for spread, z in zip(order.spread, d.inner, strict=False):
@@ -210,7 +211,7 @@ def averages(fine: Finetuning, order: Order, d: Draws, found: Wells) -> Averages
     kinds = _kinds(fine, rows, len(d.teacher))
     problem = sampled_problem(fine, order, d)
     low = wells.lowest(problem, found)
-    shape = tuple(z.shape[1] for z in reversed(d.inner[:k])) + (n,)
+    shape = (*(z.shape[1] for z in reversed(d.inner[:k])), n)
 
     def lower(h):
         return low.pick([h((problem.omega - u) / problem.v) for u in low.u]).reshape(-1, *shape)
@@ -224,8 +225,8 @@ def averages(fine: Finetuning, order: Order, d: Draws, found: Wells) -> Averages
         known = [g, two, f[None], jnp.tensordot(kinds, g * z, 1), *squares, *pulls, *gains]
         free, (g, two, mean_f, pull, *rest), square = _level(y, kinds, f, known)
         done = len(squares)
-        squares, pulls, gains = [*rest[:done], square], [*rest[done : 2 * done - 1], pull], [*rest[2 * done - 1 :], mean_f - free]
-        f = free
+        squares, pulls = [*rest[:done], square], [*rest[done : 2 * done - 1], pull]
+        gains, f = [*rest[2 * done - 1 :], mean_f - free], free
 
     def mean(a):
         return jnp.sum(d.weight * a, -1)
@@ -275,8 +276,9 @@ def _level(y, kinds, f, known):
 
 
 def _divergence(order: Order, squares, pulls):
-    """E <div g>, from E g_i . z_i = s_i (E <div g> - R_i), R_i = y_i N_i + sum_{j>i} y_j (N_j - N_{j-1}), N_i = E |g_i|^2,
-    of every level i (s_0 the noise, z_0 = g of omega, y_0 = 0): together they weigh as their parts of x do."""
+    """E <div g>, from E g_i . z_i = s_i (E <div g> - R_i) of every level i, where N_i = E |g_i|^2 and
+    R_i = y_i N_i + sum_{j>i} y_j (N_j - N_{j-1}) (s_0 the noise, z_0 the g of omega, y_0 = 0): together they weigh as
+    their parts of x do."""
     sizes = [jnp.atleast_1d(s) for s in (order.noise, *order.spread)]
     y = (0.0, *order.breaking)
     total, weight = 0.0, 0.0
@@ -331,7 +333,7 @@ def energy_slopes(fine: Finetuning, order: Order, a: Averages) -> tuple:
     return tuple(p + fine.alpha * k / y for p, k, y in zip(prior, a.gains, order.breaking, strict=True))
 
 
-#: Largest y times the standard deviation of f over the samples of its level: beyond, a few minima would carry all weight.
+#: Largest y times the standard deviation of f over the samples: beyond, a few minima would carry all weight.
 _DEEPEST = 2.0
 
 
@@ -475,9 +477,18 @@ def broken_start(fine: Finetuning, x, informative: bool = True):
 
 def pushed(fine: Finetuning, x):
     """The same response and norms with half of the largest overlap."""
+    return _with_overlap(fine, x, 0.5)
+
+
+def without_overlap(fine: Finetuning, x):
+    """The same response and norms with no overlap, which the iteration keeps."""
+    return _with_overlap(fine, x, 0.0)
+
+
+def _with_overlap(fine: Finetuning, x, share: float):
     order = order_at(fine, x)
     p = order.norms(TEACHER_SIZE)[0]
-    m = 0.5 * jnp.sqrt(_along(p) * TEACHER_SIZE)
+    m = share * jnp.sqrt(_along(p) * TEACHER_SIZE)
     return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE)).encode()
 
 

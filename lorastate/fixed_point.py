@@ -342,7 +342,7 @@ def _attach_jvp(step, outer, primals, tangents):
 
 
 def implicit(jac, change, outer: int = 0):
-    """(I - J)^{-1} change, (n,) or (n, k). A maximum (see `Map.outer`) that is too flat to be placed stays where it is."""
+    """(I - J)^{-1} change, (n,) or (n, k). A maximum (see `Map.outer`) too flat to be placed stays where it is."""
     if not outer:
         return small_solve(jnp.eye(len(jac), dtype=jac.dtype) - jac, change)
     m = len(jac) - outer

@@ -18,6 +18,7 @@ from . import finetuning as ft
 from . import prox
 from .channel import Fresh, Reused, standard_fields
 from .errors import SettingError
+from .order import Order, matched
 from .quadrature import Nodes
 from .setting import Finetuning
 from .solution import Solution
@@ -67,19 +68,38 @@ def sample_finetuning(solution: Solution, inputs: str = "test", samples: int = 1
             recalibration=b, rank=fine.rank, teacher_rank=fine.teacher_rank,
         )  # fmt: skip
         x = _normal(key, ft.node_dimension(clean), samples)
-        d = ft.draws(clean, frozen, Nodes(x, jnp.full(samples, 1 / samples), jnp.ones(samples)))
-        return {"chi_star": d.teacher, "chi": ft.student(order, d), "Y0": d.fields.y0, "Z_W": d.fields.zw}
+        d = ft.draws(clean, frozen, Nodes(x, jnp.full(samples, 1 / samples)))
+        return {"chi_star": d.teacher, "chi": ft.student(order.merged, d), "Y0": d.fields.y0, "Z_W": d.fields.zw}
     half = -(-samples // 2)
     x = np.array(_normal(key, ft.node_dimension(fine), half))
     flip = np.ones((len(x), 1))
     flip[slice(*ft.mirrored(fine))] = -1.0
     x = np.concatenate([x, flip * x], 1)
-    nodes = Nodes(jnp.asarray(x), jnp.full(2 * half, 0.5 / half), jnp.repeat(jnp.array([1.0, -1.0]), half))
+    nodes = Nodes(jnp.asarray(x), jnp.full(2 * half, 0.5 / half))
     d = ft.draws(fine, frozen, ft.refresh_nodes(fine, frozen, nodes))
-    problem, omega = ft.inner_problem(fine, order, d), ft.student(order, d)
-    axes = [s * 2.0 * jax.nn.one_hot(k, t)[:, None] * jnp.ones_like(omega) for k in range(t) for s in (1, -1)]
-    chi = jax.jit(prox.locate_lowest)(problem, [omega, d.teacher, -d.teacher, *axes])
+    chi = _in_a_minimum(fine, order, d, jax.random.fold_in(key, 1))
     return {"chi_star": d.teacher, "chi": chi, "Y0": d.fields.y0, "Z_W": d.fields.zw, "weight": d.weight}
+
+
+#: Minima that are looked at for a sample where symmetry is broken.
+_MINIMA = 32
+
+
+def _in_a_minimum(fine: Finetuning, order: Order, d: ft.Draws, key):
+    """chi (r T, N) at the draws, in one minimum: where symmetry is broken one of several, drawn with its weight
+    exp(-y f)."""
+    many, n = _MINIMA if order.levels else 1, d.weight.shape[-1]
+    z = _normal(key, len(d.noise) * many, n).reshape(len(d.noise), many, n)
+    d = d._replace(inner=(z,) * order.levels)
+    problem = ft.sampled_problem(fine, order, d)
+    guess = jnp.tile(matched(d.teacher, len(d.noise)), (1, many))
+    axes = [s * 2.0 * e[:, None] * jnp.ones_like(guess) for e in jnp.eye(len(guess)) for s in (1, -1)]
+    chi = jax.jit(prox.locate_lowest)(problem, [problem.omega, guess, -guess, *axes])
+    if not order.levels:
+        return chi
+    depth = problem.terms(chi)[0].reshape(many, n)
+    index = jax.random.categorical(jax.random.fold_in(key, 1), -order.breaking[0] * depth, axis=0)
+    return jnp.take_along_axis(chi.reshape(-1, many, n), index[None, None], 1)[:, 0]
 
 
 def gaussian_density(x, variance):

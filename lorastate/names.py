@@ -23,8 +23,10 @@ MEANING: dict[str, dict[str, str]] = {
     "finetuning": {
         "v": "response of the update",
         "m": "w.w*/D, overlap with the teacher",
+        "p": "w_a.w_b/D, overlap between two minima (q where there is one)",
         "q": "|w|^2/D, size of the update",
         "v_spare": "response of directions that the teacher has not",
+        "p_spare": "overlap between two minima in directions that the teacher has not",
         "q_spare": "size of directions that the teacher has not",
         "overlap": "o_w = m/sqrt(q), cosine of student and teacher",
         "train_loss": "loss per D, penalty included",
@@ -34,7 +36,9 @@ MEANING: dict[str, dict[str, str]] = {
         "effective_noise": "Delta_eff, label noise that the frozen map leaves",
         "recalibration": "b, factor on the frozen map",
         "free_energy": "decides between branches",
-        "replicon": "replica symmetry is stable below one",
+        "replicon": "replica symmetry is stable below one (undefined where minima jump)",
         "double_well_share": "share of nodes with two wells",
+        "breaking": "y, breaking parameter (undefined in the replica-symmetric phase)",
+        "complexity": "log of the number of minima per D: zero at the right y",
     },
 }

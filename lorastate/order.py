@@ -61,7 +61,8 @@ class Order(NamedTuple):
         """The numbers of the directions along the teacher's."""
         if jnp.ndim(self.response) == 0:
             return self
-        return Order(*(v[0] for v in self[:3]), tuple(s[0] for s in self.spread), self.breaking)
+        v, m, noise = (a[0] for a in (self.response, self.overlap, self.noise))
+        return Order(v, m, noise, tuple(s[0] for s in self.spread), self.breaking)
 
     @property
     def merged(self) -> Order:

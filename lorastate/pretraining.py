@@ -79,8 +79,8 @@ def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, found: Wells, st
 
 
 class Averages(NamedTuple):
-    """What the equations need of the nodes (one part, or a mean). With h = (Omega - Z)/(2 V), the derivative of the inner
-    minimum in Omega: C; E h . Y; E <div h> / 2, from h . g; E |h|^2; share of nodes with two wells."""
+    """What the equations need of the nodes (one part, or a mean). With h = (Omega - Z)/(2 V), the derivative of the
+    inner minimum in Omega: C; E h . Y; E h . G / noise; E |h|^2; share of nodes with two wells."""
 
     potential: Any
     teacher: Any
@@ -99,7 +99,8 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
         n, scale = t * (t + 1), t * t + 4 * order.response
         gap = size - 2 * order.overlap + order.norm(size)
         # h = 2 (Omega - Y)/(T^2 + 4 V); E (Omega - Y) . Y = n (M - size) and E |Omega - Y|^2 = n Delta_0.
-        return Averages(n * gap / scale, 2 * n * (order.overlap - size) / scale, 2 * n / scale, 4 * n * gap / scale**2, 0.0)
+        teacher = 2 * n * (order.overlap - size) / scale
+        return Averages(n * gap / scale, teacher, 2 * n / scale, 4 * n * gap / scale**2, 0.0)
     one, two = standard_fields(nodes.normal, pre.tokens, pre.activation.forgets_shift)
     problem = inner_problem(pre, order, nodes)
     low = wells.lowest(problem, found)

@@ -24,9 +24,9 @@ class Nodes(NamedTuple):
     the weighted sum in each.
 
     A part is a replica, whose weights sum to one, or a share of its nodes, all of the same size. The second half of
-    each part may mirror the first in some coordinates. `found` (R, ..., n/2): what has been searched for at the nodes of
-    the first half, if anything. `inner`: one array (R, d, s, n) for each level of nested expectations, s samples of it
-    at every node (see `nested`). Without the leading axis the same names describe one part.
+    each part may mirror the first in some coordinates. `found` (R, ..., n/2): what has been searched for at the nodes
+    of the first half, if anything. `inner`: one array (R, d, s, n) for each level of nested expectations, s samples of
+    it at every node (see `nested_nodes`). Without the leading axis the same names describe one part.
     """
 
     normal: Any

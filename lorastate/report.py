@@ -126,6 +126,7 @@ def explain(setting: Setting, progress: bool = False) -> dict[str, Any]:
         "bayes_optimal": limits.summary() if limits else None,
         "stability": {
             "replicon": {s: predictions[s]["replicon"] for s in ("pretraining", "finetuning")},
+            "symmetry": predictions["symmetry"],
             **thresholds,
             "branches": {"m": pair.m, "free_energy": pair.free_energy, "distinct": pair.distinct},
         },
@@ -179,8 +180,8 @@ def page(facts: dict[str, Any]) -> str:
     lines += [
         "",
         "Stability and thresholds",
-        f"  replicon (stable below 1): pre-training {show(s['replicon']['pretraining'])}, "
-        f"fine-tuning {show(s['replicon']['finetuning'])}",
+        f"  replicon of pre-training (stable below 1): {show(s['replicon']['pretraining'])}",
+        *_phase(facts["predictions"]),
         f"  pre-training interpolates (lambda -> 0) below alpha = {show(s['interpolation_threshold'])}; "
         f"here {alpha['pretraining']:g}",
         f"  m = 0 is unstable from alpha' = {show(s['weak_recovery_threshold'])} "
@@ -198,6 +199,18 @@ def _verdict(ridges: dict[str, float | None]) -> str:
     if spread < 1.1:
         return "They agree within 10 %: minimising Delta_eff is the right prescription here."
     return f"They differ by up to a factor {spread:.2g}: minimising Delta_eff is not all that counts here."
+
+
+def _phase(predictions: dict[str, Any]) -> list[str]:
+    """What the phase of fine-tuning means for whoever trains."""
+    f = predictions["finetuning"]
+    if predictions["symmetry"] == "replica symmetric":
+        return [f"  fine-tuning is replica symmetric (replicon {f['replicon']:.3g}): training finds one minimum"]
+    return [
+        f"  fine-tuning is a glass (one-step broken): many minima, whose overlap is p/q = {f['p'] / f['q']:.3g};",
+        "  the numbers are those of the lowest. One run of training ends in some minimum: try several starts, and",
+        "  compare their losses (`lorastate simulate --stage finetuning` shows what random starts find)",
+    ]
 
 
 def _branches(branches: dict[str, Any]) -> str:

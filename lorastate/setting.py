@@ -336,9 +336,13 @@ class Numerics(eqx.Module):
     @property
     def without_seed(self) -> Numerics:
         """The same with seed 0: once the nodes are drawn, the seed must not cause another compilation."""
-        return Numerics(
-            self.nodes, self.finetuning_nodes, self.replicas, 0, self.tolerance, self.max_steps, self.samples, self.symmetry
-        )
+        return self.changed(seed=0)
+
+    def changed(self, **fields: Any) -> Numerics:
+        """The same with some fields changed."""
+        names = ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps", "samples", "symmetry")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names} | fields
+        return Numerics(**given)
 
 
 class Setting(eqx.Module):

@@ -24,7 +24,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "pretraining": ("activation", "beta", "tokens", "alpha", "kappa0", "kappa", "delta", "lam"),
     "finetuning": ("alpha", "lam", "rank", "teacher_rank", "delta", "activation", "beta", "tokens", "inputs",
                    "label_noise", "reused_fraction", "rho", "pool", "score", "recalibration"),
-    "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps"),
+    "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps", "samples", "symmetry"),
     "pretraining.task": ("a", "c", "kappa_perp"),
     "pretraining.base": ("law", *dict.fromkeys(key for keys in BASE_KEYS.values() for key in keys)),
 }  # fmt: skip

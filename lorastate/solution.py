@@ -189,6 +189,23 @@ class Solution(eqx.Module):
         """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps) (with a task: of S_pre): atom, density."""
         return _spectrum(self.setting.pretraining, self.pretraining)
 
+    @property
+    def symmetry(self) -> str:
+        """Phase of fine-tuning: "replica symmetric" (one minimum, up to w -> -w) or "one-step broken" (many, whose
+        overlap is p < q). Decided by the theory: symmetric where all nodes but a few have one well and `replicon` < 1.
+        """
+        return "one-step broken" if bool(self.finetuning["broken"]) else "replica symmetric"
+
+    @functools.cached_property
+    def rs(self) -> dict[str, Any]:
+        """E', o_w and phi of the replica-symmetric solution, and its code, for comparison where symmetry is broken and
+        it is unstable. The numbers are None where that solve failed, which is no failure of the theory."""
+        asked = self.setting.numerics.changed(symmetry="rs")
+        found = predict(Setting(self.setting.pretraining, self.setting.finetuning, asked), throw=False)
+        names = ("test_error", "overlap", "free_energy")
+        values = {n: _plain(found.finetuning[n]) if found.ok else None for n in names}
+        return {**values, "code": found.code("finetuning").name}
+
     @functools.cached_property
     def bayes_optimal(self) -> BayesLimits:
         """The best that any estimator can do with the same data, on fresh inputs: E_BO, E'_BO and the overlaps."""
@@ -220,13 +237,18 @@ class Solution(eqx.Module):
                 raise SolveError(stage, code, detail)
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined."""
+        """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined, and of a
+        stage that failed."""
         values = {"pretraining": self.pretraining, "finetuning": self.finetuning}
+        good = {s: self.code(s) is Code.ok for s in values}
         names = {s: [n for n in some if n in values[s]] for s, some in _SUMMARY.items()}
-        out: dict[str, Any] = {s: {n: _plain(values[s][n]) for n in some} for s, some in names.items()}
-        out["quadrature_error"] = {
-            s: {n: _plain(self.errors[s].get(n, 0.0)) for n in some} for s, some in names.items()
+        out: dict[str, Any] = {
+            s: {n: _plain(values[s][n]) if good[s] else None for n in some} for s, some in names.items()
         }
+        out["quadrature_error"] = {
+            s: {n: _plain(self.errors[s][n]) if good[s] else None for n in some} for s, some in names.items()
+        }
+        out["symmetry"] = self.symmetry if good["finetuning"] else None
         out["status"] = {
             s: {
                 "code": self.code(s).name,

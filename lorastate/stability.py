@@ -21,7 +21,7 @@ from .bayes import bayes_optimal_pretraining, root_between
 from .bayes import weak_recovery_threshold as bayes_threshold
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, Stage, iterate
-from .order import Order, decode, from_norm
+from .order import Order, from_norm
 from .program import Program
 from .quadrature import Slots
 from .setting import Pretraining, Setting
@@ -53,36 +53,40 @@ def interpolation_threshold(pre: Pretraining) -> float:
     return float(slope(d)) / (2 * float(d) * n_eff)
 
 
-def _at_rest(fine, frozen, numerics, nodes):
+def _at_rest(fine, frozen, numerics, nodes, levels: int):
     """The fixed point with m = 0, and d m_out / d m there."""
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
     nodes = ft.prepare(fine, frozen, nodes)
-    method = Method(tolerance=1e-7, max_steps=numerics.max_steps, floor=5e-3, require_stable=False)
+    method = Method(tolerance=1e-5 if levels else 1e-7, max_steps=numerics.max_steps, floor=5e-3, require_stable=False)
     start = ft.start_at_rest(fine)
-    stage, n = Stage.of(method, len(nodes.weight)), len(start)
-    memory = Slots.of(ft.no_memory(fine, nodes))
-    point, jacobian, _ = iterate(
-        ft.state_evolution(fine, frozen, nodes), stage, False, start, jnp.zeros((n, n)), memory
-    )
-    return point, jacobian[n // 2, n // 2]
+    start = ft.without_overlap(fine, ft.broken_start(fine, start)) if levels else start
+    stage = Stage.of(method, len(nodes.weight))._replace(hold=True)
+    memory, n = Slots.of(ft.no_memory(fine, nodes, levels)), len(start)
+    fmap = ft.state_evolution(fine, frozen, nodes, levels)
+    point, jacobian, _ = iterate(fmap, stage, False, start, jnp.zeros((n, n)), memory)
+    place = 1 + ft.spare(fine)  # of m among the coordinates
+    return point, jacobian[place, place]
 
 
 _solve_at_rest = Program(_at_rest, quick=True)
 
 
 def recovery_slope(setting: Setting, solution: Solution | None = None) -> float:
-    """d m_out / d m at the fixed point m = 0: above one w* is found from any start, below one m = 0 is stable."""
+    """d m_out / d m at the fixed point m = 0: above one w* is found from any start, below one m = 0 is stable.
+
+    With one step of symmetry breaking where the setting, or `numerics.symmetry`, needs it; y is held there.
+    """
     fine = setting.finetuning_resolved
     first = solution or predict(setting, throw=False)
-    point, slope = _solve_at_rest(fine, frozen_map(first, setting), *_numerics(setting))
+    nodes = theory.node_sets(setting.pretraining, fine, setting.numerics)
+    levels = int(setting.numerics.symmetry == "1rsb" or bool(first.finetuning["broken"]))
+    if levels:
+        nodes = theory.with_broken(nodes, fine, setting.numerics)
+    given = fine, frozen_map(first, setting), setting.numerics.without_seed
+    point, slope = _solve_at_rest(*given, nodes.broken if levels else nodes.finetuning, levels)
     if not bool(succeeded(point.code)):
         raise SolveError("finetuning at m = 0", Code(int(point.code)), f"alpha = {float(fine.alpha):g}")
     return float(slope)
-
-
-def _numerics(setting: Setting):
-    nodes = theory.node_sets(setting.pretraining, setting.finetuning_resolved, setting.numerics).finetuning
-    return setting.numerics.without_seed, nodes
 
 
 def order_of(solution: Solution, stage: str) -> Order:
@@ -141,6 +145,30 @@ def bayes_recovery_threshold(setting: Setting) -> float:
     return bayes_threshold(fine, float(fine.delta / 2 + pre.downstream_Q0 - bayes_optimal_pretraining(pre).Q_down))
 
 
+def instability_threshold(setting: Setting, path: str, low: float, high: float, rtol: float = 1e-3) -> float:
+    """Where along the field `path`, between `low` and `high`, replica symmetry of fine-tuning breaks: the line of de
+    Almeida and Thouless, or that on which minimisers begin to jump.
+
+    Bisection (of the logarithm) on the phase of the theory. Raises `SettingError` unless the two ends are in different
+    phases, and `SolveError` where a solve fails.
+    """
+
+    def broken(value: float) -> bool:
+        return predict(replace(setting, path, value)).symmetry == "one-step broken"
+
+    if not 0 < low < high:
+        raise SettingError(f"low = {low!r}, high = {high!r} are no range; allowed: 0 < low < high")
+    first = broken(low)
+    if first == broken(high):
+        phase = "one-step broken" if first else "replica symmetric"
+        raise SettingError(f"{path} = {low:g} and {high:g} are both {phase}; allowed: a range across the line")
+    a, b = np.log(low), np.log(high)
+    while b - a > rtol:
+        middle = (a + b) / 2
+        a, b = (middle, b) if broken(float(np.exp(middle))) == first else (a, middle)
+    return float(np.exp((a + b) / 2))
+
+
 class BranchPair(NamedTuple):
     """Both branches of fine-tuning: m, q, free energy and code of the informative and the small start."""
 
@@ -154,10 +182,8 @@ class BranchPair(NamedTuple):
 def branches(solution: Solution) -> BranchPair:
     """Both branches of a solution; they are distinct where the two starts lead to different solutions."""
     b = solution.branches
-    orders = [decode(b.solution.x[k]).along for k in (0, 1)]
-    m, q = ([float(v) for v in row] for row in zip(*((o.overlap, o.norm(1.0)) for o in orders), strict=True))
-    energy = [float(e) for e in b.free_energy]
-    codes = [Code(int(c)) for c in b.solution.code]
+    m, q, energy = ([float(v) for v in row] for row in (b.overlap, b.norm, b.free_energy))
+    codes = [Code(int(c)) for c in b.code]
     return BranchPair(_pair(m), _pair(q), _pair(energy), _pair(codes), abs(abs(m[0]) - abs(m[1])) > 1e-3)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
-from . import design, theory, wells
+from . import design, theory
 from ._version import __version__
 from .errors import Code, SettingError, require_float64, succeeded
 from .names import MEANING
@@ -148,7 +148,7 @@ def _sharded(f, mesh: Mesh):
     return jax.shard_map(many, mesh=mesh, in_specs=(lane, every), out_specs=lane, check_vma=False)
 
 
-# Three programs, as in `solution`: the compiler's time and memory grow faster than a program's size.
+# Several programs, as in `solution`: the compiler's time and memory grow faster than a program's size.
 
 
 def _pretrain(mesh, numerics, rest, params, nodes):
@@ -159,34 +159,40 @@ def _pretrain(mesh, numerics, rest, params, nodes):
     return _sharded(one, mesh)((params,), (nodes,))
 
 
-def _finetune(mesh, numerics, split, rest, params, nodes, first):
+def _symmetric(mesh, numerics, alone, rest, params, nodes, first):
     def one(params, first, nodes):
         pre, fine = eqx.combine(params, rest)
-        return theory.solve_finetuning(pre, fine, first, numerics, nodes, split)
+        return theory.solve_symmetric(pre, fine, first, numerics, nodes, alone)
 
     return _sharded(one, mesh)((params, first), (nodes.finetuning,))
 
 
+def _broken(mesh, numerics, rest, params, nodes, first, coarse):
+    def one(params, first, coarse, nodes):
+        pre, fine = eqx.combine(params, rest)
+        return theory.solve_broken(pre, fine, first, numerics, nodes, coarse)
+
+    return _sharded(one, mesh)((params, first, coarse), (nodes.broken,))
+
+
 _pretrainings = Program(_pretrain, quick=True), Program(_pretrain)
-_finetunings = Program(_finetune, quick=True), Program(_finetune)
+_symmetrics = Program(_symmetric, quick=True), Program(_symmetric)
+_brokens = Program(_broken, quick=True), Program(_broken)
 
 
 def _describe(mesh, numerics, rest, params, nodes, first, second):
     def one(params, first, second, nodes):
         pre, fine = eqx.combine(params, rest)
         out = theory.describe_finetuning(pre, fine, nodes, first, second)
-        errors = theory.quadrature_errors(pre, fine, numerics, nodes, out.solved)
+        bars = theory.quadrature_errors(pre, fine, numerics, nodes, out)
         row = {}
-        stages = zip(_STAGES, (out.pretraining, out.finetuning), errors, strict=True)
-        for stage, values, bars in stages:
-            status = out.status[stage]
-            code = theory.final_code(stage, status, bars)
-            good = succeeded(code)
+        for stage, values, bar in zip(_STAGES, (out.pretraining, out.finetuning), bars, strict=True):
+            status = theory.final_status(out.status[stage], bar)
+            good = succeeded(status["code"])
             for name, value in values.items():
                 row[f"{stage}.{name}"] = jnp.where(good, value, jnp.nan)
-                row[f"{stage}.{name}_stderr"] = jnp.where(good, bars.get(name, jnp.zeros(())), jnp.nan)
-            row[f"{stage}.code"] = 1.0 * code
-            row |= {f"{stage}.{k}": 1.0 * status[k] for k in ("residual", "rate", "steps")}
+                row[f"{stage}.{name}_stderr"] = jnp.where(good, bar.errors[name], jnp.nan)
+            row |= {f"{stage}.{k}": 1.0 * status[k] for k in ("code", "residual", "rate", "steps")}
         return row
 
     return _sharded(one, mesh)((params, first, second), (nodes,))
@@ -207,48 +213,83 @@ def _slopes(mesh, objective, rest, params, nodes, first, second):
 def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: int) -> list[dict[str, float]]:
     """Rows of a chunk of settings of one kind, padded to the number of lanes that the program was compiled for.
 
-    As `solution.solve` does: the search for smooth nodes first, and the other one where that will not do.
+    As `solution.solve` does: the replica-symmetric search first, and another where that will not do.
     """
-    split = not wells.splits(settings[0].finetuning.rank)
-    rows, rough = _rows(settings, objective, mesh, lanes, split)
-    again = [k for k, flag in enumerate(rough) if flag]
+    plain = [design.with_best_scale(s) if design.searches_scale(s) else s for s in settings]
+    chunk = _Chunk(plain, mesh, lanes)
+    symmetry = chunk.numerics.symmetry
+    first, second = chunk.first(), None
+    second = chunk.symmetric(first, True)
+    if symmetry == "rs":
+        other = chunk.wells(second)
+    elif symmetry == "1rsb":
+        other = [True] * len(plain)
+    else:
+        other = jax.device_get(second.rough)[: len(plain)].tolist()
+    again = [k for k, flag in enumerate(other) if flag]
+    rows = [{} for _ in plain] if len(again) == len(plain) else chunk.rows(first, second, objective)
     if again:
-        new, _ = _rows([settings[k] for k in again], objective, mesh, lanes, True)
-        for k, row in zip(again, new, strict=True):
+        chunk = _Chunk([plain[k] for k in again], mesh, lanes, broken=symmetry != "rs")
+        first, coarse = chunk.take(again, (first, second.coarse))
+        found = chunk.symmetric(first, False) if symmetry == "rs" else chunk.broken(first, coarse)
+        for k, row in zip(again, chunk.rows(first, found, objective), strict=True):
             rows[k] = row
     return rows
 
 
-def _rows(
-    settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: int, split: bool
-) -> tuple[list[dict[str, float]], list[bool]]:
-    """Rows of a chunk, and which of them have to be searched with split nodes."""
-    plain = [design.with_best_scale(s) if design.searches_scale(s) else s for s in settings]
-    stages = [eqx.partition((s.pretraining, s.finetuning_resolved), eqx.is_array) for s in plain]
-    stages += [stages[-1]] * (lanes - len(stages))
-    params = jax.tree_util.tree_map(lambda *a: np.stack(a), *(p for p, _ in stages))
-    rest = stages[0][1]
-    numerics = plain[0].numerics
-    nodes = theory.node_sets(plain[0].pretraining, plain[0].finetuning_resolved, numerics)
-    numerics = numerics.without_seed
-    first = by_work(_pretrainings, 4 * numerics.nodes, _SOLVES)(mesh, numerics, rest, params, nodes)
-    search = by_work(_finetunings, numerics.finetuning_nodes, _SOLVES)
-    second = search(mesh, numerics, split, rest, params, nodes, first)
-    rough = jax.device_get(second.rough)[: len(settings)].tolist()
-    if all(rough):
-        return [{} for _ in settings], rough
-    describe = by_work(_descriptions, numerics.finetuning_nodes, _SOLVES)
-    table = jax.device_get(describe(mesh, numerics, rest, params, nodes, first, second))
-    rows = [{name: float(column[k]) for name, column in table.items()} for k in range(len(settings))]
-    if objective is not None:
-        slopes = jax.device_get(_slopes(mesh, objective, rest, params, nodes, first, second))
+class _Chunk:
+    """Settings of one kind, stacked, and the programs that they go through together."""
+
+    def __init__(self, settings: Sequence[Setting], mesh: Mesh, lanes: int, broken: bool = False):
+        self.settings, self.mesh, self.lanes = settings, mesh, lanes
+        stages = [eqx.partition((s.pretraining, s.finetuning_resolved), eqx.is_array) for s in settings]
+        stages += [stages[-1]] * (lanes - len(stages))
+        self.params = jax.tree_util.tree_map(lambda *a: np.stack(a), *(p for p, _ in stages))
+        self.rest = stages[0][1]
+        pre, fine, numerics = settings[0].pretraining, settings[0].finetuning_resolved, settings[0].numerics
+        self.nodes = theory.node_sets(pre, fine, numerics)
+        if broken:
+            self.nodes = theory.with_broken(self.nodes, fine, numerics)
+        self.numerics = numerics.without_seed
+
+    def take(self, index: Sequence[int], tree):
+        """Lanes of what another chunk has found, padded."""
+        padded = np.array([*index, *[index[-1]] * (self.lanes - len(index))])
+        return jax.tree_util.tree_map(lambda a: np.asarray(a)[padded], jax.device_get(tree))
+
+    def first(self):
+        program = by_work(_pretrainings, 4 * self.numerics.nodes, _SOLVES)
+        return program(self.mesh, self.numerics, self.rest, self.params, self.nodes)
+
+    def symmetric(self, first, alone: bool):
+        program = by_work(_symmetrics, self.numerics.finetuning_nodes, _SOLVES)
+        return program(self.mesh, self.numerics, alone, self.rest, self.params, self.nodes, first)
+
+    def broken(self, first, coarse):
+        program = by_work(_brokens, self.numerics.finetuning_nodes * self.numerics.samples // 4, _SOLVES)
+        return program(self.mesh, self.numerics, self.rest, self.params, self.nodes, first, coarse)
+
+    def wells(self, second) -> list[bool]:
+        """Which lanes have nodes with two wells, or are not solved."""
+        two = jnp.any(second.solved.inner.two, (1, 2)) | ~succeeded(second.solved.point.code)
+        return jax.device_get(two)[: len(self.settings)].tolist()
+
+    def rows(self, first, second, objective: str | None) -> list[dict[str, float]]:
+        """Every prediction of every setting, and the slopes of the objective."""
+        given = self.rest, self.params, self.nodes, first, second
+        describe = by_work(_descriptions, self.numerics.finetuning_nodes, _SOLVES)
+        table = jax.device_get(describe(self.mesh, self.numerics, *given))
+        rows = [{name: float(column[k]) for name, column in table.items()} for k in range(len(self.settings))]
+        if objective is None:
+            return rows
+        slopes = jax.device_get(_slopes(self.mesh, objective, *given))
         for k, row in enumerate(rows):
             lane = jax.tree_util.tree_map(lambda a, k=k: a[k], slopes)
             failed = not all(succeeded(int(row[f"{s}.code"])) for s in _STAGES)
             sign = -1.0 if objective == "overlap" else 1.0
-            for path, slope in design.total_slopes(plain[k], lane).items():
+            for path, slope in design.total_slopes(self.settings[k], lane).items():
                 row[_GRADIENT + path] = math.nan if failed else sign * slope
-    return rows, rough
+        return rows
 
 
 # ---- files -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class NodeSets(NamedTuple):
     samples inside, for steps of symmetry breaking."""
 
     pretraining: Nodes | None
-    finetuning: Nodes
+    finetuning: Any
     pretraining_test: Nodes | None
     finetuning_test: Nodes | None
     broken: Nodes | None = None
@@ -179,8 +179,8 @@ class Branches(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What differs between the searches of fine-tuning: steps of breaking, whether every node is taken to have one well,
-    and the starts (informative and small)."""
+    """What differs between the searches of fine-tuning: steps of breaking, whether every node is taken to have one
+    well, and the starts (informative and small)."""
 
     levels: int
     alone: bool
@@ -448,11 +448,14 @@ def _by_direction(values: dict[str, Any]) -> dict[str, Any]:
 
 def lora_order(values: dict[str, Any]) -> Order:
     """The order parameters of fine-tuning from its predictions."""
-    v, m, q = (values[name] for name in "vmq")
+    v, m, p, q = (values[name] for name in "vmpq")
     if "q_spare" in values:
-        v, q = (jnp.stack([a, values[f"{name}_spare"]]) for name, a in (("v", v), ("q", q)))
+        v, p, q = (jnp.stack([a, values[f"{name}_spare"]]) for name, a in (("v", v), ("p", p), ("q", q)))
         m = jnp.stack([m, jnp.zeros_like(m)])
-    return from_norm(v, m, q, ft.TEACHER_SIZE)
+    order = from_norm(v, m, p, ft.TEACHER_SIZE)
+    if not values["broken"]:
+        return order
+    return order._replace(spread=(jnp.sqrt(jnp.maximum(q - p, SPREAD_FLOOR**2)),), breaking=(values["breaking"],))
 
 
 def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, averages, errors) -> dict[str, Any]:
@@ -609,9 +612,9 @@ def _lowest(code, energies):
 def solve_symmetric(
     pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, alone: bool = True
 ) -> SecondStage:
-    """Replica-symmetric fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest free
-    energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not do;
-    without, on any, for a comparison: where nodes have two wells that is not the solution of the theory."""
+    """Replica-symmetric fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest
+    free energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not
+    do; without, on any, for a comparison: where nodes have two wells that is not the solution of the theory."""
     fine, frozen = jax.lax.stop_gradient((fine, frozen_at(pre, fine, first.x)))
     starts = jnp.stack([ft.start(fine, True), ft.start(fine, False)])
     return _solve(fine, frozen, first, numerics, nodes, Search(0, alone, starts))
@@ -757,7 +760,7 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
     return Bars(errors, jnp.max(solved.point.error / (error(xs) + 1e-12)))
 
 
-#: Distance from the solution at which one that stopped at a jump (`Code.floor`) is not good enough, in quadrature errors.
+#: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors.
 _FLOOR_SHARE = 0.3
 
 

@@ -29,9 +29,9 @@ class Wells(NamedTuple):
     """The two lowest wells found at every sample: u (2, m, s N), the second equal to the first where there is only one;
     flags `two` and `ok` (s N,), the latter whether any descent converged. No derivative.
 
-    `anchors` (S, m, N): where descents from many starts have ended at the node itself, the `loss` (S, N) there, and which
-    of them each sample was `tried` from (_ANCHORS, s N). Where no node should have two wells there is room for one alone,
-    u (1, m, N), and `two` says where that may be wrong.
+    `anchors` (S, m, N): where descents from many starts have ended at the node itself, the `loss` (S, N) there, and
+    which of them each sample was `tried` from (_ANCHORS, s N). Where no node should have two wells there is room for
+    one alone, u (1, m, N), and `two` says where that may be wrong.
     """
 
     u: Any
