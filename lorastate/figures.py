@@ -1,35 +1,63 @@
-"""Figures: solid lines are theory (dotted where replica symmetry is unstable, replicon >= 1), squares with error bars
-are simulations, dashed lines mark minima.
+"""Figures: solid lines are theory, in both phases; thin dotted ones what replica symmetry would say where it is
+unstable. Squares with error bars are training.
 
-Every figure writes PNG, PDF and one JSON file with its data, settings, seed and error bars.
+Every figure writes PNG, PDF and one JSON file with its data, settings, seed and error bars. A point whose solve fails
+is left out of its line; its row says the code. No figure needs or changes the backend that a user has chosen.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from ._version import __version__
 from .bayes import bayes_optimal
-from .errors import SolveError
+from .errors import Code, SettingError, SolveError
 from .program import together
 from .setting import Finetuning, Numerics, Pretraining, Setting
 from .setting_file import get, replace, setting_to_dict
-from .solution import predict
+from .solution import predict, pretrain
 
-#: Predictions that depend on the solution of fine-tuning.
-_OF_LORA = ("test_error", "overlap")
+#: Predictions that depend on the solution of fine-tuning, and those that one without symmetry breaking has as well.
+_OF_LORA = _OF_SYMMETRIC = ("test_error", "overlap")
+_SCALE = "finetuning.recalibration"
 _LABELS = {"test_error": "$E'$", "effective_noise": r"$\Delta_{\rm eff}$", "overlap": "$o_w$"}
+#: Legend entries that are the same for lines of several colours.
+_SYMMETRIC, _BAYES, _MINIMUM = "replica symmetric, unstable", "Bayes-optimal", "minimum"
+_SHARED: dict[str, dict[str, Any]] = {
+    _SYMMETRIC: {"color": "0.3", "lw": 1.0, "ls": ":"},
+    _BAYES: {"color": "0.3", "lw": 1.2, "ls": "--"},
+    _MINIMUM: {"color": "darkred", "lw": 0.8, "ls": "--"},
+}
+_SQUARE: dict[str, Any] = {"marker": "s", "ms": 4.5, "mfc": "white", "color": "0.3", "ls": ""}
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure and its panels side by side (one that is the only one by itself), without a global backend."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, count)
+
+
+def _legend(figure: Figure, panels) -> None:
+    """One legend below all panels: inside them there is no place that no curve runs through."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            square = label.startswith("training")
+            style = _SQUARE if square else _SHARED.get(label)
+            entries.setdefault(label, Line2D([], [], **style) if style else handle)
+    columns = -(-len(entries) // -(-len(entries) // 5))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _save(figure, out: Path, name: str, data: dict[str, Any]) -> list[Path]:
@@ -45,160 +73,221 @@ def _pictures(figure, out: Path, name: str) -> list[Path]:
     paths = [out / f"{name}.{kind}" for kind in ("png", "pdf")]
     for path in paths:
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
     return paths
 
 
-def _scan(setting: Setting, path: str, values, names, bar=None) -> list[dict[str, float | None]]:
-    """Predictions `names` of the fine-tuning stage, and its replicon, along one field; None where a solve failed."""
+# ---- lines -----------------------------------------------------------------------------------------------------
 
-    def at(x):
-        row: dict[str, float | None] = {path: float(x)}
+
+def _scan(setting: Setting, path: str, values, names, bar=None, symmetric: bool = False) -> list[dict[str, Any]]:
+    """Predictions `names` of the fine-tuning stage along one field: one row a point, None where a solve failed.
+
+    `broken` says whether symmetry is, `code` how the solve ended. With `symmetric`, every second point that is broken
+    has the replica-symmetric values too, as `Solution.rs`: they cost a solve of their own.
+    """
+
+    def at(item):
+        place, x = item
+        row: dict[str, Any] = {path: float(x)}
         solution = predict(replace(setting, path, np.asarray(x).item()), throw=False)
-        good = solution.ok
-        for name in (*names, "replicon"):
+        codes = {stage: solution.code(stage) for stage in ("pretraining", "finetuning")}
+        bad = [f"{stage}: {code.name}" for stage, code in codes.items() if code is not Code.ok]
+        row |= {"code": bad[0] if bad else "ok", "broken": None if bad else bool(solution.finetuning["broken"])}
+        for name in names:
+            # What pre-training alone decides is known even where fine-tuning is not solved.
+            good = not bad or (name not in _OF_LORA and codes["pretraining"] is Code.ok)
             value = float(solution.finetuning[name])
             row[name] = value if good and math.isfinite(value) else None
-        for name in names:
             row[f"{name}_stderr"] = solution.stderr("finetuning", name) if row[name] is not None else None
+        if symmetric and row["broken"] and place % 2 == 0:
+            row["rs"] = solution.rs
         return row
 
     rows = []
-    for row in together(at, values):
+    for row in together(at, enumerate(values)):
         rows.append(row)
         if bar is not None:
             bar.update()
     return rows
 
 
-def _line(axes, rows, path, name, color, label=None, mark=True, style="-"):
-    x = np.array([r[path] for r in rows])
-    y = np.array([np.nan if r[name] is None else r[name] for r in rows])
-    e = np.array([0.0 if r[f"{name}_stderr"] is None else r[f"{name}_stderr"] for r in rows])
-    # Dotted where replica symmetry is unstable; the segment between a stable and an unstable point is dotted too.
-    unstable = np.array([name in _OF_LORA and (r["replicon"] or 0.0) >= 1 for r in rows])
-    spread = unstable.copy()
-    spread[1:] |= unstable[:-1]
-    spread[:-1] |= unstable[1:]
-    axes.plot(x, np.where(unstable, np.nan, y), color=color, label=label, lw=1.8, ls=style)
-    axes.plot(x, np.where(spread, y, np.nan), color=color, lw=1.8, ls=":")
+def _numbers(rows, name: str) -> np.ndarray:
+    return np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
+
+
+def _continuation(rows, path: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The replica-symmetric values where they are unstable, joined to the line where they are not; else NaN."""
+    broken = [bool(row.get("broken")) for row in rows]
+    x, y = [], []
+    for row, one, *beside in zip(rows, broken, [False, *broken], [*broken[1:], False], strict=False):
+        if one and "rs" in row:
+            value = row["rs"][name]
+        elif not one:
+            value = row[name] if any(beside) else None
+        else:
+            continue  # one of those that it was not asked for
+        x.append(row[path])
+        y.append(np.nan if value is None else value)
+    return np.array(x), np.array(y)
+
+
+def _line(axes, rows, path, name, color, label=None, mark=True, style="-", top=1.0):
+    """One line of the theory with its error band; returns where its minimum is, if that lies inside. The mark of the
+    minimum ends at the height `top` of the panel."""
+    x, y = _numbers(rows, path), _numbers(rows, name)
+    e = np.nan_to_num(_numbers(rows, f"{name}_stderr"))
+    axes.plot(x, y, color=color, label=label, lw=1.8, ls=style)
     axes.fill_between(x, y - e, y + e, color=color, alpha=0.2, lw=0)
+    if name in _OF_SYMMETRIC and any("rs" in row for row in rows):
+        axes.plot(*_continuation(rows, path, name), color=color, lw=1.0, ls=":", label=_SYMMETRIC)
     if np.all(np.isnan(y)) or not mark:
         return None
     k = int(np.nanargmin(y))
     inside = 0 < k < len(x) - 1
     if inside:
-        axes.axvline(x[k], color="darkred", ls="--", lw=0.8)
+        axes.axvline(x[k], ymax=top, color="darkred", ls="--", lw=0.8, label=_MINIMUM)
     return float(x[k]) if inside else None
 
 
 @dataclass
 class Training:
-    """How simulation markers are made."""
+    """How simulation markers are made: at which D (None: what suits the figure), from how many runs."""
 
-    dimension: int = 150
+    dimension: int | None = None
     runs: int = 4
     memory: dict = field(default_factory=dict)
 
-    @property
-    def size(self) -> dict[str, Any]:
+    def size(self, usual: int = 150) -> dict[str, Any]:
         """Its arguments to `simulate`, as they go into the figure's data."""
-        return {"dimension": self.dimension, "runs": self.runs, "seed": 0}
+        return {"dimension": self.dimension or usual, "runs": self.runs, "seed": 0}
 
 
-def _square(axes, x, result, name: str, color) -> dict[str, float | None] | None:
+def _square(axes, x, result, name: str, color, search: str = "finetuning") -> dict[str, float | None] | None:
     """A simulation marker with its error bar, and its numbers; a training that did not converge is left out, never
     averaged: then None."""
     try:
-        mean, err = result.mean("finetuning", name), result.stderr("finetuning", name)
+        mean, err = result.mean(search, name), result.stderr(search, name)
     except SolveError:
         return None
-    axes.errorbar(x, mean, err, fmt="s", ms=4.5, mfc="white", color=color, capsize=2)
+    label = f"training, D = {result.dimension}"
+    axes.errorbar(x, mean, err, fmt="s", ms=4.5, mfc="white", color=color, capsize=2, zorder=5, label=label)
     return {"mean": mean, "stderr": err if math.isfinite(err) else None}
 
 
-def figure1(out: Path | str, training: Training | None = None, progress: bool = True, points: int = 13) -> list[Path]:
+# ---- figure 1 --------------------------------------------------------------------------------------------------
+
+#: Numerics of figures 1 to 6: a quadrature error of E' of about one per cent, drawn as a band.
+_NUMERICS = Numerics(nodes=8192, finetuning_nodes=16384, replicas=8)
+#: Those of figure 1, where lines of theory are compared with training.
+_SHARP = _NUMERICS.changed(finetuning_nodes=32768)
+#: lambda' of figure 1; None is infinity.
+_RIDGES = {0.05: "C0", 1.0: "C1", None: "C2"}
+#: Part of the height of figure 1's panels that the inset leaves to the curves.
+_BELOW_INSET = 0.55
+#: Searches of a training for figure 1: deep enough for the lowest minima.
+_SEARCH: dict[str, Any] = {"starts": 4, "moves": 20}
+
+
+def figure1(out: Path | str, training: Training | None = None, progress: bool = True, points: int = 25) -> list[Path]:
     """E' against lambda for lambda' in {0.05, 1, infinity}; inset: E' against lambda' at the best lambda.
 
-    softmax, alpha = 0.1, alpha' = 3, T = 3, kappa0 = kappa = 1, Delta = 0.5 (left) and 2 (right). Minima are marked;
-    `training` adds squares, the mean over its runs with the standard error.
+    softmax, alpha = 0.1, alpha' = 3, T = 3, kappa0 = kappa = 1, Delta = 0.5 (left) and 2 (right). Minima are marked, so
+    are the lambda that is best for E of pre-training (black) and the Bayes-optimal E'. `training` adds squares: the
+    lowest minima found on the asymptotic channel (`asymptotic`), where the first stage has no finite D.
     """
-    from .design import optimize
-
-    grid = np.geomspace(5e-3, 0.3, points)
-    inset_grid = np.geomspace(0.01, 3, 9)
-    sim_grid = np.geomspace(1e-2, 0.1, 3)
-    ridges = (0.05, 1.0)
-    colors = {0.05: "C0", 1.0: "C1", None: "C2"}
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, panels = _panels(2, 11, 5.2)
+    inset_points = max(15, points // 2)
+    bar = tqdm(total=2 * (2 * points + inset_points), desc="theory", unit="solve", disable=not progress)
     data: dict[str, Any] = {"figure": 1, "panels": []}
-    total = 2 * (len(ridges) * points + len(inset_grid))
-    bar = tqdm(total=total, desc="theory", unit="solve", disable=not progress)
     for axes, delta in zip(panels, (0.5, 2.0), strict=True):
-        pre = Pretraining(alpha=0.1, lam=0.01, delta=delta)
-        setting = Setting(pre, Finetuning(alpha=3.0, lam=0.2), _NUMERICS)
-        panel: dict[str, Any] = {"delta": delta, "setting": setting_to_dict(setting), "curves": {}}
-        for ridge in ridges:
-            rows = _scan(
-                replace(setting, "finetuning.lam", ridge), "pretraining.lam", grid,
-                ("test_error", "test_error_frozen"), bar,
-            )  # fmt: skip
-            panel["curves"][f"{ridge:g}"] = rows
-            _line(axes, rows, "pretraining.lam", "test_error", colors[ridge], rf"$\lambda'={ridge:g}$")
-            if ridge == ridges[-1]:
-                frozen = rows
-        _line(axes, frozen, "pretraining.lam", "test_error_frozen", colors[None], r"$\lambda'=\infty$")
-        best = optimize(setting)
-        panel["optimum"] = {"converged": best.converged, **best.path[-1]}
-        inset = axes.inset_axes((0.13, 0.62, 0.36, 0.33))
-        rows = _scan(best.setting, "finetuning.lam", inset_grid, ("test_error",), bar)
-        panel["inset"] = rows
-        _line(inset, rows, "finetuning.lam", "test_error", "k")
-        inset.set(xscale="log")
-        inset.set_xlabel(r"$\lambda'$", fontsize=8, labelpad=0)
-        inset.set_ylabel("$E'$", fontsize=8, labelpad=0)
-        inset.tick_params(labelsize=7)
+        setting = Setting(Pretraining(alpha=0.1, lam=0.01, delta=delta), Finetuning(alpha=3.0, lam=0.2), _SHARP)
+        panel: dict[str, Any] = {"delta": delta, "setting": setting_to_dict(setting)}
+        panel |= _against_ridge(axes, setting, np.geomspace(5e-3, 0.3, points), bar)
+        inset = axes.inset_axes((0.14, 0.64, 0.36, 0.33))
+        panel |= _inset(inset, setting, np.geomspace(0.01, 3, inset_points), bar)
         if training is not None:
-            panel["simulation"] = _squares(axes, setting, sim_grid, ridges, colors, training, progress)
+            panel["simulation"] = _squares(axes, setting, training, progress)
         axes.set(
             xscale="log", xlabel=r"pre-training regularisation $\lambda$", ylabel="fine-tuning test error $E'$",
             title=rf"softmax, $T=3$, $\alpha=0.1$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta={delta:g}$",
         )  # fmt: skip
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.75 * (high - low))  # room for the inset
         axes.title.set_fontsize(9)
-        axes.legend(loc="upper right", fontsize=8)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, low + (high - low) / _BELOW_INSET)
         data["panels"].append(panel)
     bar.close()
-    figure.tight_layout()
+    _legend(figure, panels)
     return _save(figure, Path(out), "figure1", data)
 
 
-def _squares(axes, setting, grid, ridges, colors, training: Training, progress):
+def _against_ridge(axes, setting: Setting, grid, bar) -> dict[str, Any]:
+    """The curves of one panel of figure 1 and its two levels; returns its data."""
+    path, curves, rows = "pretraining.lam", {}, []
+    for ridge, color in _RIDGES.items():
+        if ridge is not None:
+            here = replace(setting, "finetuning.lam", ridge)
+            rows = _scan(here, path, grid, ("test_error", "test_error_frozen"), bar, symmetric=True)
+            curves[f"{ridge:g}"] = rows
+            _line(axes, rows, path, "test_error", color, rf"$\lambda'={ridge:g}$", top=_BELOW_INSET)
+        else:  # w = 0, whatever the last ridge was
+            _line(axes, rows, path, "test_error_frozen", color, r"$\lambda'=\infty$", top=_BELOW_INSET)
+    best = _best_map(setting, grid[0], grid[-1])
+    if best is not None:
+        axes.axvline(best, ymax=_BELOW_INSET, color="k", ls="--", lw=1.0, label=r"$\lambda$ best for $E$")
+    limits = bayes_optimal(setting)
+    level, error = limits.finetuning["test_error"], limits.errors["finetuning"]["test_error"]
+    axes.axhline(level, color="0.3", ls="-.", lw=1.0, label="Bayes-optimal $E'$")
+    return {"curves": curves, "best_for_E": best, "bayes_optimal": {"test_error": level, "test_error_stderr": error}}
+
+
+def _best_map(setting: Setting, low: float, high: float) -> float | None:
+    """The lambda between `low` and `high` that is best for E of pre-training; None where E is best at an end."""
+
+    def error(log_lam):
+        there = replace(setting, "pretraining.lam", float(np.exp(log_lam)))
+        return float(pretrain(there.pretraining, setting.numerics, throw=False).values["test_error"])
+
+    ends = np.log(low), np.log(high)
+    found = minimize_scalar(error, bounds=ends, method="bounded", options={"xatol": 1e-3})
+    inside = np.isfinite(found.fun) and found.fun < min(map(error, ends))
+    return float(np.exp(found.x)) if inside else None
+
+
+def _inset(inset, setting: Setting, grid, bar) -> dict[str, Any]:
+    """E' against lambda' at the lambda that is best for E'; returns its data."""
+    from .design import optimize
+
+    best = optimize(setting)
+    rows = _scan(best.setting, "finetuning.lam", grid, ("test_error",), bar, symmetric=True)
+    _line(inset, rows, "finetuning.lam", "test_error", "k")
+    inset.set(xscale="log")
+    inset.set_xlabel(r"$\lambda'$", fontsize=8, labelpad=0)
+    inset.set_ylabel("$E'$", fontsize=8, labelpad=0)
+    inset.tick_params(labelsize=7)
+    return {"optimum": {"converged": best.converged, **best.path[-1]}, "inset": rows}
+
+
+def _squares(axes, setting: Setting, training: Training, progress: bool) -> list[dict[str, Any]]:
+    """Training on the lines of finite lambda': without an update there is nothing to train."""
     from .simulation import simulate
 
-    found = []
-    for lam in tqdm(grid, desc="simulation", disable=not progress):
-        memory: dict = {}
-        for ridge in ridges:
-            here = replace(replace(setting, "pretraining.lam", float(lam)), "finetuning.lam", ridge)
-            result = simulate(here, **training.size, memory=memory)
-            names = {ridge: "test_error"} | ({None: "test_error_frozen"} if ridge == ridges[-1] else {})
-            for key, name in names.items():
-                if numbers := _square(axes, lam, result, name, colors[key]):
-                    found.append({"lam": float(lam), "ridge": key, **numbers, **training.size})
+    found, size = [], training.size(600) | _SEARCH
+    pairs = list(itertools.product(np.geomspace(1e-2, 0.1, 3), [ridge for ridge in _RIDGES if ridge is not None]))
+    for lam, ridge in tqdm(pairs, desc="simulation", disable=not progress):
+        here = replace(replace(setting, "pretraining.lam", float(lam)), "finetuning.lam", ridge)
+        result = simulate(here, stage="finetuning", **size)
+        if numbers := _square(axes, lam, result, "test_error", _RIDGES[ridge], "deep"):
+            found.append({"lam": float(lam), "ridge": ridge, **numbers, **size})
     return found
 
 
 # ---- figures 2 to 6 --------------------------------------------------------------------------------------------
 
-#: Numerics of figures 1 to 6: a quadrature error of E' of about 0.7 per cent, drawn as a band.
-_NUMERICS = Numerics(nodes=8192, finetuning_nodes=8192, replicas=8)
-
 
 @dataclass
 class Curve:
-    """One theory line: predictions along `path`; `marked` are the values that a simulation is made at."""
+    """One theory line: predictions along `path`; `marked` are the values that a simulation is made at, `symmetric`
+    draws what replica symmetry would say where it is unstable."""
 
     label: str
     setting: Setting
@@ -208,6 +297,7 @@ class Curve:
     marked: tuple[float, ...] = ()
     bayes: bool = False
     style: str = "-"
+    symmetric: bool = False
 
 
 def _draw(panels: dict[str, Any], curves: list[Curve], training: Training | None, progress: bool) -> list[dict]:
@@ -216,7 +306,7 @@ def _draw(panels: dict[str, Any], curves: list[Curve], training: Training | None
     bar = tqdm(total=total, desc="theory", unit="solve", disable=not progress)
     data = []
     for c in curves:
-        rows = _scan(c.setting, c.path, c.grid, tuple(panels), bar)
+        rows = _scan(c.setting, c.path, c.grid, tuple(panels), bar, c.symmetric)
         entry: dict[str, Any] = {"label": c.label, "setting": setting_to_dict(c.setting), "path": c.path, "rows": rows}
         for name, axes in panels.items():
             _line(axes, rows, c.path, name, c.color, c.label, mark=False, style=c.style)
@@ -226,8 +316,6 @@ def _draw(panels: dict[str, Any], curves: list[Curve], training: Training | None
             entry["simulation"] = _mark(panels, c, training, progress)
         data.append(entry)
     bar.close()
-    for axes in panels.values():
-        axes.legend(fontsize=7.5)
     return data
 
 
@@ -241,7 +329,7 @@ def _bayes(panels, c: Curve, progress: bool) -> list[dict]:
     steps = together(at, c.grid)
     rows = list(tqdm(steps, total=len(c.grid), desc="Bayes-optimal", unit="solve", disable=not progress))
     for name, axes in panels.items():
-        axes.plot(c.grid, [row[name] for row in rows], color=c.color, ls="--", lw=1.2)
+        axes.plot(c.grid, [row[name] for row in rows], color=c.color, ls="--", lw=1.2, label=_BAYES)
     return rows
 
 
@@ -252,8 +340,8 @@ def _mark(panels, c: Curve, training: Training, progress: bool) -> list[dict]:
     found = []
     for x in tqdm(c.marked, desc="simulation", disable=not progress):
         here = replace(c.setting, c.path, x)
-        result = simulate(here, **training.size, memory=training.memory)
-        row: dict[str, Any] = {c.path: float(x), **training.size}
+        result = simulate(here, **training.size(), memory=training.memory)
+        row: dict[str, Any] = {c.path: float(x), **training.size()}
         for name, axes in panels.items():
             if numbers := _square(axes, x, result, name, c.color):
                 row |= {name: numbers["mean"], f"{name}_stderr": numbers["stderr"]}
@@ -267,26 +355,25 @@ def _finish(figure, panels: dict[str, Any], out, name: str, xlabel: str, title: 
         if log:
             axes.set_xscale("log")
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
+    _legend(figure, panels.values())
     return _save(figure, Path(out), name, data)
 
 
 def _against_samples(number: int, activation: str, out, training, progress):
     """E' and o_w against the fine-tuning data alpha', for three sizes of the pre-training set."""
-    grid, lam = np.geomspace(0.5, 10, 7), 0.02 if activation == "softmax" else 0.1
+    grid, lam = np.geomspace(0.5, 10, 25), 0.02 if activation == "softmax" else 0.1
     curves = [
         Curve(
             rf"$\alpha={alpha:g}$",
             Setting(Pretraining(alpha, lam, activation=activation), Finetuning(1.0, 0.5), _NUMERICS),
-            "finetuning.alpha", grid, color, (1.0, 5.0), bayes=True,
+            "finetuning.alpha", grid, color, (1.0, 5.0), bayes=True, symmetric=True,
         )
         for alpha, color in ((0.03, "C0"), (0.1, "C1"), (0.3, "C2"))
     ]  # fmt: skip
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = _panels(2, 10, 4.4)
     panels = {"test_error": left, "overlap": right}
     data = {"figure": number, "curves": _draw(panels, curves, training, progress)}
     title = rf"{activation}, $T=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda={lam:g}$, $\lambda'=0.5$"
-    title += "; dashed: Bayes-optimal"
     return _finish(figure, panels, out, f"figure{number}", r"fine-tuning data $\alpha'$", title, data)
 
 
@@ -301,20 +388,20 @@ def figure5(out, training: Training | None = None, progress: bool = True) -> lis
 
 
 def figure3(out, training: Training | None = None, progress: bool = True) -> list[Path]:
-    """Fine-tuning inputs from the pre-training set against fresh ones: E' and o_w against lam, best values dashed."""
+    """Fine-tuning inputs from the pre-training set against fresh ones: E' and o_w against lam, best values marked."""
     pre = Pretraining(0.2, 0.01, kappa0=0.5, tokens=2)
     kinds = (("fresh", {}, "C0"), ("reused", {"inputs": "reused"}, "C1"))
     curves = [
         Curve(label, Setting(pre, Finetuning(3.0, 0.3, **kind), _NUMERICS), "pretraining.lam",
-              np.geomspace(3e-3, 0.3, 13), color, (0.01, 0.1))
+              np.geomspace(3e-3, 0.3, 25), color, (0.01, 0.1), symmetric=True)
         for label, kind, color in kinds
     ]  # fmt: skip
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = _panels(2, 10, 4.4)
     panels = {"test_error": left, "overlap": right}
     data = {"figure": 3, "curves": _draw(panels, curves, training, progress)}
     for (name, axes), best in zip(panels.items(), (np.nanargmin, np.nanargmax), strict=True):
         for curve, (_, _, color) in zip(data["curves"], kinds, strict=True):
-            values = np.array([np.nan if r[name] is None else r[name] for r in curve["rows"]])
+            values = _numbers(curve["rows"], name)
             k = int(best(values))
             if 0 < k < len(values) - 1:
                 axes.axvline(curve["rows"][k]["pretraining.lam"], color=color, ls="--", lw=0.8)
@@ -327,7 +414,7 @@ def figure3(out, training: Training | None = None, progress: bool = True) -> lis
 
 def figure4(out, training: Training | None = None, progress: bool = True) -> list[Path]:
     """Active fine-tuning: E' and o_w against lam' for selected inputs (solid) and uniform ones (dash-dotted)."""
-    pre, grid = Pretraining(0.1, 0.01, delta=0.0), np.geomspace(0.1, 1.5, 7)
+    pre, grid = Pretraining(0.1, 0.01, delta=0.0), np.geomspace(0.1, 1.5, 25)
     curves = []
     for rho, color in ((0.04, "C0"), (0.02, "C1"), (0.015, "C2")):
         for label, kind, style in (
@@ -337,7 +424,7 @@ def figure4(out, training: Training | None = None, progress: bool = True) -> lis
             marked = (0.2, 1.0) if style == "-" else ()
             setting = Setting(pre, kind, _NUMERICS)
             curves.append(Curve(label, setting, "finetuning.lam", grid, color, marked, style=style))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = _panels(2, 10, 4.4)
     panels = {"test_error": left, "overlap": right}
     data = {"figure": 4, "curves": _draw(panels, curves, training, progress)}
     title = (
@@ -348,41 +435,56 @@ def figure4(out, training: Training | None = None, progress: bool = True) -> lis
 
 def figure6(out, training: Training | None = None, progress: bool = True) -> list[Path]:
     """Recalibration of the frozen map, Z_W -> b Z_W: E' against b (left), and against lam with and without (right)."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure, panels = _panels(2, 10, 4.4)
     base = {
         name: Setting(Pretraining(0.1, 0.1, activation=name), Finetuning(3.0, 0.5), _NUMERICS)
         for name in ("softmax", "identity")
     }
     left = [
-        Curve(name, setting, "finetuning.recalibration", np.linspace(0.2, 2.0, 13), color, (0.6, 1.4))
+        Curve(name, setting, _SCALE, np.linspace(0.2, 2.0, 25), color, (0.6, 1.4))
         for (name, setting), color in zip(base.items(), ("C0", "C1"), strict=True)
     ]
-    data = {"figure": 6, "against_b": _draw({"test_error": axes[0]}, left, training, progress)}
+    data = {"figure": 6, "against_b": _draw({"test_error": panels[0]}, left, training, progress)}
     for curve, row in zip(left, data["against_b"], strict=True):
-        noise = predict(replace(curve.setting, curve.path, "noise"), throw=False)
-        row["least_noise"] = {"b": float(noise.finetuning["recalibration"]), "test_error": float(noise.test_error)}
-        axes[0].plot(*row["least_noise"].values(), "*", color=curve.color, ms=12)
-    axes[0].axvline(1.0, color="0.6", lw=0.8)
+        for choice, marker, label in (("noise", "*", "$b=M/Q$"), ("error", "D", "best $b$")):
+            row[f"least_{choice}"] = found = _scaled(curve.setting, choice)
+            if found["test_error"] is not None:
+                size = 12 if marker == "*" else 6
+                place = found["b"], found["test_error"]
+                panels[0].plot(*place, marker, color=curve.color, ms=size, mec="k", mew=0.6, label=label, zorder=4)
+    panels[0].axvline(1.0, color="0.6", lw=0.8)
     right = [
-        Curve(f"{name}, {label}", replace(setting, "finetuning.recalibration", b), "pretraining.lam",
-              np.geomspace(0.01, 0.5, 9), color, (0.1,) if b == 1.0 else (), style=style)
+        Curve(label, replace(setting, _SCALE, b), "pretraining.lam", np.geomspace(0.01, 0.5, 25), color,
+              (0.1,) if b == 1.0 else (), style=style)
         for (name, setting), color in zip(base.items(), ("C0", "C1"), strict=True)
-        for label, b, style in (("$b=1$", 1.0, "-"), ("$b=M/Q$", "noise", "-."))
+        for label, b, style in ((name, 1.0, "-"), (f"{name}, always $b=M/Q$", "noise", "-."))
     ]  # fmt: skip
-    data["against_lam"] = _draw({"test_error": axes[1]}, right, training, progress)
-    axes[0].set(xlabel="factor $b$ on the frozen map (star: $M/Q$)", ylabel="$E'$")
-    axes[1].set(xlabel=r"pre-training regularisation $\lambda$", ylabel="$E'$", xscale="log")
+    data["against_lam"] = _draw({"test_error": panels[1]}, right, training, progress)
+    panels[0].set(xlabel="factor $b$ on the frozen map", ylabel="$E'$")
+    panels[1].set(xlabel=r"pre-training regularisation $\lambda$", ylabel="$E'$", xscale="log")
     figure.suptitle(
-        r"$T=3$, $\alpha=0.1$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda'=0.5$; left: $\lambda=0.1$",
-        fontsize=9,
-    )
-    figure.tight_layout()
+        r"$T=3$, $\alpha=0.1$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda'=0.5$; left: $\lambda=0.1$; "
+        "right, solid: $b=1$", fontsize=9,
+    )  # fmt: skip
+    _legend(figure, panels)
     return _save(figure, Path(out), "figure6", data)
+
+
+def _scaled(setting: Setting, choice: str) -> dict[str, Any]:
+    """The b of a choice ("noise": M/Q, "error": that of least E') and the E' that it leads to."""
+    try:
+        solution = predict(replace(setting, _SCALE, choice))
+    except SolveError as error:
+        return {"b": None, "test_error": None, "code": str(error)}
+    return {"b": float(solution.finetuning["recalibration"]), "test_error": float(solution.test_error), "code": "ok"}
+
+
+# ---- others ----------------------------------------------------------------------------------------------------
 
 
 def spectrum(out, training: Training | None = None, progress: bool = True) -> list[Path]:
     """Predicted density of the learned map, over the eigenvalues of trained ones (D = 300 or as asked)."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, panels = _panels(2, 10, 4.2)
     data: dict[str, Any] = {"figure": "spectrum", "panels": []}
     for axes, (name, lam) in zip(panels, (("identity", 0.1), ("softmax", 0.01)), strict=True):
         setting = Setting(Pretraining(0.1, lam, activation=name), Finetuning(3.0, 0.5), _NUMERICS)
@@ -398,75 +500,89 @@ def spectrum(out, training: Training | None = None, progress: bool = True) -> li
         if training is not None:
             from .simulation import simulate
 
-            found = simulate(setting, **training.size, progress=progress)
+            found = simulate(setting, **training.size(300), progress=progress)
             values = found.eigenvalues.ravel()
             zero = np.mean(values < 1e-3 * values.max())
-            panel["simulation"] = {**training.size, "atom": float(zero),
+            panel["simulation"] = {**training.size(300), "atom": float(zero),
                                    "moments": [float(values.mean()), float(np.mean(values**2))]}  # fmt: skip
             shown = values[values > 1e-3 * values.max()]
             axes.hist(shown, bins=40, weights=np.full(len(shown), 1 / len(values) / ((shown.max() - shown.min()) / 40)),
-                      color="C0", alpha=0.45, label=f"trained, D = {training.dimension}, atom {zero:.3f}")  # fmt: skip
+                      color="C0", alpha=0.45, label=f"trained, D = {found.dimension}, atom {zero:.3f}")  # fmt: skip
         axes.set(xlabel="eigenvalue of $S$", ylabel="density", title=rf"{name}, $\lambda={lam:g}$", ylim=(0, None))
         axes.legend(fontsize=8)
         data["panels"].append(panel)
     figure.suptitle(r"$T=3$, $\alpha=0.1$, $\kappa_0=\kappa=1$, $\Delta=0.5$", fontsize=9)
-    figure.tight_layout()
     return _save(figure, Path(out), "spectrum", data)
 
 
 def phase(out, training: Training | None = None, progress: bool = True) -> list[Path]:
-    """o_w over alpha' and Delta_eff, identity (which sees the channel through Delta_eff alone); thresholds overlaid."""
+    """o_w over alpha' and Delta_eff, identity (which sees the channel through Delta_eff alone), with the thresholds of
+    weak recovery and the line on which replica symmetry breaks."""
     from .bayes import weak_recovery_threshold as bayes_threshold
-    from .stability import weak_recovery_threshold
 
-    numerics = Numerics(nodes=1024, finetuning_nodes=2048, replicas=4)
+    numerics = Numerics(nodes=1024, finetuning_nodes=4096, replicas=4)
     base = Setting(Pretraining(0.3, 0.05, activation="identity", delta=0.01), Finetuning(1.0, 0.5, delta=0.0), numerics)
     gap = float(predict(base).effective_noise)
-    noises, alphas = gap + np.geomspace(0.05, 4.0, 7), np.geomspace(0.08, 3.0, 9)
-    overlaps = np.full((len(noises), len(alphas)), np.nan)
-    learned, best = [], []
-    bar = tqdm(total=overlaps.size, desc="theory", unit="solve", disable=not progress)
-    for i, noise in enumerate(noises):
-        here = replace(base, "finetuning.delta", 2 * float(noise - gap))
-
-        def at(alpha, here=here):
-            solution = predict(replace(here, "finetuning.alpha", float(alpha)), throw=False)
-            value = float(solution.finetuning["overlap"])
-            return (abs(value) if math.isfinite(value) else 0.0) if solution.ok else np.nan
-
-        for j, value in enumerate(together(at, alphas)):
-            overlaps[i, j] = value
-            bar.update()
+    noises, alphas = gap + np.geomspace(0.05, 4.0, 13), np.geomspace(0.08, 3.0, 21)
+    rows, lines = [], {"weak_recovery": [], "weak_recovery_bayes_optimal": [], "instability": []}
+    bar = tqdm(total=len(noises) * len(alphas), desc="theory", unit="solve", disable=not progress)
+    for i, noise in enumerate(map(float, noises)):
+        here = replace(base, "finetuning.delta", 2 * (noise - gap))
+        row = _scan(here, "finetuning.alpha", alphas, ("overlap",), bar)
+        rows.append(row)
+        lines["instability"] += [(noise, alpha) for alpha in _breaks(here, "finetuning.alpha", row)]
         if i % 2 == 0:
-            learned.append((float(noise), weak_recovery_threshold(here)))
-            best.append((float(noise), bayes_threshold(here.finetuning_resolved, float(noise))))
+            lines["weak_recovery"].append((noise, _threshold(here)))
+            lines["weak_recovery_bayes_optimal"].append((noise, bayes_threshold(here.finetuning_resolved, noise)))
     bar.close()
-    figure, axes = plt.subplots(figsize=(6.2, 4.4))
+    overlaps = np.abs([_numbers(row, "overlap") for row in rows])
+    figure, axes = _panels(1, 6.4, 5.0)
     axes.set_facecolor("0.8")  # of points that failed
     mesh = axes.pcolormesh(alphas, noises, overlaps, shading="nearest", cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(mesh, label="$o_w$")
-    for rows, style, label in (
-        (learned, "w-", "weak recovery, trained"),
-        (best, "w--", "weak recovery, Bayes-optimal"),
+    for name, style, label in (
+        ("weak_recovery", {"color": "w"}, "weak recovery, trained"),
+        ("weak_recovery_bayes_optimal", {"color": "w", "ls": "--"}, "weak recovery, Bayes-optimal"),
+        ("instability", {"color": "C1", "ls": "", "marker": "o", "ms": 3.5}, "replica symmetry breaks"),
     ):
-        axes.plot([r[1] for r in rows], [r[0] for r in rows], style, lw=1.6, label=label)
+        found = [pair for pair in lines[name] if pair[1] is not None]
+        axes.plot([alpha for _, alpha in found], [noise for noise, _ in found], lw=1.6, label=label, **style)
     axes.set(xscale="log", xlabel=r"fine-tuning data $\alpha'$", ylabel=r"$\Delta_{\rm eff}$",
              xlim=(alphas[0], alphas[-1]), ylim=(noises[0], noises[-1]),
              title=r"identity, $T=3$, $\lambda'=0.5$")  # fmt: skip
-    axes.legend(fontsize=8, loc="upper right", facecolor="0.4", labelcolor="w")
-    figure.tight_layout()
-    data = {
-        "figure": "phase", "setting": setting_to_dict(base), "alpha": alphas.tolist(),
-        "effective_noise": noises.tolist(),
-        "overlap": [[None if np.isnan(v) else float(v) for v in row] for row in overlaps],
-        "weak_recovery": learned, "weak_recovery_bayes_optimal": best,
-    }  # fmt: skip
-    return _save(figure, Path(out), "phase", data)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, facecolor="0.5", labelcolor="w")
+    data = {"figure": "phase", "setting": setting_to_dict(base), "effective_noise": noises.tolist(), "rows": rows}
+    return _save(figure, Path(out), "phase", data | lines)
+
+
+def _breaks(setting: Setting, path: str, rows) -> list[float]:
+    """Where along the points of a line symmetry breaks or is restored."""
+    from .stability import instability_threshold
+
+    places = []
+    for row, after in itertools.pairwise(rows):
+        if None not in (row["broken"], after["broken"]) and row["broken"] != after["broken"]:
+            low, high = row[path], after[path]
+            try:
+                places.append(instability_threshold(setting, path, low, high, rtol=0.02))
+            except (SettingError, SolveError):  # a solve between them failed: known to one step of the grid
+                places.append(math.sqrt(low * high))
+    return places
+
+
+def _threshold(setting: Setting) -> float | None:
+    """alpha' of weak recovery; None where it is not found."""
+    from .stability import weak_recovery_threshold
+
+    try:
+        return weak_recovery_threshold(setting)
+    except (SettingError, SolveError):
+        return None
 
 
 def rank(out, training: Training | None = None, progress: bool = True) -> list[Path]:
     """E' against the rank r of the update at fixed data, for a teacher of rank two and three numbers of samples."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    figure, panels = _panels(2, 10, 4.4)
     data: dict[str, Any] = {"figure": "rank"}
     numerics, ranks = Numerics(nodes=4096, finetuning_nodes=8192, replicas=8), np.arange(1, 5)
     for axes, (name, lam) in zip(panels, (("identity", 0.1), ("softmax", 0.02)), strict=True):
@@ -480,10 +596,10 @@ def rank(out, training: Training | None = None, progress: bool = True) -> list[P
         axes.set(xlabel="rank $r$ of the update", ylabel="$E'$", title=rf"{name}, $\lambda={lam:g}$", xticks=ranks)
         axes.axvline(2, color="0.6", lw=0.8)
     figure.suptitle(
-        r"teacher of rank $r^*=2$ (grey), $T=3$, $\alpha=0.1$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda'=0.3$; "
-        "dotted: replica symmetry unstable", fontsize=9,
-    )  # fmt: skip
-    figure.tight_layout()
+        r"teacher of rank $r^*=2$ (grey), $T=3$, $\alpha=0.1$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda'=0.3$",
+        fontsize=9,
+    )
+    _legend(figure, panels)
     return _save(figure, Path(out), "rank", data)
 
 
@@ -494,14 +610,14 @@ FIGURES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def optimization(optimum, out: Path | str, simulation=None, points: int = 21) -> list[Path]:
+def optimization(optimum, out: Path | str, simulation=None, points: int = 25) -> list[Path]:
     """Objective along the first descended field (others at the optimum), the path of the descent, the minimum."""
     path, name = optimum.over[0], optimum.minimize
     center = float(get(optimum.setting, path))
     visited = [p[path] for p in optimum.path]
     low, high = min([*visited, center / 8]), max([*visited, center * 8])
     rows = _scan(optimum.setting, path, np.geomspace(low, high, points), (name,))
-    figure, axes = plt.subplots(figsize=(6.2, 4.2))
+    figure, axes = _panels(1, 6.2, 4.2)
     others = ", ".join(f"{p} = {float(get(optimum.setting, p)):.4g}" for p in optimum.over[1:])
     _line(axes, rows, path, name, "C0", "theory" + (f" at {others}" if others else ""))
     sign = -1.0 if name == "overlap" else 1.0
@@ -524,14 +640,13 @@ def optimization(optimum, out: Path | str, simulation=None, points: int = 21) ->
             data["simulation"]["stderr"] = None
     axes.set(xscale="log", xlabel=path, ylabel=_LABELS[name])
     axes.legend(fontsize=8)
-    figure.tight_layout()
     return _save(figure, Path(out), "optimization", data)
 
 
 def sensitivities(found, optimum, out: Path | str) -> list[Path]:
     """Elasticities of the objective at the optimum, largest first: what a change of one per cent does, in per cent."""
     ordered = sorted(found.elasticities.items(), key=lambda item: abs(item[1]))
-    figure, axes = plt.subplots(figsize=(6.2, 0.9 + 0.3 * len(ordered)))
+    figure, axes = _panels(1, 6.2, 0.9 + 0.3 * len(ordered))
     values = [value for _, value in ordered]
     axes.barh(range(len(ordered)), values, color=["C3" if value > 0 else "C0" for value in values])
     axes.set_yticks(
@@ -540,7 +655,6 @@ def sensitivities(found, optimum, out: Path | str) -> list[Path]:
     axes.axvline(0, color="k", lw=0.7)
     axes.set(xlabel=f"elasticity of {_LABELS[optimum.minimize]} (* descended)")
     axes.margins(y=0.02)
-    figure.tight_layout()
     data = {"sensitivities": found.summary(), "setting": setting_to_dict(optimum.setting)}
     return _save(figure, Path(out), "sensitivities", data)
 
@@ -557,7 +671,7 @@ def sweep(dataset, out: Path | str, name: str = "finetuning.test_error") -> list
     axes_values = {str(d): values[d].values for d in values.dims}
     numeric = [d for d, v in axes_values.items() if v.dtype.kind in "iuf"]
     few = min(axes_values, key=lambda d: (d in numeric, len(axes_values[d]))) if values.ndim == 2 else ""
-    figure, axes = plt.subplots(figsize=(5.6, 4))
+    figure, axes = _panels(1, 5.6, 4)
     if values.ndim == 2 and len(numeric) == 2 and len(axes_values[few]) > 6:
         y, x = axes_values
         mesh = axes.pcolormesh(axes_values[x], axes_values[y], values.values, shading="nearest", cmap="viridis")
@@ -583,5 +697,4 @@ def sweep(dataset, out: Path | str, name: str = "finetuning.test_error") -> list
             axes.set(**{f"{which}scale": "log"})
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
-    figure.tight_layout()
     return _pictures(figure, Path(out), "sweep")

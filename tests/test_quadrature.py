@@ -61,7 +61,7 @@ def test_moments_up_to_second_are_exact(key):
     n = gaussian_nodes(dimension, nodes, replicas, 0, mirror)
     per = nodes // replicas
     assert n.normal.shape == (replicas, dimension, per)
-    assert n.weight.shape == n.side.shape == (replicas, per)
+    assert n.weight.shape == (replicas, per)
     # Uniform weights miss these moments by far more: the matching is what makes the test below pass.
     assert np.abs(np.einsum("rdn,ren->rde", n.normal, n.normal) / per - np.eye(dimension)).max() > 1e-5
     np.testing.assert_allclose(n.weight.sum(1), 1.0, rtol=0, atol=1e-12)
@@ -83,8 +83,6 @@ def test_halves_are_mirror_images(key):
     np.testing.assert_array_equal(second[:, kept], first[:, kept])
     left, right = np.split(n.weight, 2, axis=1)
     np.testing.assert_array_equal(left, right)
-    half = nodes // replicas // 2
-    assert np.all(n.side[:, :half] == 1.0) and np.all(n.side[:, half:] == -1.0)
     # Odd in the mirrored coordinates, of high order and modulated by the others: zero to rounding.
     odd = estimates(lambda x: np.sum(x[low:high], 0) ** 3 * np.exp(0.3 * np.sum(x[kept], 0)), n)
     np.testing.assert_allclose(odd, 0.0, atol=1e-12)
@@ -92,7 +90,7 @@ def test_halves_are_mirror_images(key):
 
 def test_nodes_without_images():
     n = gaussian_nodes(5, 4096, 4, 0, ())
-    assert n.normal.shape == (4, 5, 1024) and np.all(n.side == 1.0)
+    assert n.normal.shape == (4, 5, 1024)
     for x in n.normal:
         assert len(np.unique(np.abs(x[0]))) == 1024, "no node is the image of another"
     np.testing.assert_allclose(n.weight.sum(1), 1.0, atol=1e-12)
@@ -117,7 +115,7 @@ def test_order_of_the_coordinates():
 @pytest.mark.parametrize("mirror", [None, (1, 3), ()])
 def test_parts_are_the_replicas_cut(mirror):
     whole, n = gaussian_nodes(3, 4096, 4, 5, mirror), gaussian_nodes(3, 4096, 4, 5, mirror, part=256)
-    assert n.normal.shape == (16, 3, 256) and n.weight.shape == n.side.shape == (16, 256)
+    assert n.normal.shape == (16, 3, 256) and n.weight.shape == (16, 256)
     for f, _ in SMOOTH.values():
         np.testing.assert_allclose(by_replica(estimates(f, n), 4), estimates(f, whole), rtol=1e-13)
     # All nodes of a replica are in its own parts, each with its image.
@@ -128,7 +126,6 @@ def test_parts_are_the_replicas_cut(mirror):
         first, second = np.split(n.normal, 2, axis=2)
         flipped = slice(*mirror) if mirror else slice(None)
         np.testing.assert_array_equal(second[:, flipped], -first[:, flipped])
-        assert np.all(n.side[:, :128] == 1.0) and np.all(n.side[:, 128:] == -1.0)
     of_replica = np.arange(4.0)
     np.testing.assert_array_equal(for_parts(of_replica, n), np.repeat(of_replica, 4))
     np.testing.assert_array_equal(by_replica(for_parts(of_replica, n), 4), of_replica)
@@ -205,7 +202,7 @@ def test_blocks_add_up():
         found = jnp.concatenate([n.found, n.found], -1)
         first, second = jnp.split(i["twice"], 2, -1)
         same = jnp.sum(n.weight * jnp.sum((found[0] - n.normal[0] ** 2) ** 2 + (second - 2 * first) ** 2, 0))
-        return same + i["flag"] * jnp.sum(n.weight * jnp.sin(a * n.normal[1] + found[2]) * n.side)
+        return same + i["flag"] * jnp.sum(n.weight * jnp.sin(a * n.normal[1] + found[2]))
 
     def at_once(a):
         return f(nodes, inner, a)

@@ -1,75 +1,116 @@
-"""The inner minimiser of fine-tuning is the global one, also among many wells."""
+"""Inner minimisers: the global one among many wells, wells that are followed, derivatives across jumps."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lorastate as ls
 from lorastate import finetuning as ft
-from lorastate import prox, solution, theory, wells
+from lorastate import prox, wells
 from lorastate.channel import FrozenMap
-from lorastate.fixed_point import CHECK
-from lorastate.order import from_norm
-from lorastate.quadrature import gaussian_nodes
+from lorastate.order import Order
+from lorastate.quadrature import nested_nodes
+
+# Noisy labels and a weak ridge: many nodes have several wells.
+FINE = ls.Setting(ls.Pretraining(0.1, 0.003, delta=2.0), ls.Finetuning(3.0, 0.05)).finetuning_resolved
+FROZEN = FrozenMap(jnp.array(1.6), jnp.array(2.6), jnp.array(2.0))
 
 
-def test_a_thorough_search_finds_the_global_minimum():
-    # Noisy labels and a weak ridge: a tenth of the nodes have several wells.
-    setting = ls.Setting(ls.Pretraining(alpha=0.1, lam=0.003, delta=2.0), ls.Finetuning(alpha=3.0, lam=0.05))
-    fine = setting.finetuning_resolved
-    frozen, order = FrozenMap(1.6, 2.6, 2.0), from_norm(*map(jnp.asarray, (1.4, 1.0, 1.4)), 1.0)
-    nodes = gaussian_nodes(ft.node_dimension(fine), 1024, 2, 0, (3, 6))
-    one = jax.tree_util.tree_map(lambda a: a[0], nodes)
-    draws = ft.draws(fine, frozen, one)
-    problem, law = ft.inner_problem(fine, order, draws), ft.student_law(order, draws)
-    rest = problem._replace(omega=jnp.zeros_like(problem.omega))
-    nothing = jax.tree_util.tree_map(lambda a: a[0], wells.nothing(1, 3, 512))
-    locate = jax.jit(wells.locate)
-    thorough, usual = (locate(rest, law, nothing._replace(needed=jnp.array(n)), CHECK) for n in (True, False))
+def order(v, spread=0.5):
+    return Order(*map(jnp.asarray, (v, 0.9, 0.7)), (jnp.asarray(spread),), (jnp.array(2.0),))
 
+
+@pytest.fixture(scope="module")
+def draws():
+    dimension, mirror = ft.node_dimension(FINE), ft.mirrored(FINE)
+    nodes = nested_nodes(dimension, 128, 1, 0, mirror, None, 128, 3, (8,))
+    return ft.draws(FINE, FROZEN, jax.tree_util.tree_map(lambda a: jnp.asarray(a[0]), nodes))
+
+
+@jax.jit
+def located(d, o, previous, cold):
+    return wells.locate(ft.inner_problem(FINE, o, d), ft.samples(o, d), d.teacher, previous, cold)
+
+
+def nothing(samples=8):
+    return jax.tree_util.tree_map(lambda a: a[0], wells.nothing(1, 3, 128, samples))
+
+
+def lowest_of_many(problem, count=40):
     descend = jax.jit(lambda u: prox.locate(problem, u)[1])
-    starts = 2 * jax.random.normal(jax.random.key(1), (40, 3, 512))
-    best = np.min([descend(u) for u in starts], 0)
-
-    def missed(inner):
-        assert np.all(inner.ok[0])
-        return np.mean(problem.terms(inner.chi[0])[0] > best + 1e-6)
-
-    assert missed(thorough) < 0.005
-    assert missed(usual) > 0.02  # else this setting tests nothing
-    assert bool(thorough.needed)
-    # Both wells of a node with two are known, and they are distinct.
-    two = np.asarray(thorough.two_wells[0])
-    gap = np.max(np.abs(thorough.chi[0] - thorough.other[0]), 0)
-    assert 0.05 < two.mean() < 0.5 and np.all(gap[two] > 1e-4)
+    starts = 2 * jax.random.normal(jax.random.key(1), (count, *problem.omega.shape))
+    return np.min([descend(u) for u in starts], 0)
 
 
-# ---- searches for smooth nodes ---------------------------------------------------------------------------------
+def test_the_global_minimum_is_found_and_followed(draws):
+    """Cold, and after changes of the order parameters that make some minimisers jump."""
+    found = located(draws, order(0.8), nothing(), True)
+    for v, spread in ((0.8, 0.5), (0.9, 0.45), (1.0, 0.4)):
+        found = located(draws, order(v, spread), found, False)
+        problem = ft.sampled_problem(FINE, order(v, spread), draws)
+        assert np.all(found.ok)
+        depth = problem.terms(found.u[0])[0]
+        assert np.mean(depth > lowest_of_many(problem) + 1e-6) <= 5e-3
+        second = problem.terms(found.u[1])[0]
+        two = np.asarray(found.two)
+        assert 0.01 < two.mean() < 0.8 and np.all(second[two] >= depth[two] - 1e-9)
+        assert np.all(np.max(np.abs(found.u[0] - found.u[1]), 0)[two] > 1e-4)
 
 
-def both_searches(fine_alpha, fine_lam):
-    """The solution with and without split nodes of one setting; the same programs as `test_sweeps` needs."""
-    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
-    setting = ls.Setting(pre, ls.Finetuning(alpha=fine_alpha, lam=fine_lam), ls.Numerics(512, 1024, 2))
-    fine, numerics = setting.finetuning_resolved, setting.numerics.without_seed
-    nodes = theory.node_sets(pre, fine, setting.numerics)
-    first, chosen = solution.solve(pre, fine, setting.numerics, nodes)
-    search = solution.by_work(solution._solve_finetuning, numerics.finetuning_nodes)
-    return chosen, *(search(pre, fine, first, numerics, nodes.finetuning, split) for split in (False, True))
+def test_one_well_alone_says_where_there_may_be_two(draws):
+    problem = ft.inner_problem(FINE, order(0.8), draws)
+    previous = jax.tree_util.tree_map(lambda a: a[0], wells.nothing(1, 3, 128, alone=True))
+    found = jax.jit(wells.locate_alone)(problem, draws.teacher, previous, True)
+    assert found.u.shape == (1, 3, 128) and np.all(found.ok)
+    assert not np.any(found.two[128 // 16 :])  # looked at in a few nodes
+    assert np.sum(wells.share(found)) == 16 * np.sum(found.two)
 
 
-def test_a_search_for_smooth_nodes_finds_what_the_other_finds():
-    chosen, smooth, split = both_searches(6.0, 1.0)
-    assert not smooth.rough and not split.rough
-    assert isinstance(chosen.solved.inner, wells.Smooth) and isinstance(split.solved.inner, wells.Inner)
-    np.testing.assert_allclose(smooth.solved.point.x, split.solved.point.x, rtol=1e-9)
-    np.testing.assert_allclose(smooth.branches.free_energy, split.branches.free_energy, rtol=1e-9)
-    np.testing.assert_allclose(smooth.solved.inner.chi[:, 0], split.solved.inner.chi[:, 0], atol=1e-8)
-    assert not np.any(split.solved.inner.split)
+def test_derivatives_see_jumps():
+    """E of the minimiser of a double well in one dimension, (u^2 - 1)^2 + (u - x)^2 / (2 v), x ~ N(a, 1): in a it moves
+    by the jump at x = 0 times the density there, which differentiation node by node leaves out."""
+    x = np.random.default_rng(0).normal(size=400_000)
+    grid = np.linspace(-4, 4, 4001)
+    v = 0.5
+    best = np.array([grid[np.argmin((grid**2 - 1) ** 2 + (grid - y) ** 2 / (2 * v))] for y in np.linspace(-5, 5, 2001)])
+
+    class Double:
+        def __init__(self, omega):
+            self.omega = omega
+
+        def terms(self, u):
+            f = (u**2 - 1) ** 2 + (u - self.omega) ** 2 / (2 * v)
+            return f[0], 4 * u * (u**2 - 1) + (u - self.omega) / v, (12 * u**2 - 4 + 1 / v)[:, None]
+
+    jax.tree_util.register_pytree_node(Double, lambda p: ((p.omega,), None), lambda _, c: Double(*c))
+
+    def mean(a):
+        problem = Double((jnp.asarray(x) + a)[None])
+        start = jnp.interp(problem.omega, np.linspace(-5, 5, 2001), best)
+        stop = jax.lax.stop_gradient(problem)
+        u = jnp.stack([start, -start])
+        for _ in range(20):
+            u = jnp.stack([w - jnp.clip(stop.terms(w)[1] / stop.terms(w)[2][0], -0.2, 0.2) for w in u])
+        f = [stop.terms(w)[0] for w in u]
+        other = (f[1] - f[0] < 50.0) & (jnp.abs(u[0] - u[1])[0] > 0.5)
+        found = wells.Wells(jax.lax.stop_gradient(u), other, other)
+        low = wells.lowest(problem, found)
+        return jnp.mean(low.pick(low.u))
+
+    slope = jax.grad(mean)(0.3)
+    h = 0.05
+    differences = (mean(0.3 + h) - mean(0.3 - h)) / (2 * h)
+    assert float(slope) == pytest.approx(float(differences), rel=0.02)
+    density = np.exp(-(0.3**2) / 2) / np.sqrt(2 * np.pi)
+    jump = 2 * abs(float(np.interp(1e-3, np.linspace(-5, 5, 2001), best)))
+    assert float(slope) > 0.8 * jump * density  # most of it
 
 
-def test_a_search_for_smooth_nodes_gives_up_where_there_are_wells():
-    chosen, smooth, split = both_searches(0.5, 0.6)
-    assert smooth.rough and not split.rough
-    assert isinstance(chosen.solved.inner, wells.Inner) and np.any(split.solved.inner.split)
-    np.testing.assert_array_equal(chosen.solved.point.x, split.solved.point.x)
+def test_bias_is_taken_away():
+    """2 f(all) - mean f(halves) of a square, over many draws."""
+    x = np.random.default_rng(0).normal(1.0, 1.0, (200_000, 2, 4))
+    halves = x.mean(2)
+    found = wells.debiased(halves.mean(1) ** 2, np.moveaxis(halves, 1, 0) ** 2)
+    assert found.mean() == pytest.approx(1.0, abs=5e-3)
+    assert np.mean(halves.mean(1) ** 2) > 1.1

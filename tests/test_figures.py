@@ -1,0 +1,151 @@
+"""Figures: what is drawn and written, from made-up predictions."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import lorastate as ls
+from lorastate import figures
+from lorastate.errors import Code, SolveError
+
+SETTING = ls.Setting(ls.Pretraining(0.1, 0.01), ls.Finetuning(3.0, 0.3))
+PATH = "pretraining.lam"
+
+
+@pytest.fixture
+def theory(monkeypatch):
+    """Predictions that break symmetry below lam = 0.03 and fail at the places that are added to `failing`."""
+    failing, asked = {}, []
+
+    def predict(setting, throw=True):
+        lam = float(setting.pretraining.lam)
+        codes = {"pretraining": Code.ok, "finetuning": Code.ok} | failing.get(round(lam, 6), {})
+        broken = lam < 0.03
+
+        class Made(SimpleNamespace):
+            @property
+            def rs(self):
+                asked.append(lam)
+                return {"test_error": 2 + lam, "overlap": 0.1, "free_energy": 1.0, "code": "ok"}
+
+        values = {"broken": broken, "test_error": 1 + lam, "overlap": 0.5 + lam, "test_error_frozen": 3.0 + lam}
+        return Made(finetuning=values, code=codes.get, stderr=lambda stage, name: 0.01, test_error=1 + lam)
+
+    monkeypatch.setattr(figures, "predict", predict)
+    return SimpleNamespace(failing=failing, asked=asked)
+
+
+@pytest.fixture
+def axes():
+    return figures._panels(1, 4, 3)[1]
+
+
+def test_backend_is_left_alone():
+    words = "import sys, matplotlib; matplotlib.use('svg'); import lorastate.figures"
+    words += "; assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", words], check=True)
+
+
+def test_rows_say_phase_and_code(theory):
+    theory.failing[0.02] = {"finetuning": Code.stalled}
+    theory.failing[0.1] = {"pretraining": Code.max_steps, "finetuning": Code.max_steps}
+    grid, names = (0.01, 0.02, 0.05, 0.1), ("test_error", "test_error_frozen")
+    one, two, three, four = figures._scan(SETTING, PATH, grid, names)
+    assert one == {PATH: 0.01, "code": "ok", "broken": True, "test_error": 1.01, "test_error_stderr": 0.01,
+                   "test_error_frozen": 3.01, "test_error_frozen_stderr": 0.01}  # fmt: skip
+    # What pre-training decides is there without fine-tuning.
+    assert two["code"] == "finetuning: stalled" and two["broken"] is None and two["test_error"] is None
+    assert two["test_error_frozen"] == 3.02
+    assert three["broken"] is False
+    assert four["code"] == "pretraining: max_steps" and four["test_error_frozen"] is None
+    assert not theory.asked
+
+
+def test_symmetric_values_at_every_second_broken_point(theory):
+    grid = np.array([0.01, 0.015, 0.02, 0.025, 0.04, 0.05])
+    rows = figures._scan(SETTING, PATH, grid, ("test_error",), symmetric=True)
+    assert sorted(theory.asked) == [0.01, 0.02] and ["rs" in row for row in rows] == [True, False, True] + 3 * [False]
+    x, y = figures._continuation(rows, PATH, "test_error")
+    # Joined to the line where symmetry holds, and not drawn beyond.
+    np.testing.assert_allclose(x, [0.01, 0.02, 0.04, 0.05])
+    np.testing.assert_allclose(y, [2.01, 2.02, 1.04, np.nan])
+
+
+def test_lines(theory, axes):
+    rows = figures._scan(SETTING, PATH, np.array([0.01, 0.02, 0.04, 0.05]), ("test_error",), symmetric=True)
+    assert figures._line(axes, rows, PATH, "test_error", "C0", "theory") is None  # it rises: no minimum inside
+    solid, dotted = axes.lines
+    assert solid.get_linestyle() == "-" and dotted.get_linestyle() == ":"
+    assert dotted.get_color() == solid.get_color() and dotted.get_linewidth() < solid.get_linewidth()
+    np.testing.assert_allclose(solid.get_ydata(), [1.01, 1.02, 1.04, 1.05])
+
+
+def test_minimum_is_marked(axes):
+    rows = [{PATH: x, "test_error": (x - 2.0) ** 2, "test_error_stderr": 0.1} for x in (1.0, 2.0, 3.0)]
+    assert figures._line(axes, rows, PATH, "test_error", "C0") == 2.0 and len(axes.lines) == 2
+
+
+def test_a_figure(theory, tmp_path):
+    theory.failing[0.003] = {"finetuning": Code.stalled}
+    written = figures.figure3(tmp_path, progress=False)
+    assert [path.name for path in written] == ["figure3.png", "figure3.pdf", "figure3.json"]
+    assert all(path.stat().st_size > 1000 for path in written)
+    curves = json.loads(written[-1].read_text())["curves"]
+    assert [len(c["rows"]) for c in curves] == [25, 25]
+    assert [c["rows"][0]["code"] for c in curves] == ["finetuning: stalled"] * 2
+    assert all(c["rows"][2]["rs"]["test_error"] > 2 for c in curves)
+
+
+def test_one_legend_with_one_entry_for_what_is_unstable():
+    figure, panels = figures._panels(2, 8, 4)
+    for axes, color in zip(panels, ("C0", "C1"), strict=True):
+        axes.plot([1, 2], [1, 2], label=figures._SYMMETRIC, color=color)
+        axes.plot([1, 2], [2, 1], label=f"line {color}")
+    figures._legend(figure, panels)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == [figures._SYMMETRIC, "line C0", "line C1"]
+    assert legend.get_lines()[0].get_color() == "0.3"
+
+
+def test_squares_of_lowest_minima(axes, monkeypatch):
+    asked = []
+
+    def simulate(setting, **options):
+        asked.append(options)
+        return SimpleNamespace(
+            dimension=options["dimension"], mean=lambda search, name: {"deep": 0.5}[search],
+            stderr=lambda search, name: 0.01,
+        )  # fmt: skip
+
+    monkeypatch.setattr("lorastate.simulation.simulate", simulate)
+    found = figures._squares(axes, SETTING, figures.Training(), progress=False)
+    assert len(found) == 6 and found[0]["mean"] == 0.5 and {row["ridge"] for row in found} == {0.05, 1.0}
+    wanted = {"stage": "finetuning", "dimension": 600, "runs": 4, "seed": 0, "starts": 4, "moves": 20}
+    assert asked[0] == wanted
+
+
+def test_training_that_failed_is_no_square(axes):
+    def mean(search, name):
+        raise SolveError("finetuning", Code.max_steps, "run 0")
+
+    assert figures._square(axes, 1.0, SimpleNamespace(mean=mean, dimension=150), "test_error", "C0") is None
+    assert not axes.containers
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_where_symmetry_breaks(monkeypatch, failed):
+    from lorastate import stability
+
+    def threshold(setting, path, low, high, rtol):
+        if failed:
+            raise SolveError("finetuning", Code.stalled, "between")
+        return low + 0.1
+
+    monkeypatch.setattr(stability, "instability_threshold", threshold)
+    rows = [{PATH: x, "broken": b} for x, b in ((1.0, False), (4.0, True), (9.0, None), (16.0, True), (25.0, False))]
+    places = figures._breaks(SETTING, PATH, rows)
+    assert places == pytest.approx([2.0, 20.0] if failed else [1.1, 16.1])
