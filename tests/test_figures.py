@@ -107,8 +107,8 @@ def test_one_legend_with_one_entry_for_what_is_unstable():
         axes.plot([1, 2], [2, 1], label=f"line {color}")
     figures._legend(figure, panels)
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == [figures._SYMMETRIC, "line C0", "line C1"]
-    assert legend.get_lines()[0].get_color() == "0.3"
+    assert [text.get_text() for text in legend.texts] == ["line C0", "line C1", figures._SYMMETRIC]
+    assert legend.get_lines()[-1].get_color() == "0.3"
 
 
 def test_squares_of_lowest_minima(axes, monkeypatch):
