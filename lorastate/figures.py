@@ -32,12 +32,15 @@ from .solution import predict, pretrain
 _OF_LORA = _OF_SYMMETRIC = ("test_error", "overlap")
 _SCALE = "finetuning.recalibration"
 _LABELS = {"test_error": "$E'$", "effective_noise": r"$\Delta_{\rm eff}$", "overlap": "$o_w$"}
-#: Legend entries that are the same for lines of several colours.
+#: Legend entries that are the same for lines and markers of several colours.
 _SYMMETRIC, _BAYES, _MINIMUM = "replica symmetric, unstable", "Bayes-optimal", "minimum"
+_NOISE, _ERROR = "$b=M/Q$", "best $b$"
 _SHARED: dict[str, dict[str, Any]] = {
     _SYMMETRIC: {"color": "0.3", "lw": 1.0, "ls": ":"},
     _BAYES: {"color": "0.3", "lw": 1.2, "ls": "--"},
     _MINIMUM: {"color": "darkred", "lw": 0.8, "ls": "--"},
+    _NOISE: {"color": "0.6", "ls": "", "marker": "*", "ms": 12, "mec": "k", "mew": 0.6},
+    _ERROR: {"color": "0.6", "ls": "", "marker": "D", "ms": 6, "mec": "k", "mew": 0.6},
 }
 _SQUARE: dict[str, Any] = {"marker": "s", "ms": 4.5, "mfc": "white", "color": "0.3", "ls": ""}
 
@@ -448,12 +451,11 @@ def figure6(out, training: Training | None = None, progress: bool = True) -> lis
     ]
     data = {"figure": 6, "against_b": _draw({"test_error": panels[0]}, left, training, progress)}
     for curve, row in zip(left, data["against_b"], strict=True):
-        for choice, marker, label in (("noise", "*", "$b=M/Q$"), ("error", "D", "best $b$")):
+        for choice, label in (("noise", _NOISE), ("error", _ERROR)):
             row[f"least_{choice}"] = found = _scaled(curve.setting, choice)
             if found["test_error"] is not None:
-                size = 12 if marker == "*" else 6
-                place = found["b"], found["test_error"]
-                panels[0].plot(*place, marker, color=curve.color, ms=size, mec="k", mew=0.6, label=label, zorder=4)
+                style = _SHARED[label] | {"color": curve.color, "label": label, "zorder": 4}
+                panels[0].plot(found["b"], found["test_error"], **style)
     panels[0].axvline(1.0, color="0.6", lw=0.8)
     right = [
         Curve(label, replace(setting, _SCALE, b), "pretraining.lam", np.geomspace(0.01, 0.5, 25), color,
