@@ -182,8 +182,6 @@ def _square(axes, x, result, name: str, color, search: str = "finetuning") -> di
 
 #: Numerics of figures 1 to 6: a quadrature error of E' of about one per cent, drawn as a band.
 _NUMERICS = Numerics(nodes=8192, finetuning_nodes=16384, replicas=8)
-#: Those of figure 1, where lines of theory are compared with training.
-_SHARP = _NUMERICS.changed(finetuning_nodes=32768)
 #: lambda' of figure 1; None is infinity.
 _RIDGES = {0.05: "C0", 1.0: "C1", None: "C2"}
 #: Part of the height of figure 1's panels that the inset leaves to the curves.
@@ -204,7 +202,7 @@ def figure1(out: Path | str, training: Training | None = None, progress: bool = 
     bar = tqdm(total=2 * (2 * points + inset_points), desc="theory", unit="solve", disable=not progress)
     data: dict[str, Any] = {"figure": 1, "panels": []}
     for axes, delta in zip(panels, (0.5, 2.0), strict=True):
-        setting = Setting(Pretraining(alpha=0.1, lam=0.01, delta=delta), Finetuning(alpha=3.0, lam=0.2), _SHARP)
+        setting = Setting(Pretraining(alpha=0.1, lam=0.01, delta=delta), Finetuning(alpha=3.0, lam=0.2), _NUMERICS)
         panel: dict[str, Any] = {"delta": delta, "setting": setting_to_dict(setting)}
         panel |= _against_ridge(axes, setting, np.geomspace(5e-3, 0.3, points), bar)
         inset = axes.inset_axes((0.14, 0.64, 0.36, 0.33))
