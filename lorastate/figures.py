@@ -522,10 +522,10 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     weak recovery and the line on which replica symmetry breaks."""
     from .bayes import weak_recovery_threshold as bayes_threshold
 
-    numerics = Numerics(nodes=1024, finetuning_nodes=4096, replicas=4)
+    numerics = Numerics(nodes=1024, finetuning_nodes=2048, replicas=4)
     base = Setting(Pretraining(0.3, 0.05, activation="identity", delta=0.01), Finetuning(1.0, 0.5, delta=0.0), numerics)
     gap = float(predict(base).effective_noise)
-    noises, alphas = gap + np.geomspace(0.05, 4.0, 13), np.geomspace(0.08, 3.0, 21)
+    noises, alphas = gap + np.geomspace(0.05, 4.0, 9), np.geomspace(0.08, 3.0, 15)
     rows, lines = [], {"weak_recovery": [], "weak_recovery_bayes_optimal": [], "instability": []}
     bar = tqdm(total=len(noises) * len(alphas), desc="theory", unit="solve", disable=not progress)
     for i, noise in enumerate(map(float, noises)):
@@ -545,7 +545,7 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     for name, style, label in (
         ("weak_recovery", {"color": "w"}, "weak recovery, trained"),
         ("weak_recovery_bayes_optimal", {"color": "w", "ls": "--"}, "weak recovery, Bayes-optimal"),
-        ("instability", {"color": "C1", "ls": "", "marker": "o", "ms": 3.5}, "replica symmetry breaks"),
+        ("instability", {"color": "C1", "ls": "", "marker": "o", "ms": 4, "clip_on": False}, "replica symmetry breaks"),
     ):
         found = [pair for pair in lines[name] if pair[1] is not None]
         axes.plot([alpha for _, alpha in found], [noise for noise, _ in found], lw=1.6, label=label, **style)
