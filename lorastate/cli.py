@@ -392,8 +392,7 @@ class Figure:
             _check_sizes(150 if self.dimension is None else self.dimension, self.runs)
         out = _directory(self.out)
         for name in names:
-            usual = 300 if name == "spectrum" else 150
-            training = figures.Training(self.dimension or usual, self.runs) if self.simulate else None
+            training = figures.Training(self.dimension, self.runs) if self.simulate else None
             try:
                 written = figures.FIGURES[name](out, training, progress=True)
             except OSError as error:
@@ -809,8 +808,8 @@ def _symmetry_lines(summary: Mapping[str, Any]) -> str:
     if summary["rs"]:
         rs = ", ".join(f"{name} {_number(summary['rs'][name], 4)}" for name in ("test_error", "overlap", "free_energy"))
         lines.append(
-            "Fine-tuning is a glass: many minima, one-step broken replica symmetry. The numbers are those of the lowest; "
-            f"training from a random start may end higher.\nReplica-symmetric, unstable: {rs}."
+            "Fine-tuning is a glass: many minima, one-step broken replica symmetry. Numbers are those of the lowest;"
+            f" training from a random start may end higher.\nReplica-symmetric, unstable: {rs}."
         )
     else:
         lines.append(f"Fine-tuning is {summary['symmetry']}.")

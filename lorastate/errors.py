@@ -25,6 +25,7 @@ class Code(enum.IntEnum):
     too_narrow = 7
     upstream = 8
     floor = 9
+    deep_glass = 10
 
     @property
     def message(self) -> str:
@@ -41,6 +42,7 @@ _MESSAGES = {
     Code.unstable: "a fixed point was found, but it repels the iteration (growth rate above one)",
     Code.too_narrow: "the student is too narrow: kappa is below the rank fraction of its own solution",
     Code.floor: "the discretised map jumps across its fixed point; the residual is below the floor asked for",
+    Code.deep_glass: "the minima of fine-tuning differ so much that one step of breaking does not describe them",
     Code.upstream: "the pre-training solution that this stage needs had failed",
 }
 

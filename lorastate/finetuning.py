@@ -337,10 +337,10 @@ def energy_slopes(fine: Finetuning, order: Order, a: Averages) -> tuple:
 _DEEPEST = 2.0
 
 
-def order_parameters(fine: Finetuning, order: Order, a: Averages) -> Order:
+def order_parameters(fine: Finetuning, order: Order, a: Averages, hold: Any = False) -> Order:
     """Second half-step, from the averages at `order`. What leaves the domain (A_i or p' below zero) comes out as NaN.
 
-    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of.
+    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of; on `hold` it stays.
     """
     c, q0 = conjugates(fine, order, a), TEACHER_SIZE
     A = _precisions(fine, c, order.breaking)
@@ -355,7 +355,8 @@ def order_parameters(fine: Finetuning, order: Order, a: Averages) -> Order:
         y = order.breaking[i]
         relative = slope * y / (fine.alpha * jnp.abs(a.gains[i]) + 1e-30)
         scale = jnp.sqrt(jnp.sum(order.spread[i] ** 2 * a.squares[i + 1]))
-        breaking.append(jnp.where(y * scale < _DEEPEST, y * jnp.exp(_STEP * jnp.tanh(relative / _STEP)), jnp.nan))
+        free = jnp.where(y * scale < _DEEPEST, y * jnp.exp(_STEP * jnp.tanh(relative / _STEP)), jnp.nan)
+        breaking.append(jnp.where(hold, y, free))
     new = Order(lifted(1 / A[-1], RESPONSE_FLOOR), c.mhat * q0 / A[0], noise, spread, tuple(breaking))
     return jax.tree_util.tree_map(lambda v: jnp.where(good, v, jnp.nan), new)
 
@@ -415,10 +416,11 @@ def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = Fal
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
-    """The same sweep for the solver: finds the inner minimisers and remembers them from step to step."""
+    """The same sweep for the solver: finds the inner minimisers and remembers them from step to step. The index of a
+    `Stage` is (number of parts, whether y is on hold)."""
 
-    def image(x, memory, cold, count):
-        order = order_at(fine, x)
+    def image(x, memory, cold, index):
+        order, (count, hold) = order_at(fine, x), index
 
         def one(n, previous):
             found = locate_inner(fine, frozen, order, n, previous.found, cold)
@@ -426,9 +428,11 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
             return a, Memory(found, a)
 
         a, memory = sweep(one, nodes, memory, count)
-        return order_parameters(fine, order, a).encode(), memory
+        return order_parameters(fine, order, a, hold).encode(), memory
 
-    def jacobian(x, memory, count):
+    def jacobian(x, memory, index):
+        count, hold = index
+
         def plain(x):
             order = order_at(fine, x)
 
@@ -436,7 +440,7 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
                 return averages_of(fine, frozen, order, n, m.found), m
 
             a, _ = sweep(at, nodes, memory, count, write=False)
-            return order_parameters(fine, order, a).encode()
+            return order_parameters(fine, order, a, hold).encode()
 
         return jax.jacfwd(plain)(x)
 
@@ -449,11 +453,6 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
 def start(fine: Finetuning, informative: bool = True):
     """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap."""
     return _start(fine, 0.9 if informative else 0.05, 0.9 if informative else 0.5)
-
-
-def start_at_rest(fine: Finetuning):
-    """A start with no overlap, which the iteration keeps."""
-    return _start(fine, 0.0, 0.5)
 
 
 def _start(fine: Finetuning, m: float, q: float):
@@ -477,18 +476,9 @@ def broken_start(fine: Finetuning, x, informative: bool = True):
 
 def pushed(fine: Finetuning, x):
     """The same response and norms with half of the largest overlap."""
-    return _with_overlap(fine, x, 0.5)
-
-
-def without_overlap(fine: Finetuning, x):
-    """The same response and norms with no overlap, which the iteration keeps."""
-    return _with_overlap(fine, x, 0.0)
-
-
-def _with_overlap(fine: Finetuning, x, share: float):
     order = order_at(fine, x)
     p = order.norms(TEACHER_SIZE)[0]
-    m = share * jnp.sqrt(_along(p) * TEACHER_SIZE)
+    m = 0.5 * jnp.sqrt(_along(p) * TEACHER_SIZE)
     return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE)).encode()
 
 

@@ -44,7 +44,8 @@ class FixedPoint(NamedTuple):
 
     `residual` is the true one, max |F(x) - x|, undamped. `rate` is the spectral radius of dF/dx (the
     contraction rate of the plain iteration), `growth` the largest real part of its eigenvalues (>= 1 means that
-    even the damped iteration is repelled) and `error` (n,) = |(I - J)^{-1} (F(x) - x)| is |x - x*| to first order.
+    even the damped iteration is repelled) and `error` = residual |(I - J)^{-1}| bounds |x - x*| to first order, which
+    `offset` (n,) = |(I - J)^{-1} (F(x) - x)| is.
     """
 
     x: Any
@@ -53,6 +54,7 @@ class FixedPoint(NamedTuple):
     rate: Any
     growth: Any
     error: Any
+    offset: Any
     steps: Any
 
 
@@ -140,8 +142,8 @@ _ASTRAY = 5e-3
 
 
 def newton_step(jac, residual, outer: int = 0, hold: Any = False):
-    """(I - J)^{-1} residual, (n,) or (n, k); of the last `outer` coordinates, towards their maximum (see `Map`), unless
-    they are on `hold`."""
+    """(I - J)^{-1} residual, (n,) or (n, k); of the last `outer` coordinates, unless they are on `hold`, towards their
+    maximum (see `Map`)."""
     n = len(jac)
     gap = jnp.eye(n, dtype=jac.dtype) - jac
     if not outer:
@@ -180,7 +182,7 @@ class Stage(NamedTuple):
 
     `index` is handed to the map (e.g. how many replicas it averages). With `exact` every Newton step has a new
     Jacobian; without, the stage starts from the last one, computes it once more near the solution and updates it by
-    Broyden's rule. With `hold` the `outer` coordinates of the map stay where they are.
+    Broyden's rule. With `hold` the `outer` coordinates of the map stay where they are (its F does not move them).
     """
 
     tolerance: Any
@@ -236,15 +238,12 @@ def _advanced(fmap: Map, stage: Stage, s: _State) -> _State:
     first, exact = s.step < 0, jnp.asarray(stage.exact)
     trial, picard = _proposed(fmap, stage, s)
     image, memory = fmap.image(trial, s.memory, first, stage.index)
-    if fmap.outer:
-        held = stage.hold & (jnp.arange(len(trial)) >= len(trial) - fmap.outer)
-        image = jnp.where(held, trial, image)
     finite, residual, size = jnp.all(jnp.isfinite(image)), _size(image - trial), _size(s.image - s.x)
     less = residual < (1.0 - 1e-3 * s.length) * size
     if fmap.outer:
         # On the way up to a maximum its slope may well grow: it is the others that must not go astray.
         inner, before = (_size(v[: -fmap.outer]) for v in (image - trial, s.image - s.x))
-        less = less | (inner < jnp.maximum((1.0 - 1e-3 * s.length) * before, _ASTRAY))
+        less = less | (~jnp.asarray(stage.hold) & (inner < jnp.maximum((1.0 - 1e-3 * s.length) * before, _ASTRAY)))
     accept = first | picard | (finite & less)
     done = accept & finite & (residual <= stage.tolerance)
     # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
@@ -293,15 +292,18 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         start,
     )
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
-    growth = spectral_abscissa(s.known[: n - fmap.outer, : n - fmap.outer])
+    inner = s.known[: n - fmap.outer, : n - fmap.outer]
+    growth = spectral_abscissa(inner)
     residual = _size(s.image - s.x)
     below = residual < stage.floor
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
     code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)
     if require_stable:
         code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
-    error = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer))
-    return FixedPoint(s.x, code, residual, spectral_radius(s.known), growth, error, s.step), s.known, s.memory
+    eye = jnp.eye(n - fmap.outer, dtype=dtype)
+    error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - inner, eye)), 1))
+    offset = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer))
+    return FixedPoint(s.x, code, residual, spectral_radius(inner), growth, error, offset, s.step), s.known, s.memory
 
 
 def plain_map(step: Callable, args, const=None) -> Map:

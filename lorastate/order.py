@@ -26,8 +26,9 @@ import numpy as np
 
 #: Floors of response and noise; a solution that sits on them is the zero student and is reported as such.
 RESPONSE_FLOOR, NOISE_FLOOR = 1e-9, 1e-7
-#: Floor of a spread: minima that differ by no more are one.
-SPREAD_FLOOR = 1e-4
+#: Floor of a spread, and spread below which its coordinate levels off: minima that differ by so little are one, and the
+#: solver comes to rest there instead of following a logarithm to minus infinity.
+SPREAD_FLOOR, SPREAD_LEVEL = 1e-4, 1e-2
 
 
 class Order(NamedTuple):
@@ -73,10 +74,10 @@ class Order(NamedTuple):
         return Order(self.response, self.overlap, jnp.sqrt(square))
 
     def encode(self):
-        """The solver's coordinates: logarithms of response, spreads and breaking; the overlap of spare directions is
-        none of them. (3 + 2 k,), or (5 + 3 k,) for pairs."""
+        """The solver's coordinates: logarithms of response, spreads (log sqrt(s^2 + SPREAD_LEVEL^2)) and breaking; the
+        overlap of spare directions is none of them. (3 + 2 k,), or (5 + 3 k,) for pairs."""
         response, overlap, noise = (jnp.atleast_1d(v) for v in (jnp.log(self.response), self.overlap, self.noise))
-        parts = [response, overlap[:1], noise, *(jnp.atleast_1d(jnp.log(s)) for s in self.spread)]
+        parts = [response, overlap[:1], noise, *(jnp.atleast_1d(_levelled(s)) for s in self.spread)]
         return jnp.concatenate([*parts, *(jnp.log(y)[None] for y in self.breaking)])
 
 
@@ -87,11 +88,15 @@ def decode(x, spare: bool = False) -> Order:
     begin = 2 * d + 1
     end = begin + d * k
     response, noise = jnp.exp(x[:d]), x[d + 1 : begin]
-    spreads = jnp.exp(x[begin:end]).reshape(k, d)
+    spreads = jnp.sqrt(lifted(jnp.exp(2 * x[begin:end]) - SPREAD_LEVEL**2, SPREAD_FLOOR**2)).reshape(k, d)
     breaking = tuple(jnp.exp(x[end : end + k]))
     if spare:
         return Order(response, jnp.stack([x[d], jnp.zeros_like(x[d])]), noise, tuple(spreads), breaking)
     return Order(response[0], x[d], noise[0], tuple(spreads[:, 0]), breaking)
+
+
+def _levelled(spread):
+    return jnp.log(jnp.asarray(spread) ** 2 + SPREAD_LEVEL**2) / 2
 
 
 def from_norm(response, overlap, norm, size) -> Order:

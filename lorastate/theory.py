@@ -194,14 +194,16 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     """(rules, kind, branch) of every stage of a search: both starts on a part of the nodes, there once more from a cold
     search, both on all of the nodes, and away from a solution that repels.
 
-    With breaking y is held until then, and set free after a cold search. phi is so flat in it that on some nodes
-    the maximum cannot be told from their noise: then all goes back to where y was held, and what that does to the rest
-    is part of the error bars.
+    With breaking y is on hold until then, and set free after a cold search. phi is so flat in it that on some nodes the
+    maximum cannot be told from their noise: then all goes back to hold, and what that does to the rest is part of the
+    error bars.
     """
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     coarse, refined = _stages(numerics, parts, 1e-3, settle=0.03)
+    few = min(4, parts) if levels else 1
+    coarse, refined = coarse._replace(index=(few, True)), refined._replace(index=(parts, True))
     if levels:
-        coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, index=min(4, parts), hold=True, max_steps=40)
+        coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, hold=True, max_steps=40)
         refined = refined._replace(tolerance=max(numerics.tolerance, 1e-5), hold=True)
     if ft.spare(fine):
         # The response of spare directions overshoots, and the more so the more samples there are.
@@ -211,7 +213,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     kinds = [(coarse, 0, 0), (coarse, 0, 1), (again, 0, 0), (again, 0, 1), (last, _LAST, 0), (last, _LAST, 1)]
     kinds.append((refined._replace(settle=0.0), _ESCAPE, 0))
     if levels:
-        free = refined._replace(hold=False, max_steps=_TRIES)
+        free = refined._replace(hold=False, index=(parts, False), max_steps=_TRIES)
         kinds += [(rules, kind, k) for rules, kind in ((free, _FREE), (refined, _BACK)) for k in (0, 1)]
     rules, which, branch = zip(*kinds, strict=True)
     return _stacked(rules), jnp.array(which), jnp.array(branch)
@@ -273,8 +275,9 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         x0 = jnp.where(skip | higher, jnp.nan, start)
         point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
         optional = ((kind != 0) & (kind != _LAST)) | higher
-        kept = (~jnp.all(jnp.isfinite(point.x)) & optional) | ((kind == _FREE) & ~succeeded(point.code))
-        new = _Found(point.x, jac, memory.here, point.code, energy_at(point.x, memory, rules.index), jnp.array(False))
+        kept = (~jnp.all(jnp.isfinite(point.x)) & optional) | ((kind == _FREE) & (point.code != Code.ok))
+        energy = energy_at(point.x, memory, rules.index[0])
+        new = _Found(point.x, jac, memory.here, point.code, energy, jnp.array(False))
         put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
         stale = (kind == _FREE) & kept & ~skip & ~higher
         row = jnp.where(kept & ~stale, found.row[k], memory.here)
@@ -295,19 +298,24 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     return final, found, memory, same, points.x[2]
 
 
-#: Share of nodes with two wells up to which symmetry counts as unbroken. The minima are then apart by (q - p)/q of the
-#: order of the square of ten times that: 1e-4.
-_FEW = 1e-3
+#: (q - p)/q from which on one step of breaking is not trusted: up to a quarter it agrees with deep minima of training,
+#: from a half on it does not.
+_DEEP = 0.4
 
 
-def _rough(memory: Slots, rows):
-    """Whether more than a few nodes have two wells, in either row."""
-    return jnp.any(jnp.mean(memory.data.averages.two_wells[rows], -1) > _FEW)
+#: Share of nodes with two wells up to which symmetry counts as unbroken, and the (q - p)/q that counts as zero: it is
+#: of the order of the square of ten times that share.
+_FEW, _APART = 1e-3, 1e-4
+
+
+def _rough(memory: Slots, row):
+    """Whether more than a few nodes have two wells, in that row."""
+    return jnp.mean(memory.data.averages.two_wells[row]) > _FEW
 
 
 def _clearly_rough(memory: Slots, rows):
-    """The same as far as the first part of the nodes can tell."""
-    return jnp.any(memory.data.averages.two_wells[rows, 0] > 30 * _FEW)
+    """The same in all of these rows, as far as the first part of the nodes can tell."""
+    return jnp.all(memory.data.averages.two_wells[rows, 0] > 30 * _FEW)
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------
@@ -469,7 +477,7 @@ def lora_predictions(fine: Finetuning, frozen: FrozenMap, order: Order, averages
     none, broken = jnp.full((), jnp.nan), jnp.array(False)
     breaking = complexity = none
     if order.levels:
-        broken = jnp.max(order.spread[0]) > 2 * SPREAD_FLOOR  # otherwise all minima are one
+        broken = jnp.any(order.spread[0] ** 2 > _APART * norms[-1])  # otherwise all minima are one
         breaking = jnp.where(broken, order.breaking[0], none)
         complexity = jnp.where(broken, order.breaking[0] ** 2 * ft.energy_slopes(fine, order, a)[0], none)
     hats = {"qhat": c.qhat, "mhat": c.mhat, "lhat": c.lhat}
@@ -597,7 +605,9 @@ def describe_finetuning(
     errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
     values = lora_predictions(fine, frozen, order, b, errors)
     values = {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
-    status = {"pretraining": first.status, "finetuning": _status(solved.point)}
+    deep = succeeded(solved.point.code) & (order.levels > 0) & ~(values["p"] > (1 - _DEEP) * values["q"])
+    code = jnp.where(deep, int(Code.deep_glass), solved.point.code)
+    status = {"pretraining": first.status, "finetuning": _status(solved.point._replace(code=code))}
     return Evaluation(first.values, values, second.branches, status, (first.solved, solved, second.found))
 
 
@@ -639,7 +649,7 @@ def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, se
     point = jax.tree_util.tree_map(lambda a: a[chosen], points)
     best = Solved(point, found.jacobian[chosen], memory._replace(here=found.row[chosen]).read().found)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
-    rough = ~succeeded(code) | ~jnp.all(succeeded(starts.code)) | _rough(memory, found.row)
+    rough = ~succeeded(code) | _rough(memory, found.row[chosen])
     code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
     if search.alone:
@@ -657,7 +667,7 @@ def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, se
 
 class Bars(NamedTuple):
     """Standard errors of the predictions of a stage, and how far its solve is off, in those of its order parameters
-    (`FixedPoint.error`; the largest)."""
+    (`FixedPoint.offset`; the largest)."""
 
     errors: dict[str, Any]
     shift: Any
@@ -701,7 +711,9 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
         return lora_predictions(fine, frozen_at(pre, fine, upstream), ft.order_at(fine, x), b, e)
 
     values = jax.vmap(predictions)(xs, map_x, b, errors)
-    return map_bars, _bars(values, out.finetuning, xs, of_lora)
+    # How far minima are apart, and y, matter little where they are nearly one: what they do is in the bars.
+    known = len(ft.start(fine))
+    return map_bars, _bars(values, out.finetuning, xs[:, :known], of_lora)
 
 
 def map_errors(pre: Pretraining, numerics: Numerics, nodes: NodeSets, values: dict[str, Any], solved: Solved):
@@ -757,16 +769,16 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
         return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
 
     errors = {k: jnp.hypot(error(v), jnp.mean(v) - values[k]) for k, v in of_replicas.items()}
-    return Bars(errors, jnp.max(solved.point.error / (error(xs) + 1e-12)))
+    return Bars(errors, jnp.max(solved.point.offset[: xs.shape[1]] / (error(xs) + 1e-12)))
 
 
 #: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors.
-_FLOOR_SHARE = 0.3
+_FLOOR_SHARE = 1.0
 
 
 def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
-    """The status of a stage once its quadrature errors are known: a solve that stopped at a jump is one if it is well
-    inside the error of every order parameter."""
+    """The status of a stage once its quadrature errors are known: a solve that stopped at a jump is one if it is inside
+    the error of every order parameter. (By how much it is off is part of the bars.)"""
     near = bars.shift <= _FLOOR_SHARE
     code = jnp.where(status["code"] == Code.floor, jnp.where(near, int(Code.ok), int(Code.stalled)), status["code"])
     return status | {"code": code}

@@ -205,9 +205,9 @@ def test_mixture_is_optimised_inside_its_range(monkeypatch):
     def evaluate(s, objective):
         r = float(s.finetuning.inputs.reused_fraction)
         assert 0 < r < 1
-        return design._Point((r - 0.9) ** 2, {"finetuning.reused_fraction": 2 * (r - 0.9)}, True, 0.0)
+        return design._Point((r - 0.9) ** 2, {"finetuning.reused_fraction": 2 * (r - 0.9)}, True)
 
-    solution = SimpleNamespace(finetuning={"double_well_share": 0.0})
+    solution = SimpleNamespace()
     monkeypatch.setattr(design, "_evaluate", evaluate)
     monkeypatch.setattr(design, "predict", lambda s: solution)
     s = setting("identity", 0.1, inputs="mixed", reused_fraction=0.5)

@@ -77,21 +77,18 @@ def test_a_lane_is_the_setting_alone_and_a_failed_one_disturbs_nobody(swept):
     assert sweeps.summary(swept)["codes"] == {"pretraining too_narrow": 2, "finetuning upstream": 2}
 
 
-def test_a_lane_with_wells_among_smooth_ones(monkeypatch):
-    """Each is searched as it is alone: the one with wells a second time, with split nodes."""
-    run, searched = sweeps._rows, []
-    monkeypatch.setattr(sweeps, "_rows", lambda *a: (searched.append((len(a[0]), a[-1])), run(*a))[1])
+def test_a_lane_with_wells_among_smooth_ones():
+    """Each is searched as it is alone: the one with wells a second time, with broken symmetry."""
     base, alphas = ls.replace(setting(), "finetuning.lam", 1.0), [1.0, 6.0, 8.0]
     found = ls.sweep(base, {"finetuning.alpha": alphas}, chunk=4)
-    assert searched == [(3, False), (1, True)]
-    shares = []
+    broken = []
     for alpha in alphas:
         lane = found.sel({"finetuning.alpha": alpha})
         alone = ls.predict(ls.replace(base, "finetuning.alpha", alpha))
         for name, value in alone.finetuning.items():
             np.testing.assert_allclose(lane[f"finetuning.{name}"], value, rtol=1e-12, atol=1e-12)
-        shares.append(float(alone.finetuning["double_well_share"]))
-    assert shares[0] > 0.003 and shares[1:] == [0.0, 0.0]
+        broken.append(alone.symmetry)
+    assert broken == ["one-step broken"] + 2 * ["replica symmetric"]
 
 
 def test_other_chunks_devices_and_processes(swept, tmp_path, start):

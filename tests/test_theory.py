@@ -100,30 +100,19 @@ def test_softmax_worked_values():
     assert s.ok and s.summary()["status"]["finetuning"]["code"] == "ok"
 
 
-@pytest.mark.parametrize("kind", ["softmax", "identity", "double wells"])
+@pytest.mark.parametrize("kind", ["softmax", "identity"])
 def test_gradient_is_the_central_difference_in_every_field(kind):
-    # With the identity at alpha' = 0.5, lam' = 0.1 about a fifth of the nodes have two wells.
-    wells = kind == "double wells"
-    s = setting("identity", 0.1, 0.1, 0.5) if wells else setting(kind, 0.02, 0.2)
+    s = setting(kind, 0.02, 0.2)
     value, slopes = ls.gradient(s)
     solution = ls.predict(s)
+    assert solution.symmetry == "replica symmetric"
     np.testing.assert_allclose(value, solution.test_error, rtol=1e-10)
-    assert (float(solution.finetuning["double_well_share"]) > 0.1) == wells
     assert tuple(slopes) == continuous_fields(s)
-    # A solve with many wells takes seconds: one field for each way into the theory is enough there.
-    some = ("pretraining.lam", "pretraining.delta", "finetuning.alpha", "finetuning.lam", "finetuning.recalibration")
     for path, slope in slopes.items():
-        if wells and path not in some:
-            continue
         x = float(get(s, path))
         h = 2e-5 * x
         up, down = (ls.gradient(ls.replace(s, path, x + d))[0] for d in (h, -h))
         assert (up - down) / (2 * h) == pytest.approx(slope, rel=2e-5, abs=2e-7), path
-    if wells:
-        # Were the term of the jump's surface missing, large steps would see it: tiny ones do not meet a jump.
-        for h in (1e-4, 1e-3, 1e-2):
-            up, down = (ls.gradient(ls.replace(s, "finetuning.alpha", 0.5 + d))[0] for d in (h, -h))
-            assert (up - down) / (2 * h) == pytest.approx(slopes["finetuning.alpha"], rel=1e-4 + 0.5 * h), h
 
 
 def test_three_tokens_over_three_decades_of_lam():
