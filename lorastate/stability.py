@@ -105,7 +105,7 @@ def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) 
     if found(low) or not found(high):
         side = "above" if found(low) else "below"
         raise SettingError(
-            f"finetuning.alpha has no weak-recovery threshold between 0.01 and 100 (o_w is {side} {_FOUND:g} everywhere); "
+            f"finetuning.alpha has no weak-recovery threshold between 0.01 and 100 (o_w {side} {_FOUND:g} throughout); "
             "allowed: settings that have one"
         )
     while high - low > 0.01:
