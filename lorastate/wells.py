@@ -127,7 +127,7 @@ def locate(problem, x, guess, previous: Wells, cold) -> Wells:
     anchors are tried where others promise most than did before.
     """
     problem, x, guess = jax.lax.stop_gradient((problem, x, guess))
-    m, n = problem.omega.shape
+    (m, n), cold = problem.omega.shape, jnp.asarray(cold)
 
     def anchor(start_old):
         start, old, old_loss = start_old
