@@ -127,13 +127,3 @@ def test_other_shapes(tokens, pre):
         x = float(ls.setting_file.get(s, path))
         up, down = (ls.gradient(ls.replace(s, path, x * (1 + h)))[0] for h in (1e-5, -1e-5))
         assert (up - down) / (2e-5 * x) == pytest.approx(slopes[path], rel=5e-5, abs=1e-7), path
-
-
-def test_softmax_over_decades_of_lam(softmax):
-    points = [jnp.array([lam, 0.6]) for lam in (2e-2, 1e-1, 1.0, 5.0)]
-    found = [softmax.solve(u, (Code.ok, Code.floor)) for u in points]
-    values = [float(softmax.described(u, f)) for u, f in zip(points, found, strict=True)]
-    slopes = [float(softmax.gradient(u, f)[0]) for u, f in zip(points, found, strict=True)]
-    assert np.all(np.isfinite(values))
-    # E' rises beyond its optimum and is flat where the map is zero.
-    assert slopes[1] > 0 and abs(slopes[3]) < 1e-6
