@@ -43,6 +43,16 @@ def _options(backend: str, quick: bool) -> dict:
     return options
 
 
+def platform(arrays: Iterable[Any] = ()) -> str:
+    """What JAX computes on, by the name that exported programs have ("cpu", "cuda"): where an array is bound to, else
+    the default device, else the default backend."""
+    bound = [a for a in arrays if isinstance(a, jax.Array) and a.committed]
+    config: Any = jax.config
+    device = next(iter(bound[0].devices())) if bound else config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return jax.export.default_export_platform() if name == jax.default_backend() else name
+
+
 class Program:
     """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU.
 
@@ -62,12 +72,12 @@ class Program:
         # (What is made of nothing inside one is a tracer, even where all arguments are known.)
         if not all(map(is_concrete, (*jax.tree_util.tree_leaves(args), jnp.zeros(())))):
             return self._jit("inner", {})(*args)
-        backend = jax.default_backend()
+        leaves, treedef = jax.tree_util.tree_flatten(args)
+        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+        backend = platform(arrays)
         options = _options(backend, self._quick)
         folder = _folder()
         if folder is not None and self._ours():
-            leaves, treedef = jax.tree_util.tree_flatten(args)
-            arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
             shapes = tuple((a.shape, str(a.dtype)) for a in arrays)
             still = tuple(None if eqx.is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
             key = (treedef, shapes, still, backend, folder)
@@ -76,7 +86,10 @@ class Program:
                 self._kept[key] = self._keep(folder, backend, options, leaves, treedef, shapes) if known else None
             if self._kept[key] is not None:
                 run, outcome = self._kept[key]
-                return _filled(outcome, run(*arrays))
+                try:
+                    return _filled(outcome, run(*arrays))
+                except Exception:  # not for this machine; an error of the program itself comes again below
+                    self._kept[key] = None
         return self._jit(backend, options)(*args)
 
     def _jit(self, name: str, options: dict):
@@ -220,8 +233,15 @@ def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
     """
     first, *others = values
     yield f(first)
+    config: Any = jax.config
+    device = config.jax_default_device
+
+    def there(value):
+        with jax.default_device(device):  # which other threads do not see
+            return f(value)
+
     with ThreadPoolExecutor(min(cores(), 4)) as pool:
-        calls = [pool.submit(f, value) for value in others]
+        calls = [pool.submit(there, value) for value in others]
         try:
             for call in calls:
                 yield call.result()

@@ -128,3 +128,31 @@ def test_nodes_read_back_are_the_same(folder):
     gaussian_nodes.cache_clear()
     gaussian_nodes(4, 1024, 2, 7)  # those of other seeds would only fill the disk
     assert len(nodes_kept(folder)) == 1
+
+
+# ---------------------------------------------------------------- what JAX computes on
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A machine whose default backend is CUDA, as JAX names it; what there is is a CPU all the same."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.export, "default_export_platform", lambda: "cuda")
+
+
+def test_a_cuda_machine_has_its_own_programs(folder, accelerator):
+    # Here a program for CUDA cannot run: then it is compiled as usual.
+    assert np.isfinite(solve(Program(theory.solve_pretraining), 0.1).point.x).all()
+    (file,) = folder.iterdir()
+    assert program._read(file)[0].platforms == ("cuda",) and program.platform() == "cuda"
+
+
+def test_programs_follow_the_default_device(folder, accelerator):
+    cpu = jax.devices("cpu")[0]
+    for device in (cpu, "cpu"):
+        with jax.default_device(device):
+            solve(Program(theory.solve_pretraining), 0.1)
+            assert list(program.together(lambda _: program.platform(), range(3))) == ["cpu"] * 3
+    assert program.platform([np.ones(3), jax.device_put(1.0, cpu)]) == "cpu"
+    (file,) = folder.iterdir()
+    assert program._read(file)[0].platforms == ("cpu",)
