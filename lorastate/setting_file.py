@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import numpy as np
 
 from .activation import Softmax
@@ -85,6 +87,25 @@ def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
     out["finetuning"]["recalibration"] = _plain(_recalibration(fine))
     out["numerics"] = {key: getattr(setting.numerics, key) for key in KEYS["numerics"]}
     return out
+
+
+def description(value: Any) -> Any:
+    """Everything that a setting is made of, unresolved and unrounded, as JSON has it: one description, one setting.
+
+    Raises `SettingError` for what contains code of the user's, such as an activation: that can only be run.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if eqx.is_array(value):
+        return np.asarray(value).tolist()
+    if isinstance(value, tuple):
+        return [description(item) for item in value]
+    if isinstance(value, eqx.Module) and type(value).__module__.startswith(f"{__package__}."):
+        fields = {field.name: description(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__} | fields
+    raise SettingError(
+        f"{_shown(value)} is code of your own, whose results cannot be known again; allowed: what settings files know"
+    )
 
 
 _OBJECTS = ("activation", "beta", "inputs", "recalibration")

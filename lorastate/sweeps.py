@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import threading
 import time
 import zlib
@@ -30,13 +31,18 @@ from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
 from . import design, theory
-from ._version import __version__
+from ._version import SOURCE, __version__
 from .errors import Code, SettingError, require_float64, succeeded
 from .names import MEANING
 from .program import Program
 from .setting import Setting
-from .setting_file import continuous_fields, parse_value, replace, setting_to_dict
+from .setting_file import continuous_fields, description, parse_value, replace, setting_to_dict
 from .solution import by_work
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
 
 if TYPE_CHECKING:
     import xarray
@@ -107,7 +113,10 @@ def _axes(setting: Setting, grid: Mapping[str, Iterable[Any]]) -> dict[str, list
         plain: list[Any] = [v.item() if hasattr(v, "item") else v for v in values]
         if not plain:
             raise SettingError(f"grid {path} has no values; allowed: at least one")
-        if len(set(map(str, plain))) < len(plain):
+        for value in plain:
+            if not isinstance(value, int | float | str):
+                raise SettingError(f"grid {path} has a value {value!r}; allowed: numbers or words")
+        if len(set(plain)) < len(plain):
             raise SettingError(f"grid {path} names a value more than once; allowed: each value once")
         for value in plain:
             with contextlib.suppress(_Later):
@@ -304,7 +313,6 @@ class _Journal:
     def __init__(self, out: Path, manifest: dict[str, Any], process: int):
         self.out, self.manifest = out, manifest
         self.path, self._end = out / f"points-{process}.bin", -1
-        out.mkdir(parents=True, exist_ok=True)
         file = out / "sweep.json"
         if file.exists():
             self._same(file)
@@ -316,6 +324,11 @@ class _Journal:
             before = json.loads(file.read_text())
         except ValueError:
             raise SettingError(f"{str(file)!r} is not the record of a sweep; allowed: another directory") from None
+        if not isinstance(before, dict) or before.get("source") != self.manifest["source"]:
+            raise SettingError(
+                f"{str(self.out)!r} holds a sweep by another version of lorastate, or of its source; allowed: another "
+                "directory"
+            )
         for key, now in self.manifest.items():
             if before.get(key) != now:
                 was, now = _first_difference(key, before.get(key), now)
@@ -391,6 +404,32 @@ def _first_difference(key: str, before: Any, now: Any) -> tuple[str, str]:
                 return _first_difference(f"{key}.{name}", before.get(name), now.get(name))
     key = key.removeprefix("setting.")
     return tuple(f"{key} = {str(v)[:60]}{'...' if len(str(v)) > 60 else ''}" for v in (before, now))  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _held(out: Path, process: int):
+    """Keeps the directory from other sweeps: the operating system lets go of the lock when the process ends.
+
+    Raises `SettingError` while another one has it. Processes of one sweep each have their own.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"process-{process}.lock", "a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SettingError(
+                f"{str(out)!r} is in use by another sweep (process {file.read() or 'unknown'}); allowed: another "
+                "directory, or waiting for its end"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+        file.truncate(0)
 
 
 class _Alive:
@@ -483,10 +522,12 @@ def sweep(
     "gradient.PATH", its derivative by every continuous field. Axes may be numbers or words (activation, inputs).
 
     With `out`, a directory, finished points are written at once and `sweep.nc` at the end: after any interruption the
-    same call goes on, and one with another setting is refused. `devices`: a number, "all", or JAX devices (default:
-    one). `chunk`: points that each device takes at a time. Under `jax.distributed` every process takes its share of
-    the points and `out` must be a directory that they all see; process 0 waits for the others, which return what is
-    there when their own share is done.
+    same call goes on. One with another setting or another version of this package is refused, as is a second one at the
+    same time, and a setting with code of your own in it, which nobody can tell apart from other code.
+
+    `devices`: a number, "all", or JAX devices (default: one). `chunk`: points that each device takes at a time. Under
+    `jax.distributed` every process takes its share of the points and `out` must be a directory that they all see;
+    process 0 waits for the others, which return what is there when their own share is done.
 
     Raises `SettingError` for a bad grid, `SweepInterrupted` (a KeyboardInterrupt) on Ctrl-C, and `SweepIncomplete`
     when another process gives no sign of life for `patience` seconds. A point that cannot be solved raises nothing.
@@ -515,17 +556,20 @@ def sweep(
         kinds.setdefault(kind, []).append(index)
 
     journal, columns, rows = None, [], {}
-    if out is not None:
-        manifest = {"version": __version__, "gradient": gradient, "grid": axes, "setting": setting_to_dict(setting)}
-        journal = _Journal(Path(out), json.loads(json.dumps(manifest)), process)
-        columns, rows = journal.rows()
-    mine = {k: [i for i in v if i % processes == process and i not in rows] for k, v in kinds.items()}
-    share = sum(i % processes == process for i in range(len(points)))
-    left = sum(map(len, mine.values()))
-    bar = tqdm(total=share, initial=share - left, desc="sweep", unit="point", disable=not progress, smoothing=0.1)
-    beating = _Alive(journal.out, process) if journal and processes > 1 else contextlib.nullcontext()
-    try:
-        with bar, beating:
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            manifest = {"source": SOURCE, "gradient": gradient, "grid": axes, "setting": description(setting)}
+            stack.enter_context(_held(Path(out), process))
+            journal = _Journal(Path(out), json.loads(json.dumps(manifest)), process)
+            columns, rows = journal.rows()
+            if processes > 1:
+                stack.enter_context(_Alive(journal.out, process))
+        mine = {k: [i for i in v if i % processes == process and i not in rows] for k, v in kinds.items()}
+        share = sum(i % processes == process for i in range(len(points)))
+        left = sum(map(len, mine.values()))
+        bar = tqdm(total=share, initial=share - left, desc="sweep", unit="point", disable=not progress, smoothing=0.1)
+        stack.enter_context(bar)
+        try:
             for indices in _chunks(mine, lanes):
                 found = _run([_at(setting, points[i]) for i in indices], gradient, mesh, lanes)
                 columns = columns or [*(c for c in found[0] if c not in slopes), *slopes]
@@ -540,11 +584,11 @@ def sweep(
                 if process == 0 and len(rows) < len(points):
                     bar.total = len(points)
                     columns, rows = _await(journal, len(points), processes, patience, bar)
-    except KeyboardInterrupt:
-        raise SweepInterrupted(len(rows), len(points), journal.out if journal else None) from None
-    dataset = _dataset(setting, axes, columns, rows, gradient)
-    if journal and process == 0:
-        _write(journal.out / "sweep.nc", bytes(dataset.to_netcdf(engine="scipy", format="NETCDF3_64BIT")))
+        except KeyboardInterrupt:
+            raise SweepInterrupted(len(rows), len(points), journal.out if journal else None) from None
+        dataset = _dataset(setting, axes, columns, rows, gradient)
+        if journal and process == 0:
+            _write(journal.out / "sweep.nc", bytes(dataset.to_netcdf(engine="scipy", format="NETCDF3_64BIT")))
     return dataset
 
 
