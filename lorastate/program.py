@@ -299,19 +299,22 @@ def _store(path: Path, data: bytes) -> None:
     with os.fdopen(handle, "wb") as file:
         file.write(hashlib.sha256(data).digest() + data)
     os.replace(part, path)
-    size = 0
-    for file in sorted(path.parent.iterdir(), key=_age):
+    make_room(path.parent, _MOST)
+
+
+def make_room(folder: Path, most: int) -> None:
+    """Removes the oldest files of a folder, so that the others have no more bytes than `most`."""
+    found = []
+    for file in folder.iterdir():
         with contextlib.suppress(OSError):  # another process has made room
-            size += file.stat().st_size
-            if size > _MOST:
-                file.unlink()
-
-
-def _age(path: Path) -> float:
-    try:
-        return -path.stat().st_mtime
-    except OSError:
-        return 0.0
+            status = file.stat()
+            if file.is_file():
+                found.append((-status.st_mtime, status.st_size, file))
+    size = 0
+    for _, bytes_, file in sorted(found):
+        size += bytes_
+        if size > most:
+            file.unlink(missing_ok=True)
 
 
 def cores() -> int:
