@@ -120,7 +120,7 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
     same_noise = setting.finetuning.delta is None or fine.inputs.keeps_noise
     if same_noise:
         slopes["pretraining.delta"] += float(grads[1].delta)
-    if setting.finetuning.activation is None and "pretraining.beta" in slopes:
+    if setting.finetuning.follows_beta and {"pretraining.beta", "finetuning.beta"} <= slopes.keys():
         slopes["pretraining.beta"] += slopes["finetuning.beta"]
     if isinstance(fine.inputs, Selected):  # alpha = rho pool
         by_alpha = float(grads[1].alpha)

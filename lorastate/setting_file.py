@@ -61,8 +61,6 @@ def setting_from_dict(data: Mapping[str, Any], overrides: Iterable[str] = ()) ->
     fine = sections["finetuning"]
     if "beta" in fine:
         fine.setdefault("activation", pre.activation.name)
-    elif fine.get("activation") == pre.activation.name:
-        del fine["activation"]  # the same activation without a beta of its own keeps following
     return Setting(pre, Finetuning(**fine), Numerics(**sections["numerics"]))
 
 
@@ -166,7 +164,8 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
     """The setting with one field changed, validated as in the constructors (also under JAX transformations).
 
     Changing a pre-training field also changes what follows it in fine-tuning. Changing a fine-tuning field
-    that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it.
+    that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it. A name changes
+    no number: a softmax keeps its beta, or takes that of pre-training.
     """
     name, key = _split(path)
     if name == "pretraining.task":
@@ -190,7 +189,7 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
             raise SettingError(f"{path} = None is not a number; allowed: beta > 0")
         _needs_softmax(path, setting.finetuning_resolved if name == "finetuning" else stage)
         kwargs |= {"activation": "softmax", "beta": value}
-    else:
+    elif key != "activation" or value != "softmax" or not isinstance(stage.activation, Softmax):
         kwargs[key] = value
     if name == "pretraining":
         return Setting(Pretraining(**kwargs), setting.finetuning, setting.numerics)
