@@ -201,7 +201,7 @@ class Finetuning(eqx.Module):
         recalibration: Any = 1.0, rank: Any = 1, teacher_rank: Any = 1, **options,
     ):  # fmt: skip
         require_float64()
-        self.inputs = _as_inputs(inputs, options)
+        self.inputs = as_inputs(inputs, options)
         follows = getattr(self.inputs, "alpha", None)
         if follows is not None:
             if alpha is not None and _differ(alpha, follows):
@@ -254,7 +254,8 @@ def _differ(given, follows) -> bool:
         return False
 
 
-def _as_inputs(inputs: Any, options: dict[str, Any]) -> Inputs:
+def as_inputs(inputs: Any, options: Mapping[str, Any]) -> Inputs:
+    """`Inputs` from one, or from its name and options."""
     given = {key: value for key, value in options.items() if value is not None}
     known = {key for kind in CHANNELS.values() for key in kind.options}
     for key in options:
@@ -368,17 +369,22 @@ class Setting(eqx.Module):
     numerics: Numerics = Numerics()
 
     @property
+    def finetuning_activation(self) -> Activation:
+        """The activation of fine-tuning, with what it takes over from pre-training."""
+        first, own = self.pretraining.activation, self.finetuning.activation
+        if own is not None and not self.finetuning.follows_beta:
+            return own
+        return first if own is None or isinstance(first, Softmax) else Softmax()
+
+    @property
     def finetuning_resolved(self) -> Finetuning:
         """The fine-tuning stage with `delta`, `activation` and `tokens` filled in from pre-training."""
         pre, fine = self.pretraining, self.finetuning
-        activation: Any = fine.activation
-        if fine.follows_beta:
-            activation = pre.activation if activation is None or isinstance(pre.activation, Softmax) else Softmax()
         resolved = Finetuning(
             fine.alpha,
             fine.lam,
             delta=pre.delta if fine.delta is None else fine.delta,
-            activation=activation,
+            activation=self.finetuning_activation,
             tokens=pre.tokens if fine.tokens is None else fine.tokens,
             inputs=fine.inputs.after(pre),
             recalibration=fine.recalibration,

@@ -18,7 +18,7 @@ from .activation import Softmax
 from .base_law import BaseLaw, PowerLaw
 from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs, homes
 from .errors import SettingError
-from .setting import BASE_KEYS, BASE_LAWS, Finetuning, Numerics, Pretraining, Setting
+from .setting import BASE_KEYS, BASE_LAWS, Finetuning, Numerics, Pretraining, Setting, as_base, as_inputs, as_task
 from .task import Task
 
 #: Sections and keys of a settings file.
@@ -147,10 +147,10 @@ def get(setting: Setting, path: str) -> Any:
         _needs_task(path, setting.pretraining)
         return getattr(setting.pretraining.task, key)
     if name == "pretraining.base":
-        return _base_of(path, setting.pretraining)[key]
+        return _base_of(path, setting.pretraining.base)[key]
     stage = setting.finetuning_resolved if name == "finetuning" else getattr(setting, name)
     if key == "beta":
-        _needs_softmax(path, stage)
+        _needs_softmax(path, stage.activation)
         return stage.activation.beta
     if key == "recalibration":
         return _recalibration(stage)
@@ -165,43 +165,76 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
 
     Changing a pre-training field also changes what follows it in fine-tuning. Changing a fine-tuning field
     that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it. A name changes
-    no number: a softmax keeps its beta, or takes that of pre-training.
+    no number: a softmax keeps its beta, or takes that of pre-training, and inputs keep the options that both kinds
+    have. "pretraining.task" and "pretraining.base" as a whole are fields too; None takes them away.
     """
-    name, key = _split(path)
-    if name == "pretraining.task":
+    return replace_all(setting, {path: value})
+
+
+def replace_all(setting: Setting, values: Mapping[str, Any]) -> Setting:
+    """`replace` of several fields at once: only what comes of all of them together has to be valid."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in KEYS}
+    for path, value in values.items():
+        name, key = _split(path)
+        given[name][key] = value
+    pre, fine, numerics = setting.pretraining, setting.finetuning, setting.numerics
+    if given["pretraining"] or given["pretraining.task"] or given["pretraining.base"]:
+        pre = Pretraining(**_replaced_pretraining(pre, given))
+    if given["finetuning"]:
+        fine = Finetuning(**_replaced_finetuning(Setting(pre, fine, numerics), given["finetuning"]))
+    if given["numerics"]:
+        numerics = numerics.changed(**given["numerics"])
+    return Setting(pre, fine, numerics)
+
+
+def _replaced_pretraining(pre: Pretraining, given: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Arguments of pre-training with the changes."""
+    own = dict(given["pretraining"])
+    fields = _fields(pre) | _activation("pretraining", pre.activation, pre.activation, own) | own
+    if given["pretraining.task"]:
         # A task that is not there yet is that of plain pre-training, a = 1 and c = 0.
-        task = setting.pretraining.task or Task()
-        task = Task(**{k: getattr(task, k) for k in KEYS[name]} | {key: value})
-        fields: dict[str, Any] = {**_fields(setting.pretraining), "task": task}
-        return Setting(Pretraining(**fields), setting.finetuning, setting.numerics)
-    if name == "pretraining.base":
-        fields = _fields(setting.pretraining)
-        fields["base"] = _base_of(path, setting.pretraining) | {key: value}
-        pre = Pretraining(**fields)
-        return Setting(pre, setting.finetuning, setting.numerics)
-    stage = getattr(setting, name)
-    if name == "numerics":
-        kwargs = {k: getattr(stage, k) for k in KEYS[name]} | {key: value}
-        return Setting(setting.pretraining, setting.finetuning, Numerics(**kwargs))
-    kwargs = _fields(stage)
-    if key == "beta":
-        if value is None:
-            raise SettingError(f"{path} = None is not a number; allowed: beta > 0")
-        _needs_softmax(path, setting.finetuning_resolved if name == "finetuning" else stage)
-        kwargs |= {"activation": "softmax", "beta": value}
-    elif key != "activation" or value != "softmax" or not isinstance(stage.activation, Softmax):
-        kwargs[key] = value
-    if name == "pretraining":
-        return Setting(Pretraining(**kwargs), setting.finetuning, setting.numerics)
-    if hasattr(stage.inputs, "alpha") and key != "inputs":
-        if key == "alpha":
+        task = as_task(fields["task"]) or Task()
+        fields["task"] = {key: getattr(task, key) for key in KEYS["pretraining.task"]} | given["pretraining.task"]
+    for key in given["pretraining.base"]:
+        fields["base"] = _base_of(f"pretraining.base.{key}", as_base(fields["base"]))
+    if given["pretraining.base"]:
+        fields["base"] |= given["pretraining.base"]
+    if fields["base"] is not None and "kappa0" not in own:
+        fields.pop("kappa0", None)
+    return fields
+
+
+def _replaced_finetuning(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of fine-tuning with the changes; pre-training has its own already."""
+    fine, own = setting.finetuning, dict(own)
+    fields = _fields(fine) | _activation("finetuning", fine.activation, setting.finetuning_activation, own)
+    inputs, options = own.pop("inputs", None), {key: own.pop(key) for key in _CHANNEL if key in own}
+    if isinstance(inputs, Inputs):
+        fields |= {"inputs": inputs, **options}
+    elif inputs is not None or options:
+        name = fine.inputs.name if inputs is None else inputs
+        kind = CHANNELS.get(name) if isinstance(name, str) else None
+        both = () if kind is None else set(kind.options) & set(fine.inputs.options)
+        fields["inputs"] = as_inputs(name, {key: getattr(fine.inputs, key) for key in both} | options)
+    if hasattr(fields["inputs"], "alpha"):
+        if "alpha" in own:
             raise SettingError("finetuning.alpha is rho * pool on selected inputs; allowed: replace rho or pool")
-        del kwargs["alpha"]
-    if key in _CHANNEL:
-        _needs_channel(key, stage.inputs)
-        kwargs |= {k: getattr(stage.inputs, k) for k in stage.inputs.options} | {key: value}
-        kwargs["inputs"] = stage.inputs.name
-    return Setting(setting.pretraining, Finetuning(**kwargs), setting.numerics)
+        if hasattr(fine.inputs, "alpha"):
+            del fields["alpha"]
+    return fields | own
+
+
+def _activation(stage: str, now: Any, resolved: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the activation and its beta, taken out of the changes where they are not themselves arguments."""
+    if "beta" in own:
+        if own["beta"] is None:
+            raise SettingError(f"{stage}.beta = None is not a number; allowed: beta > 0")
+        if "activation" not in own:
+            _needs_softmax(f"{stage}.beta", resolved)
+            return {"activation": "softmax"}
+    elif isinstance(own.get("activation"), str) and own["activation"] == "softmax" and isinstance(now, Softmax):
+        del own["activation"]
+    return {}
 
 
 def _fields(stage: Pretraining | Finetuning) -> dict[str, Any]:
@@ -222,11 +255,11 @@ def _base_fields(base: BaseLaw) -> dict[str, Any]:
     return {"law": str(base)}
 
 
-def _base_of(path: str, pre: Pretraining) -> dict[str, Any]:
+def _base_of(path: str, base: BaseLaw | None) -> dict[str, Any]:
     """Name and parameters of the base law, `path` among them."""
     for name, kind in BASE_LAWS.items():
-        if isinstance(pre.base, kind) and path.removeprefix("pretraining.base.") in ("law", *BASE_KEYS[name]):
-            return {"law": name} | {key: getattr(pre.base, key) for key in BASE_KEYS[name]}
+        if isinstance(base, kind) and path.removeprefix("pretraining.base.") in ("law", *BASE_KEYS[name]):
+            return {"law": name} | {key: getattr(base, key) for key in BASE_KEYS[name]}
     raise SettingError(f"{path} has no meaning here; allowed: where [pretraining.base] has such a key")
 
 
@@ -240,9 +273,9 @@ def _needs_channel(key: str, inputs: Inputs) -> None:
         raise SettingError(f'finetuning.{key} has no meaning on "{inputs.name}" inputs; allowed: on {homes(key)} ones')
 
 
-def _needs_softmax(path: str, stage: Any) -> None:
-    if not isinstance(stage.activation, Softmax):
-        raise SettingError(f"{path} has no meaning for the {stage.activation.name} activation; allowed: softmax only")
+def _needs_softmax(path: str, activation: Any) -> None:
+    if not isinstance(activation, Softmax):
+        raise SettingError(f"{path} has no meaning for the {activation.name} activation; allowed: softmax only")
 
 
 def _plain(value: Any) -> Any:
@@ -350,7 +383,7 @@ def _split(path: str) -> tuple[str, str]:
         raise SettingError(f"{path!r} is not a section.key path; {hint}allowed: for example pretraining.lam")
     if name not in KEYS:
         raise SettingError(_unknown_section(name))
-    if key not in KEYS[name]:
+    if key not in KEYS[name] and path not in KEYS:
         raise SettingError(_unknown_key(name, key))
     return name, key
 

@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 from . import design, theory
 from ._version import SOURCE, __version__
-from .errors import Code, SettingError, require_float64, succeeded
+from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .names import MEANING
 from .program import Program
 from .setting import Setting
-from .setting_file import continuous_fields, description, parse_value, replace, setting_to_dict
+from .setting_file import continuous_fields, description, get, parse_value, replace, replace_all, setting_to_dict
 from .solution import by_work
 
 try:
@@ -103,7 +103,7 @@ def parse_axis(text: str, option: str = "grid") -> tuple[str, list[Any]]:
 
 
 def _axes(setting: Setting, grid: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
-    """The axes as plain values, each of which the setting accepts on its own."""
+    """The axes as plain values; those of a whole number may come as floats, as log:... and lin:... make them."""
     if not grid:
         raise SettingError("the grid is empty; allowed: at least one path with its values, as pretraining.lam")
     axes = {}
@@ -118,27 +118,20 @@ def _axes(setting: Setting, grid: Mapping[str, Iterable[Any]]) -> dict[str, list
                 raise SettingError(f"grid {path} has a value {value!r}; allowed: numbers or words")
         if len(set(plain)) < len(plain):
             raise SettingError(f"grid {path} names a value more than once; allowed: each value once")
-        for value in plain:
-            with contextlib.suppress(_Later):
-                _at(setting, {path: value}, alone=True)
-        axes[path] = plain
+        axes[path] = [round(v) for v in plain] if _counts(setting, path) and all(map(_is_whole, plain)) else plain
     return axes
 
 
-class _Later(Exception):
-    """A value that only makes sense together with those of another axis."""
+def _counts(setting: Setting, path: str) -> bool:
+    """Whether a field is a whole number."""
+    try:
+        return isinstance(get(setting, path), int)
+    except SettingError:  # it has a meaning at the other points
+        return False
 
 
-def _at(setting: Setting, point: Mapping[str, Any], alone: bool = False) -> Setting:
-    """The setting at a point: words first, since numbers may need them (as rho needs selected inputs)."""
-    for path, value in sorted(point.items(), key=lambda item: not isinstance(item[1], str)):
-        try:
-            setting = replace(setting, path, value)
-        except SettingError as error:
-            if alone and "has no meaning" in str(error):
-                raise _Later from None
-            raise
-    return setting
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isclose(value, round(value), rel_tol=1e-12)
 
 
 # ---- lanes -----------------------------------------------------------------------------------------------------
@@ -224,7 +217,13 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
 
     As `solution.solve` does: the replica-symmetric search first, and another where that will not do.
     """
-    plain = [design.with_best_scale(s) if design.searches_scale(s) else s for s in settings]
+    plain, lost = [], {}
+    for k, s in enumerate(settings):
+        try:
+            plain.append(design.with_best_scale(s) if design.searches_scale(s) else s)
+        except SolveError as error:  # what does not depend on b is there all the same
+            plain.append(replace(s, "finetuning.recalibration", 1.0))
+            lost[k] = error.code
     chunk = _Chunk(plain, mesh, lanes)
     symmetry = chunk.numerics.symmetry
     first, second = chunk.first(), None
@@ -243,6 +242,10 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
         found = chunk.symmetric(first, False) if symmetry == "rs" else chunk.broken(first, coarse)
         for k, row in zip(again, chunk.rows(first, found, objective), strict=True):
             rows[k] = row
+    for k, code in lost.items():
+        if succeeded(int(rows[k]["pretraining.code"])):
+            rows[k] |= dict.fromkeys((name for name in rows[k] if not name.startswith("pretraining.")), math.nan)
+            rows[k]["finetuning.code"] = float(code)
     return rows
 
 
@@ -529,8 +532,9 @@ def sweep(
     `jax.distributed` every process takes its share of the points and `out` must be a directory that they all see;
     process 0 waits for the others, which return what is there when their own share is done.
 
-    Raises `SettingError` for a bad grid, `SweepInterrupted` (a KeyboardInterrupt) on Ctrl-C, and `SweepIncomplete`
-    when another process gives no sign of life for `patience` seconds. A point that cannot be solved raises nothing.
+    Raises `SettingError` for a bad grid (every point must be a setting), `SweepInterrupted` (a KeyboardInterrupt) on
+    Ctrl-C, and `SweepIncomplete` when another process gives no sign of life for `patience` seconds. A point that cannot
+    be solved raises nothing.
     """
     require_float64()
     axes = _axes(setting, grid)
@@ -546,13 +550,15 @@ def sweep(
     lanes = len(chosen) * (chunk or _LANES.get(chosen[0].platform, _LANES_ELSEWHERE))
 
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    words = [path for path, values in axes.items() if _changes_kind(setting, path, values)]
     kinds: dict[Any, list[int]] = {}
     slopes: dict[str, None] = {}
-    for index, point in enumerate(points):
-        kind = tuple(point[p] for p in words)
+    for index, point in enumerate(points):  # all of them, so that a bad one is found before any is solved
+        at = replace_all(setting, point)
+        kind = _kind(at)
         if kind not in kinds and gradient is not None:
-            slopes |= dict.fromkeys(_GRADIENT + p for p in continuous_fields(_at(setting, point)))
+            if design.searches_scale(at):
+                design.only_of_error(gradient)
+            slopes |= dict.fromkeys(_GRADIENT + p for p in continuous_fields(at))
         kinds.setdefault(kind, []).append(index)
 
     journal, columns, rows = None, [], {}
@@ -571,7 +577,7 @@ def sweep(
         stack.enter_context(bar)
         try:
             for indices in _chunks(mine, lanes):
-                found = _run([_at(setting, points[i]) for i in indices], gradient, mesh, lanes)
+                found = _run([replace_all(setting, points[i]) for i in indices], gradient, mesh, lanes)
                 columns = columns or [*(c for c in found[0] if c not in slopes), *slopes]
                 values = (np.array([row.get(c, np.nan) for c in columns]) for row in found)
                 new = dict(zip(indices, values, strict=True))
@@ -592,13 +598,9 @@ def sweep(
     return dataset
 
 
-def _changes_kind(setting: Setting, path: str, values: list[Any]) -> bool:
-    """Whether the points of an axis need programs of their own: words, and what is static in a setting."""
-    kinds = set()
-    for value in values:
-        with contextlib.suppress(_Later):
-            kinds.add(jax.tree_util.tree_structure(_at(setting, {path: value}, alone=True)))
-    return len(kinds) > 1 or any(isinstance(v, str) for v in values)
+def _kind(setting: Setting) -> Any:
+    """What settings that go through the same program have in common: all that is static."""
+    return jax.tree_util.tree_structure((setting.pretraining, setting.finetuning_resolved, setting.numerics))
 
 
 def _dataset(setting: Setting, axes, columns, rows, gradient) -> xarray.Dataset:

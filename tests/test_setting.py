@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorastate.activation import Identity, Softmax
-from lorastate.channel import Reused
+from lorastate.channel import Mixed, Reused
 from lorastate.design import gradient
 from lorastate.errors import SettingError
 from lorastate.setting import Finetuning, Numerics, Pretraining, Setting
@@ -400,6 +400,14 @@ def test_round_trip(tmp_path_factory, data):
         assert float(get(setting, field)) == float(get(again, field))
     overrides = [f"{name}.{key}={value}" for name in resolved for key, value in resolved[name].items()]
     assert setting_to_dict(load_setting(path, overrides)) == resolved
+
+
+def test_inputs_by_name_keep_the_options_of_both(softmax):
+    mixed = replace(softmax, "finetuning.inputs", Mixed(0.3, "fresh"))
+    assert float(get(replace(mixed, "finetuning.inputs", "mixed"), "finetuning.reused_fraction")) == 0.3
+    assert get(replace(mixed, "finetuning.inputs", "reused"), "finetuning.label_noise") == "fresh"
+    with pytest.raises(SettingError, match=r"finetuning\.rho is missing"):
+        replace(mixed, "finetuning.inputs", "selected")
 
 
 # Activations: a name changes no number, and nothing is said twice.

@@ -14,7 +14,7 @@ import pytest
 import xarray
 
 import lorastate as ls
-from lorastate import base_law, cli, sweeps
+from lorastate import base_law, cli, design, sweeps
 from lorastate.setting_file import setting_to_dict
 
 
@@ -421,9 +421,75 @@ def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start
         ("numerics.seed", [0, 1], True),
         ("finetuning.inputs", ["fresh", "reused"], True),
         ("pretraining.lam", [0.1, 0.2], False),
-        ("pretraining.task.c", [0.0, 0.5], False),
-        ("finetuning.rho", [0.1, 0.2], False),  # has a meaning on selected inputs only
+        ("pretraining.task.c", [0.1, 0.5], False),
+        ("finetuning.delta", [0.1, 0.5], False),
     ],
 )
 def test_static_axes_need_programs_of_their_own(path, values, apart):
-    assert sweeps._changes_kind(setting(), path, values) == apart
+    one, other = (sweeps._kind(ls.replace(setting(), path, value)) for value in values)
+    assert (one != other) == apart
+
+
+# ---------------------------------------------------------------- points that cannot be
+
+
+def test_a_point_without_an_optimum_is_a_point_that_failed(tmp_path, monkeypatch):
+    """The search for the b that minimises E' fails at one of two points."""
+    search, searched = design.with_best_scale, []
+
+    def lost(s):
+        searched.append(s)
+        if float(s.pretraining.lam) < 0.2:
+            raise ls.SolveError("recalibration", ls.Code.stalled)
+        return search(s)
+
+    monkeypatch.setattr(design, "with_best_scale", lost)
+    base = ls.replace(setting(), "finetuning.recalibration", "error")
+    for _ in range(2):
+        found = ls.sweep(base, {"pretraining.lam": [0.1, 0.3]}, out=tmp_path, gradient="test_error", chunk=1)
+    assert len(searched) == 2  # once each: the other time they are read
+    assert found["finetuning.code"].values.tolist() == [ls.Code.stalled, ls.Code.ok]
+    assert np.isfinite(found["pretraining.M"]).all()
+    for name in ("finetuning.test_error", "finetuning.q_stderr", "gradient.pretraining.lam"):
+        assert np.isfinite(found[name]).values.tolist() == [False, True], name
+    assert sweeps.summary(found)["codes"] == {"finetuning stalled": 1}
+    with pytest.raises(ls.SettingError, match="test_error only"):
+        ls.sweep(base, {"pretraining.lam": [0.1]}, gradient="overlap")
+
+
+def test_a_bad_point_is_found_before_any_is_solved(solved, tmp_path):
+    grid = {"pretraining.delta": [0.5, 1.0], "finetuning.delta": [0.5, 0.7], "finetuning.inputs": ["fresh", "reused"]}
+    with pytest.raises(ls.SettingError, match="keep their noise"):
+        ls.sweep(setting(), grid, out=tmp_path / "out")
+    with pytest.raises(ls.SettingError, match="no meaning for the identity"):
+        ls.sweep(setting(), {"pretraining.activation": ["softmax", "identity"], "pretraining.beta": [1.0, 2.0]})
+    assert not solved and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:finetuning.alpha:UserWarning")
+def test_axes_that_need_each_other(solved):
+    ls.sweep(setting(), {"finetuning.reused_fraction": [0.1, 0.2], "finetuning.inputs": ["mixed"]})
+    assert [float(s.finetuning.inputs.reused_fraction) for s in solved] == [0.1, 0.2]
+    solved.clear()
+    ls.sweep(setting(), {"finetuning.rho": [0.1], "finetuning.pool": [5.0, 9.0], "finetuning.inputs": ["selected"]})
+    assert sorted(float(s.finetuning.alpha) for s in solved) == pytest.approx([0.5, 0.9])
+    solved.clear()
+    ls.sweep(setting(), {"pretraining.task.a": [0.0], "pretraining.task.c": [1.0]})
+    ls.sweep(setting(), {"numerics.replicas": [3], "numerics.nodes": [768], "numerics.finetuning_nodes": [1536]})
+    base = ls.Pretraining(0.1, 0.1, activation="identity", tokens=2, base={"law": "power_law", "exponent": 1.0,
+                                                                          "low": 0.1, "high": 1.0})  # fmt: skip
+    law = ls.Setting(base, setting().finetuning, setting().numerics)
+    ls.sweep(law, {"pretraining.base.low": [2.0], "pretraining.base.high": [3.0]})
+    assert len(solved) == 3
+
+
+def test_whole_numbers_on_an_axis(solved):
+    for values in (sweeps.parse_axis("pretraining.tokens=lin:2:4:3")[1], np.linspace(2, 4, 3), [2, 3.0, 4]):
+        data = ls.sweep(setting(), {"pretraining.tokens": values})
+        assert [s.pretraining.tokens for s in solved] == data["pretraining.tokens"].values.tolist() == [2, 3, 4]
+        solved.clear()
+    ls.sweep(setting(), {"numerics.nodes": sweeps.parse_axis("a.b=log:512:2048:3")[1]})
+    assert [s.numerics.nodes for s in solved] == [512, 1024, 2048]
+    with pytest.raises(ls.SettingError, match=r"tokens = 2.5 is not a whole number"):
+        ls.sweep(setting(), {"pretraining.tokens": [2, 2.5]})
+    assert ls.sweep(setting(), {"pretraining.lam": [1.0, 2.0]})["pretraining.lam"].dtype == float
