@@ -451,15 +451,6 @@ def _pair_response(law: BaseLaw, delta: ArrayLike, eps: ArrayLike, n: int) -> Ar
 # ---- the laws --------------------------------------------------------------------------------------------------
 
 
-def _scalar(name: str, value: Any, allowed: str, low: float) -> Array:
-    out = real(name, value, allowed, low)
-    if out.ndim:
-        raise SettingError(
-            f"{name} has shape {out.shape}; allowed: {allowed}, one number (map over laws with jax.vmap)"
-        )
-    return out
-
-
 class BaseLaw(eqx.Module):
     """Law of the eigenvalues of a symmetric matrix S; ``mu_delta = law of S + delta * (semicircle of variance 1)``.
 
@@ -530,7 +521,7 @@ class Wishart(BaseLaw):
 
     def __init__(self, kappa0):
         require_float64()
-        self.kappa0 = real("wishart.kappa0", kappa0, "kappa0 > 0", 0.0)
+        self.kappa0 = real("wishart.kappa0", kappa0, "kappa0 > 0", 0.0, vector=True)
 
     @property
     def mean(self):
@@ -611,8 +602,8 @@ class Atoms(_General):
 
     def __init__(self, weights, values):
         require_float64()
-        self.weights = real("atoms.weights", weights, "weights > 0", 0.0)
-        self.values = real("atoms.values", values, "real values", -np.inf)
+        self.weights = real("atoms.weights", weights, "weights > 0", 0.0, vector=True)
+        self.values = real("atoms.values", values, "real values", -np.inf, vector=True)
         if self.weights.ndim != 1 or self.weights.shape != self.values.shape or not self.weights.size:
             raise SettingError(
                 f"atoms.weights and atoms.values have shapes {self.weights.shape} and {self.values.shape}; "
@@ -670,9 +661,9 @@ class PowerLaw(_General):
 
     def __init__(self, exponent, low, high):
         require_float64()
-        self.exponent = _scalar("power_law.exponent", exponent, "a real number", -np.inf)
-        self.low = _scalar("power_law.low", low, "low > 0", 0.0)
-        self.high = _scalar("power_law.high", high, "high > low", 0.0)
+        self.exponent = real("power_law.exponent", exponent, "a real number", -np.inf)
+        self.low = real("power_law.low", low, "low > 0", 0.0)
+        self.high = real("power_law.high", high, "high > low", 0.0)
         if is_concrete(self.low) and is_concrete(self.high) and not bool(self.low < self.high):
             raise SettingError(
                 f"power_law.high = {float(self.high)!r} is not above low = {float(self.low)!r}; allowed: high > low"
@@ -788,12 +779,12 @@ class FreeSum(_General):
             if len(p) != 2 or not isinstance(p[1], BaseLaw):
                 raise SettingError(f"free_sum.parts[{i}] = {p!r} is not a pair; allowed: (factor, law)")
         self.parts = tuple(
-            Part(_scalar(f"free_sum.parts[{i}].factor", c, "a real number", -np.inf), law)
+            Part(real(f"free_sum.parts[{i}].factor", c, "a real number", -np.inf), law)
             for i, (c, law) in enumerate(parts)
         )
         for factor, law in _terms(self, 1.0):
             if isinstance(law, Wishart):
-                _scalar("wishart.kappa0", law.kappa0, "kappa0 > 0 (a scalar in a free sum)", 0.0)
+                real("wishart.kappa0", law.kappa0, "kappa0 > 0 (a scalar in a free sum)", 0.0)
             elif isinstance(law, PowerLaw) and is_concrete(factor) and not bool(jnp.all(factor != 0)):
                 raise SettingError("free_sum.parts has a power law with factor = 0.0; allowed: any other real number")
         _form(self)

@@ -6,13 +6,18 @@ input, 3 for a solve that failed. Whatever imports JAX is imported inside the co
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import json
 import logging
 import math
 import os
 import re
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
     from .simulation import Simulation
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
+#: Seconds after Ctrl-C that Python may take to see it.
+_PATIENCE = 3.0
 
 _TITLE = {"pretraining": "Pre-training", "finetuning": "Fine-tuning"}
 
@@ -59,10 +66,13 @@ class Predict:
         from .setting_file import load_setting, setting_to_dict
 
         setting = load_setting(self.setting, self.set)
-        with ThreadPoolExecutor(1) as pool:  # compiles beside the other
+        pool = ThreadPoolExecutor(1)  # compiles beside the other
+        try:
             limits = pool.submit(_limits, setting)
             found = solution.predict(setting, throw=False)
             limits = limits.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         summary = found.summary()
         summary["bayes_optimal"] = limits.summary() if limits else None
         broken = summary["symmetry"] == "one-step broken"
@@ -112,10 +122,11 @@ class Optimize:
     out: Annotated[Path, arg(help="Directory for result.json and the figure.")] = Path("results")
 
     def __call__(self) -> int:
-        from . import design, figures, sweeps
+        from . import design, sweeps
         from .errors import SettingError
         from .setting_file import continuous_fields, load_setting, setting_to_dict
 
+        figures = _figures()
         setting = load_setting(self.setting, self.set)
         over = tuple(field.strip() for field in self.over.split(",") if field.strip())
         _check_fields("--over", over, continuous_fields(setting))
@@ -234,7 +245,7 @@ class Sweep:
     def __call__(self) -> int:
         import jax
 
-        from . import figures, sweeps
+        from . import sweeps
         from .errors import SettingError
         from .setting_file import load_setting, setting_to_dict
 
@@ -264,7 +275,7 @@ class Sweep:
         if jax.process_index():
             return 0
         found = sweeps.summary(data)
-        written = [out / "sweep.nc", *figures.sweep(data, out)]
+        written = [out / "sweep.nc", *_figures().sweep(data, out)]
         if self.json:
             _print_json({**found, "setting": setting_to_dict(setting), "version": __version__})
         else:
@@ -382,9 +393,9 @@ class Figure:
     out: Annotated[Path, arg(help="Directory for the figure.")] = Path("results")
 
     def __call__(self) -> int:
-        from . import figures
         from .errors import SettingError
 
+        figures = _figures()
         # Every rank is a program of its own: that figure alone would take a third of the time of all.
         names = [n for n in figures.FIGURES if n != "rank"] if self.which == "all" else [self.which]
         if not set(names) <= set(figures.FIGURES):
@@ -415,7 +426,65 @@ _Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; usage errors and `--help` leave through `SystemExit`."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with _interruptible():
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+    if status == INTERRUPTED and argv is None:  # the process ends here: threads that compile cannot be stopped
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+@contextlib.contextmanager
+def _interruptible():
+    """Ctrl-C also where the compiler is at work, which does not let Python see it: after some seconds the process ends.
+
+    A second Ctrl-C ends it at once.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    seen, (told, tell) = threading.Event(), socket.socketpair()
+
+    def leave():
+        _warn("interrupted")
+        os._exit(INTERRUPTED)
+
+    def watch():
+        with told:
+            while word := told.recv(1):
+                if word[0] == signal.SIGINT and not seen.wait(_PATIENCE):
+                    leave()
+
+    def interrupt(*_):
+        if seen.is_set():
+            leave()
+        seen.set()
+        raise KeyboardInterrupt
+
+    def swallowed(what):
+        """Where Python runs code at odd moments, to collect garbage, an interrupt is lost: it comes once more."""
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            return usual(what)
+        seen.clear()
+        threading.Timer(0.1, _thread.interrupt_main).start()
+
+    tell.setblocking(False)
+    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, interrupt)
+    usual, sys.unraisablehook = sys.unraisablehook, swallowed
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(before)
+        tell.close()
+
+
+def _main(words: list[str]) -> int:
+    if hasattr(sys.stdout, "reconfigure"):  # a path, say, in letters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if words == ["--version"]:
             _say(__version__)
@@ -469,6 +538,29 @@ def _cache() -> str | None:
     return None
 
 
+def _no_device() -> str | None:
+    """Why JAX has nothing to compute on, if it has not."""
+    import jax
+
+    try:
+        jax.devices()
+        return None
+    except (RuntimeError, AssertionError) as error:  # of CUDA it says nothing
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = str(error).split("\n")[0] or f"this machine or this JAX has no {asked}"
+        return f"JAX finds nothing to compute on with JAX_PLATFORMS={asked!r} ({why}); allowed: cpu, or leaving it out"
+
+
+def _figures() -> Any:
+    """The module that draws, without TeX: its labels are not made for it, and few machines have it."""
+    import matplotlib
+
+    from . import figures
+
+    matplotlib.rcParams["text.usetex"] = False
+    return figures
+
+
 def _run(command: Any) -> int:
     wanted = os.environ.get("JAX_ENABLE_X64")
     if wanted is not None and wanted.lower() not in ("1", "true", "t", "yes", "y", "on"):
@@ -481,6 +573,8 @@ def _run(command: Any) -> int:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_debug_nans", False)  # what is undefined is NaN
+    jax.config.update("jax_debug_infs", False)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is nobody's concern
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Compiled once per machine and version of jax; JAX_COMPILATION_CACHE_DIR moves it.
@@ -514,6 +608,12 @@ def _run(command: Any) -> int:
             raise
         _warn("memory ran out; take fewer numerics.nodes or a smaller --dimension")
         return FAILED
+    except (RuntimeError, AssertionError):
+        reason = _no_device()
+        if reason is None:
+            raise
+        _warn(reason)
+        return BAD_INPUT
     finally:
         warnings.showwarning = usual
 

@@ -70,6 +70,10 @@ class Program:
         self._kept: dict[Any, Any] = {}
 
     def __call__(self, *args):
+        with jax.debug_nans(False), jax.debug_infs(False):  # what is undefined is NaN
+            return self._call(*args)
+
+    def _call(self, *args):
         # Options belong to the outermost jit: inside another one there is none to be had.
         # (What is made of nothing inside one is a tracer, even where all arguments are known.)
         if not all(map(is_concrete, (*jax.tree_util.tree_leaves(args), jnp.zeros(())))):
@@ -221,7 +225,7 @@ def _folder() -> Path | None:
     """Where programs are kept: beside what JAX has compiled."""
     config: Any = jax.config
     cache = config.jax_compilation_cache_dir
-    if not SOURCE or not cache or "://" in str(cache) or config.jax_debug_nans or config.jax_disable_jit:
+    if not SOURCE or not cache or "://" in str(cache) or config.jax_disable_jit:
         return None
     return Path(cache) / "lorastate-programs"
 
@@ -336,10 +340,9 @@ def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
         with jax.default_device(device):  # which other threads do not see
             return f(value)
 
-    with ThreadPoolExecutor(min(cores(), 4)) as pool:
-        calls = [pool.submit(there, value) for value in others]
-        try:
-            for call in calls:
-                yield call.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(min(cores(), 4))
+    try:
+        for call in [pool.submit(there, value) for value in others]:
+            yield call.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -84,7 +84,7 @@ def explain(setting: Setting, progress: bool = False) -> dict[str, Any]:
     bar = tqdm(total=5, desc="explain", unit="part", disable=not progress)
 
     def begin(part: str) -> None:
-        bar.update(0 if bar.postfix is None else 1)
+        bar.update(1 if getattr(bar, "postfix", None) else 0)  # a bar that is not shown has none
         bar.set_postfix_str(part)
 
     begin("prediction")

@@ -11,14 +11,20 @@ import numpy as np
 from .errors import SettingError, is_concrete
 
 
-def real(name: str, value: Any, allowed: str, low: float, closed: bool = False, high: float = math.inf):
-    """A float64 leaf, checked where its value is known; `allowed` says the range in words."""
+def real(
+    name: str, value: Any, allowed: str, low: float, closed: bool = False, high: float = math.inf, vector: bool = False
+):
+    """A float64 leaf, checked where its value is known; `allowed` says the range in words. Numbers, if a `vector`."""
     if value is None or isinstance(value, bool | str | bytes):
         raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}")
     try:
         out = jnp.asarray(value, dtype=jnp.float64)
     except (TypeError, ValueError):
         raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}") from None
+    if out.ndim and not vector:
+        raise SettingError(
+            f"{name} has shape {out.shape}; allowed: {allowed}, one number (sweeps and jax.vmap take many)"
+        )
     if is_concrete(out):
         x = np.asarray(out)
         good = np.isfinite(x) & ((x >= low) if closed else (x > low)) & (x <= high)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -239,6 +242,96 @@ def test_help_and_version_do_not_need_jax():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(__version__)
     assert all(name in done.stdout for name in ("predict", "optimize", "gradient", "simulate", "figure"))
+
+
+# What the environment may be like.
+
+
+def start(words, **environment):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *words], env=os.environ | environment, text=True, **pipes)
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
+def test_no_device(path, platforms):
+    process = start(["-m", "lorastate", "predict", path], JAX_PLATFORMS=platforms)
+    out, said = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert said.startswith(f"lorastate: JAX finds nothing to compute on with JAX_PLATFORMS='{platforms}'"), said
+    assert "allowed" in said and said.count("\n") == 1
+
+
+def test_debug_nans(path):
+    process = start(["-m", "lorastate", "predict", path, "--json"], JAX_DEBUG_NANS="1", JAX_DEBUG_INFS="1")
+    out, said = process.communicate()
+    assert process.returncode == 0 and said == ""
+    assert json.loads(out)["finetuning"]["test_error"] == pytest.approx(0.988, rel=0.05)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_letters_that_stdout_has_not(tmp_path, encoding):
+    code = "from lorastate import cli; cli._run = lambda command: cli._say(str(command.out)) or 0; cli.main()"
+    words = ["-c", code, "figure", "1", "--out", "r\u00e9sultats"]
+    process = start(words, PYTHONIOENCODING=encoding)
+    out, said = process.communicate()
+    assert process.returncode == 0 and said == ""
+    assert out.strip() == ("r\u00e9sultats" if encoding == "utf-8" else "r\\xe9sultats")
+
+
+def test_figures_need_no_tex(tmp_path, monkeypatch):
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True}):
+        figure, axes = cli._figures()._panels(1, 3, 2)
+        axes.set(xlabel="finetuning.test_error 100 %")
+        assert all(path.exists() for path in figures._pictures(figure, tmp_path, "picture"))
+
+
+# Stands in for a compiler: it does not let Python see a signal.
+COMPILES = """
+    import hashlib, threading
+    def compiles():
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)
+"""
+INTERRUPTED = {
+    "the compiler is at work": COMPILES + "    cli._run = lambda command: compiles()",
+    "a thread is": COMPILES + """
+    def run(command):
+        threading.Thread(target=compiles).start()
+        threading.Event().wait()
+    cli._run = run
+    """,
+    "garbage is collected": """
+    import gc, time
+    def collecting(*_):
+        gc.callbacks.clear()
+        print("ready", flush=True)
+        time.sleep(60)
+    def run(command):
+        gc.callbacks.append(collecting)
+        gc.collect()
+        time.sleep(60)
+    cli._run = run
+    """,
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are different there")
+@pytest.mark.parametrize("when", INTERRUPTED)
+def test_ctrl_c_while(when):
+    code = textwrap.dedent("    from lorastate import cli\n    cli._PATIENCE = 0.5\n" + INTERRUPTED[when])
+    process = start(["-c", code + "\ncli.main()", "figure", "1"])
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.endswith("lorastate: interrupted\n") and "Traceback" not in said, said
 
 
 # Where what is compiled is kept.

@@ -244,6 +244,17 @@ def test_nodes_read_back_are_the_same(folder):
     assert len(nodes_kept(folder)) == 1
 
 
+def test_undefined_numbers_are_not_bugs():
+    """JAX_DEBUG_NANS is for the user's own programs."""
+    narrow = ls.Setting(
+        ls.Pretraining(0.1, 0.1, kappa=0.05, activation="identity", tokens=2), ls.Finetuning(1.0, 1.0), NUMERICS
+    )
+    with jax.debug_nans(True), jax.debug_infs(True):
+        assert ls.predict(narrow, throw=False).code("pretraining") == ls.Code.too_narrow
+        with pytest.raises(FloatingPointError):
+            jnp.log(jnp.array(-1.0))
+
+
 # ---------------------------------------------------------------- what JAX computes on
 
 

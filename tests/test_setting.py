@@ -410,6 +410,25 @@ def test_inputs_by_name_keep_the_options_of_both(softmax):
         replace(mixed, "finetuning.inputs", "selected")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda many: Pretraining(alpha=many, lam=0.1),
+        lambda many: Pretraining(0.1, 0.1, beta=many),
+        lambda many: Pretraining(0.1, 0.1, activation=Softmax(many)),
+        lambda many: Pretraining(0.1, 0.1, task={"a": many}),
+        lambda many: Finetuning(1.0, lam=many),
+        lambda many: Finetuning(1.0, 0.1, recalibration=many),
+        lambda many: Finetuning(None, 0.1, inputs="selected", rho=many, pool=3.0),
+    ],
+)
+def test_a_field_is_one_number(make):
+    for many in ([0.1, 0.2], np.array([0.1]), []):
+        with pytest.raises(SettingError, match=r"has shape \(\d,\); allowed: .*one number"):
+            make(many)
+    assert jax.vmap(lambda x: jax.tree.leaves(make(x))[0])(jnp.array([0.1, 0.2])).shape == (2,)
+
+
 # Activations: a name changes no number, and nothing is said twice.
 
 
