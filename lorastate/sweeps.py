@@ -486,9 +486,11 @@ def _await(journal: _Journal, total: int, processes: int, patience: float, bar) 
 
 
 def _devices(devices: Any) -> list[Any]:
-    local = jax.local_devices()
+    config: Any = jax.config
+    default = config.jax_default_device
+    local = jax.local_devices(backend=getattr(default, "platform", default))
     if devices is None:
-        return local[:1]
+        return [default if isinstance(default, jax.Device) else local[0]]
     if devices == "all":
         return local
     if isinstance(devices, int) and not isinstance(devices, bool):
@@ -563,6 +565,7 @@ def sweep(
 
     journal, columns, rows = None, [], {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.default_device(chosen[0]))  # what is traced is made for these devices
         if out is not None:
             manifest = {"source": SOURCE, "gradient": gradient, "grid": axes, "setting": description(setting)}
             stack.enter_context(_held(Path(out), process))

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import jax
 import numpy as np
 import pytest
 import xarray
@@ -309,6 +310,22 @@ def test_bad_grids(solved, grid, words):
 def test_bad_options(solved, options):
     with pytest.raises(ls.SettingError, match=next(iter(options)) if "gradient" not in options else "objective"):
         ls.sweep(setting(), MANY, **options)
+
+
+def test_devices_follow_the_default_one(monkeypatch):
+    cpu, asked = jax.devices("cpu"), []
+
+    def local_devices(backend=None):
+        asked.append(backend)
+        return list(cpu)
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    for default, backend in ((None, None), (cpu[-1], "cpu"), ("cpu", "cpu")):
+        with jax.default_device(default):
+            assert sweeps._devices(None) == [cpu[-1] if default is cpu[-1] else cpu[0]]
+            assert sweeps._devices("all") == list(cpu)
+        assert asked == [backend] * 2
+        asked.clear()
 
 
 def test_axes_of_the_command_line():
