@@ -22,9 +22,7 @@ def real(
     except (TypeError, ValueError):
         raise SettingError(f"{name} = {value!r} is not a number; allowed: {allowed}") from None
     if out.ndim and not vector:
-        raise SettingError(
-            f"{name} has shape {out.shape}; allowed: {allowed}, one number (sweeps and jax.vmap take many)"
-        )
+        raise SettingError(f"{name} has shape {out.shape}, not one number (sweeps take many); allowed: {allowed}")
     if is_concrete(out):
         x = np.asarray(out)
         good = np.isfinite(x) & ((x >= low) if closed else (x > low)) & (x <= high)

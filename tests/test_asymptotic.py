@@ -306,7 +306,7 @@ def test_bad_options_are_refused_by_name(options, message):
 def test_bad_settings_are_refused_by_name():
     with pytest.raises(SettingError, match=r"finetuning.alpha = 0.001 rounds to none at all; allowed: .* >= 0.025"):
         trained(LINEAR, Finetuning(0.001, 0.1), dimension=20)
-    with pytest.raises(SettingError, match=r"finetuning.lam = .* not one known number"):
+    with pytest.raises(SettingError, match=r"finetuning.lam has shape .*not one number"):
         trained(LINEAR, Finetuning(3.0, jnp.array([0.1, 0.2])))
     with pytest.raises(SettingError, match="search = 'lowest' is unknown; allowed: informed, random"):
         trained(LINEAR, Finetuning(3.0, 0.1), dimension=40, runs=1).mean("lowest", "m")

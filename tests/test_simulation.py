@@ -306,7 +306,7 @@ def test_bad_settings_are_refused_by_name(softmax):
         simulate(Setting(Pretraining(0.1, 0.1, kappa0=0.01), fine), dimension=20)
     with pytest.raises(SettingError, match=r"finetuning.alpha = 0.001 rounds"):
         simulate(Setting(Pretraining(0.1, 0.1), Finetuning(0.001, 0.1)), dimension=20)
-    with pytest.raises(SettingError, match=r"pretraining.lam = .* not one known number"):
+    with pytest.raises(SettingError, match=r"pretraining.lam has shape .*not one number"):
         simulate(Setting(Pretraining(0.1, jnp.array([0.1, 0.2])), fine), dimension=20)
     with pytest.raises(SettingError, match=r"pretraining.alpha = .* not one known number"):
         jax.jit(lambda lam: simulate(Setting(Pretraining(0.1, lam), fine), dimension=20))(0.1)
