@@ -136,34 +136,41 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
     else:
         fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
         rules = _stages(numerics, len(nodes.weight), 1e-4)
-        rules.append(rules[-1])
-    # The first stage twice, from either start; the second time only if the first has failed. The last stage twice too:
-    # it begins with a cold search, which may find what following wells has missed; only where there are two. NaN stops
-    # at once.
-    rules = _stacked([rules[0], *rules])
     usual = pt.start(pre)
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
-    starts = jnp.stack([usual, pt.start(pre, weak_ridge=True), last, last][: len(rules[0])])
-    index = jnp.arange(len(starts))
+    jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, weak_ridge=True))]
+    if nodes is not None:
+        # The last stage twice: it begins with a cold search, which may find what following wells has missed. Near the
+        # interpolation threshold noisy labels make the map large along a direction that is almost flat, and only plain
+        # steps find their way there.
+        plain = rules[1]._replace(burn_in=-1, damping=0.0, tolerance=1e-5)
+        jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
+        jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
 
     def stage(carry, job):
-        x, solved, jac, memory = carry
-        rules, start, k = job
-        again = jnp.array(True) if nodes is None else jnp.any(memory.read().two)
-        skip = ((k == 1) & solved) | ((k == 3) & ~again)
-        x0 = jnp.where(skip, jnp.nan, jnp.where(k < 2, start, x))
+        x, solved, jac, memory, made = carry
+        rules, when, start = job
+        two = jnp.array(True) if nodes is None else jnp.any(memory.read().two)
+        skip = ((when == _FAILED) & solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~made)
+        # NaN stops at once.
+        x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
         point, found, memory = iterate(fmap, rules, True, x0, jac, memory)
-        skip = skip | ((k == 1) & ~succeeded(point.code))
+        skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
         x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
         solved = jnp.where(skip, solved, succeeded(point.code))
-        return (x, solved, jac, memory), (point, skip)
+        return (x, solved, jac, memory, ~skip), (point, skip)
 
-    first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory)
-    carry, (points, skipped) = jax.lax.scan(stage, first, (rules, starts, index))
-    taken = jnp.max(jnp.where(skipped, 0, index))
+    first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory, jnp.array(False))
+    carry, (points, skipped) = jax.lax.scan(stage, first, _stacked(jobs))
+    taken = jnp.max(jnp.where(skipped, 0, jnp.arange(len(jobs))))
     chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
     chosen = chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps)))
     return Solved(chosen, carry[2], carry[3].read())
+
+
+#: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two wells,
+#: if the stage before it was made.
+_ALWAYS, _FAILED, _WELLS, _AFTER = range(4)
 
 
 def _stacked(trees):
