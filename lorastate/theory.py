@@ -719,9 +719,14 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
         return lora_predictions(fine, frozen_at(pre, fine, upstream), ft.order_at(fine, x), b, e)
 
     values = jax.vmap(predictions)(xs, map_x, b, errors)
-    # How far minima are apart, and y, matter little where they are nearly one: what they do is in the bars.
-    known = len(ft.start(fine))
-    return map_bars, _bars(values, out.finetuning, xs[:, :known], of_lora)
+
+    def numbers(x):
+        # How far minima are apart, and y, matter little where they are nearly one: what they do is in the bars.
+        order = ft.order_at(fine, x)
+        p, *_, q = order.norms(ft.TEACHER_SIZE)
+        return jnp.concatenate([jnp.ravel(v) for v in (jnp.log(order.response), order.overlap, p, q)])
+
+    return map_bars, _bars(values, out.finetuning, xs, of_lora, numbers)
 
 
 def map_errors(pre: Pretraining, numerics: Numerics, nodes: NodeSets, values: dict[str, Any], solved: Solved):
@@ -772,16 +777,20 @@ def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, replicas: i
     return jax.tree_util.tree_map(lambda v: v[-1], passes)
 
 
-def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved) -> Bars:
+def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved, numbers=lambda x: x) -> Bars:
+    """`numbers(x)`: what the distance from the solution is judged by."""
+
     def error(v):
         return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
 
     errors = {k: jnp.hypot(error(v), jnp.mean(v) - values[k]) for k, v in of_replicas.items()}
-    return Bars(errors, jnp.max(solved.point.offset[: xs.shape[1]] / (error(xs) + _FINE)))
+    x = solved.point.x
+    off = jnp.abs(numbers(x + solved.point.offset) - numbers(x))
+    return Bars(errors, jnp.max(off / (error(jax.vmap(numbers)(xs)) + _FINE)))
 
 
 #: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those of
-#: order parameters (in the solver's coordinates) below which none has to be.
+#: order parameters below which none has to be.
 _FLOOR_SHARE, _FINE = 1.0, 5e-4
 
 
