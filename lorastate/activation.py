@@ -43,21 +43,26 @@ class Activation(eqx.Module):
 
 
 class Softmax(Activation):
-    """softmax(beta Z), row by row. `beta > 0` is the inverse temperature (a differentiable leaf)."""
+    """softmax(beta Z), row by row. `beta > 0` is the inverse temperature (a differentiable leaf); None, in fine-tuning
+    alone, is that of pre-training, and 1 where it has none."""
 
-    beta: Any = eqx.field(default=1.0, converter=lambda x: jnp.asarray(x, dtype=float))
+    beta: Any = eqx.field(default=1.0, converter=lambda x: None if x is None else jnp.asarray(x, dtype=float))
     forgets_shift = True
     name = "softmax"
     rowwise = True
 
+    @property
+    def _scale(self):
+        return 1.0 if self.beta is None else self.beta
+
     def row(self, z):
-        return jax.nn.softmax(self.beta * z, axis=0)
+        return jax.nn.softmax(self._scale * z, axis=0)
 
     def __call__(self, z):
-        return jax.nn.softmax(self.beta * z, axis=1)
+        return jax.nn.softmax(self._scale * z, axis=1)
 
     def loss_terms(self, z, target):
-        beta = self.beta
+        beta = self._scale
         p = self(z)
         r = p - target
         rho = jnp.sum(p * r, axis=1, keepdims=True)

@@ -7,6 +7,7 @@ input, 3 for a solve that failed. Whatever imports JAX is imported inside the co
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -442,6 +443,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+#: What another process was just writing, or a disk that is full: it is compiled here, as it would be without a cache.
+_OF_THE_CACHE = re.compile("Error (reading|writing) persistent compilation cache entry")
+
+
+def _cache() -> str | None:
+    """The user's folder for what is compiled; None, and a warning, where nothing can be kept safely."""
+    from .program import alone, make_room
+
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = (home if home.is_absolute() else Path.home() / ".cache") / "lorastate"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if alone(folder):
+            make_room(folder, 2**30)
+            return str(folder)
+        reason = f"others may write to {str(folder)!r}"
+    except OSError as error:
+        reason = f"{error.filename!r}: {error.strerror}"
+    except RuntimeError:  # no HOME, and a user without name
+        reason = "there is no home directory"
+    _warn(f"nothing is kept for the next start ({reason}); JAX_COMPILATION_CACHE_DIR names another folder")
+    return None
+
+
 def _run(command: Any) -> int:
     wanted = os.environ.get("JAX_ENABLE_X64")
     if wanted is not None and wanted.lower() not in ("1", "true", "t", "yes", "y", "on"):
@@ -454,10 +481,10 @@ def _run(command: Any) -> int:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is nobody's concern
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Compiled once per machine and version of jax; JAX_COMPILATION_CACHE_DIR moves it.
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lorastate"))
+        jax.config.update("jax_compilation_cache_dir", _cache())
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Small programs too: many of them take a second together.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
@@ -466,6 +493,8 @@ def _run(command: Any) -> int:
     usual = warnings.showwarning
 
     def show(message, category, *args, **kwargs):
+        if _OF_THE_CACHE.match(str(message)):
+            return
         if category.__module__.startswith("lorastate."):
             _warn(str(message))
         else:

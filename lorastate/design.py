@@ -31,7 +31,7 @@ from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import sensitivity
 from .program import Program
 from .setting import Setting
-from .setting_file import continuous_fields, get, replace
+from .setting_file import continuous_fields, get, replace, replace_all
 from .solution import Solution, predict, solve
 
 #: Objectives by name, each to be minimised, as functions of the stage, the frozen map, the order parameters of
@@ -120,7 +120,7 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
     same_noise = setting.finetuning.delta is None or fine.inputs.keeps_noise
     if same_noise:
         slopes["pretraining.delta"] += float(grads[1].delta)
-    if setting.finetuning.activation is None and "pretraining.beta" in slopes:
+    if setting.finetuning.follows_beta and {"pretraining.beta", "finetuning.beta"} <= slopes.keys():
         slopes["pretraining.beta"] += slopes["finetuning.beta"]
     if isinstance(fine.inputs, Selected):  # alpha = rho pool
         by_alpha = float(grads[1].alpha)
@@ -149,7 +149,7 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
     objective = check_objective(of)
     if searches_scale(setting):
         # E' is stationary in b: there is no need to differentiate the search.
-        _only_of_error(of)
+        only_of_error(of)
         setting = with_best_scale(setting)
         value, slopes, good = _evaluate(setting, objective)
         slopes.pop("finetuning.recalibration")
@@ -167,7 +167,7 @@ def searches_scale(setting: Setting) -> bool:
     return isinstance(setting.finetuning.recalibration, LeastError)
 
 
-def _only_of_error(objective: str) -> None:
+def only_of_error(objective: str) -> None:
     if objective != "test_error":
         raise SettingError(
             f"finetuning.recalibration = 'error' goes with the objective test_error only, not with {objective}; "
@@ -264,17 +264,12 @@ class _Problem:
         return [jnp.exp(v) if high == math.inf else 1 / (1 + jnp.exp(-v)) for high, v in zip(self.high, u, strict=True)]
 
     def replaced(self, u) -> Setting:
-        s = self.setting
-        for p, x in zip(self.over, self.fields(u), strict=True):
-            s = replace(s, p, x)
-        return s
+        return replace_all(self.setting, dict(zip(self.over, self.fields(u), strict=True)))
 
     def at(self, u: np.ndarray) -> _Trial:
         self.solves += 1
-        s = self.setting
         xs = [float(x) for x in self.fields(u)]
-        for p, x in zip(self.over, xs, strict=True):
-            s = replace(s, p, x)
+        s = replace_all(self.setting, dict(zip(self.over, xs, strict=True)))
         value, slopes, good = _evaluate(s, self.objective)
         self.bar.update()
         # dx/du = x (1 - x / high)
@@ -316,7 +311,7 @@ def optimize(
     over = tuple(dict.fromkeys(over))
     if searches_scale(setting):
         # Both searches minimise E': they are one.
-        _only_of_error(minimize)
+        only_of_error(minimize)
         setting, over = replace(setting, _SCALE, 1.0), (*over, _SCALE)
     limits = _read_budgets(budgets, setting)
     if scan:
@@ -484,14 +479,12 @@ def _scanned(setting, over, minimize, limits, scan, keywords) -> Optimum:
             raise SettingError(f"scan of {path!r} has no values; allowed: a list such as [2, 3, 4]")
         if path in continuous_fields(setting):
             raise SettingError(f"scan of {path!r}: this field is continuous; allowed: descend it with `over`")
-        for value in values:
-            replace(setting, path, value)  # raises where the field or the value does not exist
+    choices = [dict(zip(scan, combination, strict=True)) for combination in itertools.product(*scan.values())]
+    settings = [replace_all(setting, choice) for choice in choices]  # raises where a field or a value does not exist
+    for at in settings:
+        at.finetuning_resolved  # noqa: B018  raises where the stages do not go together
     results: list[tuple[dict[str, Any], Optimum | None, str]] = []
-    for combination in itertools.product(*scan.values()):
-        choice = dict(zip(scan, combination, strict=True))
-        at = setting
-        for path, value in choice.items():
-            at = replace(at, path, value)
+    for choice, at in zip(choices, settings, strict=True):
         try:
             found = optimize(at, over, minimize, budgets=limits, **keywords)
             results.append((choice, found, found.message))

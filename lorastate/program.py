@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
-import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from ._version import SOURCE, source_on_disk
 from .errors import is_concrete
 
 #: On a CPU, less optimisation compiles a fifth faster and runs as fast; without fusion emitters compilation takes half
@@ -43,6 +45,16 @@ def _options(backend: str, quick: bool) -> dict:
     return options
 
 
+def platform(arrays: Iterable[Any] = ()) -> str:
+    """What JAX computes on, by the name that exported programs have ("cpu", "cuda"): where an array is bound to, else
+    the default device, else the default backend."""
+    bound = [a for a in arrays if isinstance(a, jax.Array) and a.committed]
+    config: Any = jax.config
+    device = next(iter(bound[0].devices())) if bound else config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return jax.export.default_export_platform() if name == jax.default_backend() else name
+
+
 class Program:
     """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU.
 
@@ -62,21 +74,24 @@ class Program:
         # (What is made of nothing inside one is a tracer, even where all arguments are known.)
         if not all(map(is_concrete, (*jax.tree_util.tree_leaves(args), jnp.zeros(())))):
             return self._jit("inner", {})(*args)
-        backend = jax.default_backend()
+        leaves, treedef = jax.tree_util.tree_flatten(args)
+        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+        backend = platform(arrays)
         options = _options(backend, self._quick)
         folder = _folder()
         if folder is not None and self._ours():
-            leaves, treedef = jax.tree_util.tree_flatten(args)
-            arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
             shapes = tuple((a.shape, str(a.dtype)) for a in arrays)
             still = tuple(None if eqx.is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-            key = (treedef, shapes, still, backend, folder)
+            key = (treedef, shapes, still, backend, folder, _version())
             if key not in self._kept:
                 known = all(map(_known, args))
                 self._kept[key] = self._keep(folder, backend, options, leaves, treedef, shapes) if known else None
             if self._kept[key] is not None:
                 run, outcome = self._kept[key]
-                return _filled(outcome, run(*arrays))
+                try:
+                    return _filled(outcome, run(*arrays))
+                except Exception:  # not for this machine; an error of the program itself comes again below
+                    self._kept[key] = None
         return self._jit(backend, options)(*args)
 
     def _jit(self, name: str, options: dict):
@@ -140,6 +155,9 @@ def _known(tree) -> bool:
     return all(map(_known, jax.tree_util.default_registry.flatten_one_level(tree)[0]))
 
 
+# ---- what is kept on disk --------------------------------------------------------------------------------------
+
+
 class _Place:
     """Where an array of the results belongs."""
 
@@ -149,25 +167,72 @@ def _filled(outcome, arrays):
     return jax.tree_util.tree_map(lambda leaf: next(given) if isinstance(leaf, _Place) else leaf, outcome)
 
 
+def _words(tree) -> Any:
+    """A tree of this package's classes and Python's, with places for its arrays, as JSON has it; else `TypeError`."""
+    if tree is None or type(tree) in (bool, int, float, str):
+        return tree
+    if isinstance(tree, _Place):
+        return {"place": True}
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [_words(item) for item in tree]}
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: _words(item) for key, item in tree.items()}}
+    kind = type(tree)
+    if _class(kind.__module__, kind.__qualname__) is kind:
+        return {
+            "class": [kind.__module__, kind.__qualname__],
+            "fields": [_words(getattr(tree, f)) for f in _fields(kind)],
+        }
+    raise TypeError(f"{kind} has no description")
+
+
+def _tree(words) -> Any:
+    """The tree that `_words` describes. Nothing is run for it: no class makes anything but its fields."""
+    if not isinstance(words, dict):
+        return words
+    if "class" in words:
+        kind, parts = _class(*words["class"]), [_tree(item) for item in words["fields"]]
+        if issubclass(kind, tuple):
+            return tuple.__new__(kind, parts)
+        made = object.__new__(kind)
+        for name, part in zip(_fields(kind), parts, strict=True):
+            object.__setattr__(made, name, part)
+        return made
+    ((kind, content),) = words.items()
+    if kind == "dict":
+        return {key: _tree(item) for key, item in content.items()}
+    return _Place() if kind == "place" else {"list": list, "tuple": tuple}[kind](map(_tree, content))
+
+
+def _class(module: str, name: str) -> type:
+    """A named tuple or equinox module of this package."""
+    kind = getattr(sys.modules.get(module), name, None)
+    ours = module.startswith(f"{__package__}.") and isinstance(kind, type)
+    if not ours or not (issubclass(kind, eqx.Module) or hasattr(kind, "_fields")):
+        raise TypeError(f"{module}.{name} is not a class of this package")
+    return kind
+
+
+def _fields(kind: Any) -> Iterable[str]:
+    return kind._fields if issubclass(kind, tuple) else [field.name for field in dataclasses.fields(kind)]
+
+
 def _folder() -> Path | None:
     """Where programs are kept: beside what JAX has compiled."""
     config: Any = jax.config
     cache = config.jax_compilation_cache_dir
-    if not cache or "://" in str(cache) or config.jax_debug_nans or config.jax_disable_jit:
+    if not SOURCE or not cache or "://" in str(cache) or config.jax_debug_nans or config.jax_disable_jit:
         return None
     return Path(cache) / "lorastate-programs"
 
 
-@functools.cache
+_VERSIONS = *map(version, ("jax", "jaxlib", "equinox")), sys.version
+
+
 def _version() -> str:
     """What a traced program depends on beside its arguments: this package's source, the versions below, float64."""
-    source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source.update(path.read_bytes())
     config: Any = jax.config
-    precision = config.jax_enable_x64, config.jax_default_matmul_precision
-    versions = *map(version, ("jax", "jaxlib", "equinox")), sys.version
-    return f"{source.hexdigest()} {versions} {precision}"
+    return f"{SOURCE} {_VERSIONS} {config.jax_enable_x64, config.jax_default_matmul_precision}"
 
 
 def kept_arrays(words: str, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
@@ -175,10 +240,9 @@ def kept_arrays(words: str, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple
     folder = _folder()
     if folder is None:
         return make()
-    name = hashlib.sha256(f"{_version()} {words}".encode()).hexdigest()
-    path = folder.with_name("lorastate-nodes") / name
+    path = folder.with_name("lorastate-nodes") / hashlib.sha256(f"{_version()} {words}".encode()).hexdigest()
     try:
-        data = io.BytesIO(path.read_bytes())
+        data = io.BytesIO(_load(path))
         return tuple(np.load(data) for _ in range(int(np.load(data))))
     except Exception:  # not there, or not readable: it is made anew
         arrays = make()
@@ -186,26 +250,71 @@ def kept_arrays(words: str, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple
     for array in (np.array(len(arrays)), *arrays):
         np.save(data, array)
     with contextlib.suppress(OSError):  # a folder that cannot be written
-        _write_whole(path, data.getvalue())
+        _store(path, data.getvalue())
     return arrays
 
 
 def _read(path: Path):
-    program, outcome = pickle.loads(path.read_bytes())
-    return jax.export.deserialize(bytearray(program)), outcome
+    words, program = _load(path).split(b"\n", 1)
+    return jax.export.deserialize(bytearray(program)), _tree(json.loads(words))
 
 
 def _write(path: Path, exported, outcome) -> None:
-    _write_whole(path, pickle.dumps((bytes(exported.serialize()), outcome)))
+    _store(path, json.dumps(_words(outcome)).encode() + b"\n" + bytes(exported.serialize()))
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all: other processes may be reading."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+#: Bytes that a folder may hold: several versions of the package, some hundred kinds of setting each.
+_MOST = 2**28
+
+
+def alone(folder: Path) -> bool:
+    """Whether nobody else may write there: what is kept is run."""
+    status = folder.stat()
+    return os.name != "posix" or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def _load(path: Path) -> bytes:
+    """What `_store` has written; an `OSError` if it is not there, not whole, or not safe."""
+    if not alone(path.parent):
+        raise PermissionError(f"others may write to {path.parent}")
+    data = path.read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise OSError(f"{path} is damaged")
+    with contextlib.suppress(OSError):
+        os.utime(path)  # the oldest is what was not used for longest
+    return data[32:]
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Whole or not at all, for other processes may be reading; the oldest files make room.
+
+    Nothing where the source has been edited since it was imported: a later start would take this for its result.
+    """
+    if source_on_disk() != SOURCE:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not alone(path.parent):
+        raise PermissionError(f"others may write to {path.parent}")
     handle, part = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "wb") as file:
-        file.write(data)
+        file.write(hashlib.sha256(data).digest() + data)
     os.replace(part, path)
+    make_room(path.parent, _MOST)
+
+
+def make_room(folder: Path, most: int) -> None:
+    """Removes the oldest files of a folder, so that the others have no more bytes than `most`."""
+    found = []
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process has made room
+            status = file.stat()
+            if file.is_file():
+                found.append((-status.st_mtime, status.st_size, file))
+    size = 0
+    for _, bytes_, file in sorted(found):
+        size += bytes_
+        if size > most:
+            file.unlink(missing_ok=True)
 
 
 def cores() -> int:
@@ -220,8 +329,15 @@ def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
     """
     first, *others = values
     yield f(first)
+    config: Any = jax.config
+    device = config.jax_default_device
+
+    def there(value):
+        with jax.default_device(device):  # which other threads do not see
+            return f(value)
+
     with ThreadPoolExecutor(min(cores(), 4)) as pool:
-        calls = [pool.submit(f, value) for value in others]
+        calls = [pool.submit(there, value) for value in others]
         try:
             for call in calls:
                 yield call.result()

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .activation import Activation
+from .program import platform
 from .symmetric import hessian_to_coordinates, to_coordinates, to_matrix
 
 
@@ -197,7 +198,7 @@ _FIRST = 5
 
 def _group(nodes: int) -> int:
     """Nodes that descend together: on a CPU few, so that their matrices stay in the first-level cache."""
-    return min(nodes, 128) if jax.default_backend() == "cpu" else nodes
+    return min(nodes, 128) if platform() == "cpu" else nodes
 
 
 class _Work(NamedTuple):

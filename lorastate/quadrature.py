@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
 
-from .program import kept_arrays
+from .program import kept_arrays, platform
 
 
 class Nodes(NamedTuple):
@@ -143,7 +143,7 @@ def over_replicas(f, nodes: Nodes, *mapped):
     """`f(one part, *its slices)` for every part of all replicas, stacked: one after the other on a CPU, where a part
     fits the cache; together on an accelerator."""
     xs = (nodes, *mapped)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return jax.lax.map(lambda x: f(*x), xs)
     return jax.vmap(lambda x: f(*x))(xs)
 
@@ -183,7 +183,7 @@ def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
     """
     nodes = jax.tree_util.tree_map(jnp.asarray, nodes)
     each = jax.tree_util.tree_map
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         values, new = jax.vmap(f)(nodes, memory.read())
         if write:
             memory = memory._replace(data=each(lambda m, n: m.at[memory.there].set(n), memory.data, new))
@@ -218,7 +218,7 @@ def in_blocks(f, nodes: Nodes, inner):
     half = nodes.weight.shape[-1] // 2
     size = min(half, _BLOCK // 2)
     count = half // size
-    if count == 1 or half % size or jax.default_backend() != "cpu":
+    if count == 1 or half % size or platform() != "cpu":
         return f(nodes, inner)
 
     def cut(a, k):

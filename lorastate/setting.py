@@ -22,24 +22,31 @@ _WHY_LAM = (
 )
 
 
-def as_activation(name: str, value: Any, beta: Any = None) -> Activation:
-    """An `Activation` from one, from the name "softmax" or "identity", or from a callable on T x T matrices."""
+def as_activation(stage: str, value: Any, beta: Any = None, unsaid: Any = 1.0) -> Activation:
+    """An `Activation` from one, from the name "softmax" or "identity", or from a callable on T x T matrices.
+
+    The beta of a softmax that is given by name alone is `unsaid`.
+    """
+    if isinstance(value, str) and value == "softmax":
+        value, beta = Softmax(unsaid if beta is None else real(f"{stage}.beta", beta, "beta > 0", 0.0)), None
+    if beta is not None:
+        why = (
+            f"has no meaning for the {value} activation; allowed: leave it out"
+            if isinstance(value, str)
+            else "stands beside an activation that has its own numbers; allowed: one of them"
+        )
+        raise SettingError(f"{stage}.beta = {beta!r} {why}")
     if isinstance(value, Activation):
-        if isinstance(value, Softmax):
-            real(f"{name}.beta", value.beta, "beta > 0", 0.0)
+        if isinstance(value, Softmax) and (value.beta is not None or unsaid is not None):
+            real(f"{stage}.beta", value.beta, "beta > 0", 0.0)
         return value
-    if value == "softmax":
-        return Softmax(real(f"{name.rsplit('.', 1)[0]}.beta", 1.0 if beta is None else beta, "beta > 0", 0.0))
-    if value == "identity":
-        if beta is not None:
-            raise SettingError(
-                f"{name.rsplit('.', 1)[0]}.beta = {beta!r} has no meaning for the identity activation; "
-                "allowed: leave it out"
-            )
+    if isinstance(value, str) and value == "identity":
         return Identity()
     if callable(value):
         return Custom(value)
-    raise SettingError(f'{name} = {value!r} is unknown; allowed: "softmax", "identity" (or a callable in Python)')
+    raise SettingError(
+        f'{stage}.activation = {value!r} is unknown; allowed: "softmax", "identity" (or a callable in Python)'
+    )
 
 
 class Pretraining(eqx.Module):
@@ -78,7 +85,7 @@ class Pretraining(eqx.Module):
         self.kappa0 = real("pretraining.kappa0", 1.0 if kappa0 is None else kappa0, "kappa0 > 0", 0.0)
         self.kappa = real("pretraining.kappa", kappa, "kappa > 0", 0.0)
         self.delta = real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
-        self.activation = as_activation("pretraining.activation", activation, beta)
+        self.activation = as_activation("pretraining", activation, beta)
         self.tokens = whole("pretraining.tokens", tokens, 2, 8)
         self.task = as_task(task)
 
@@ -171,7 +178,7 @@ class Finetuning(eqx.Module):
 
     `alpha` = N' / D (samples: a sample ratio, not LoRA's `lora_alpha`), `lam` = ridge on w, `delta` = variance of the
     label noise. `delta`, `activation` and `tokens` left at None follow the pre-training ones
-    (`Setting.finetuning_resolved`).
+    (`Setting.finetuning_resolved`), and so does the beta of a softmax that is given by name alone.
 
     `inputs` = where the fine-tuning inputs come from: an `Inputs` object, or its name with its options beside it:
     "fresh"; "reused" (`label_noise` "same" or "fresh"); "mixed" (`reused_fraction`, `label_noise`); "selected" (`rho`,
@@ -194,7 +201,7 @@ class Finetuning(eqx.Module):
         recalibration: Any = 1.0, rank: Any = 1, teacher_rank: Any = 1, **options,
     ):  # fmt: skip
         require_float64()
-        self.inputs = _as_inputs(inputs, options)
+        self.inputs = as_inputs(inputs, options)
         follows = getattr(self.inputs, "alpha", None)
         if follows is not None:
             if alpha is not None and _differ(alpha, follows):
@@ -211,11 +218,16 @@ class Finetuning(eqx.Module):
         self.delta = None if delta is None else real("finetuning.delta", delta, "delta >= 0", 0.0, closed=True)
         if activation is None and beta is not None:
             raise SettingError(f"finetuning.beta = {beta!r} needs an activation; allowed: with softmax only")
-        self.activation = None if activation is None else as_activation("finetuning.activation", activation, beta)
+        self.activation = None if activation is None else as_activation("finetuning", activation, beta, unsaid=None)
         self.tokens = None if tokens is None else whole("finetuning.tokens", tokens, 2, 8)
         self.recalibration = _as_recalibration(recalibration)
         self.rank = whole("finetuning.rank", rank, 1, MAX_RANK)
         self.teacher_rank = whole("finetuning.teacher_rank", teacher_rank, 1, MAX_RANK)
+
+    @property
+    def follows_beta(self) -> bool:
+        """Whether the beta of a softmax is that of pre-training."""
+        return self.activation is None or (isinstance(self.activation, Softmax) and self.activation.beta is None)
 
     @property
     def _drops(self) -> bool:
@@ -242,27 +254,31 @@ def _differ(given, follows) -> bool:
         return False
 
 
-def _as_inputs(inputs: Any, options: dict[str, Any]) -> Inputs:
+def as_inputs(inputs: Any, options: Mapping[str, Any]) -> Inputs:
+    """`Inputs` from one, or from its name and options."""
     given = {key: value for key, value in options.items() if value is not None}
-    name = inputs.name if isinstance(inputs, Inputs) else inputs
     known = {key for kind in CHANNELS.values() for key in kind.options}
     for key in options:
         if key not in known:
             raise TypeError(f"Finetuning got an unexpected keyword argument {key!r}")
-    if not isinstance(name, str) or (name not in CHANNELS and not isinstance(inputs, Inputs)):
+    if isinstance(inputs, Inputs):
+        for key in given:
+            raise SettingError(
+                f"finetuning.{key} = {given[key]!r} stands beside inputs that have their own; allowed: one of them"
+            )
+        return inputs
+    if not isinstance(inputs, str) or inputs not in CHANNELS:
         allowed = ", ".join(f'"{kind}"' for kind in CHANNELS)
         raise SettingError(f"finetuning.inputs = {inputs!r} is unknown; allowed: {allowed}")
-    if isinstance(inputs, Inputs) and not given:
-        return inputs
-    kind = CHANNELS[name]
+    kind = CHANNELS[inputs]
     for key in given:
         if key not in kind.options:
             raise SettingError(
-                f'finetuning.{key} = {given[key]!r} has no meaning on "{name}" inputs; allowed: on {homes(key)} ones'
+                f'finetuning.{key} = {given[key]!r} has no meaning on "{inputs}" inputs; allowed: on {homes(key)} ones'
             )
     for key in kind.numbers:
         if key not in given:
-            raise SettingError(f'finetuning.{key} is missing; allowed: {_MISSING[key]}, which "{name}" inputs need')
+            raise SettingError(f'finetuning.{key} is missing; allowed: {_MISSING[key]}, which "{inputs}" inputs need')
     return kind(**given)
 
 
@@ -353,6 +369,14 @@ class Setting(eqx.Module):
     numerics: Numerics = Numerics()
 
     @property
+    def finetuning_activation(self) -> Activation:
+        """The activation of fine-tuning, with what it takes over from pre-training."""
+        first, own = self.pretraining.activation, self.finetuning.activation
+        if own is not None and not self.finetuning.follows_beta:
+            return own
+        return first if own is None or isinstance(first, Softmax) else Softmax()
+
+    @property
     def finetuning_resolved(self) -> Finetuning:
         """The fine-tuning stage with `delta`, `activation` and `tokens` filled in from pre-training."""
         pre, fine = self.pretraining, self.finetuning
@@ -360,7 +384,7 @@ class Setting(eqx.Module):
             fine.alpha,
             fine.lam,
             delta=pre.delta if fine.delta is None else fine.delta,
-            activation=pre.activation if fine.activation is None else fine.activation,
+            activation=self.finetuning_activation,
             tokens=pre.tokens if fine.tokens is None else fine.tokens,
             inputs=fine.inputs.after(pre),
             recalibration=fine.recalibration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -10,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import numpy as np
 
 from .activation import Softmax
 from .base_law import BaseLaw, PowerLaw
 from .channel import CHANNELS, RECALIBRATIONS, FixedScale, Inputs, homes
 from .errors import SettingError
-from .setting import BASE_KEYS, BASE_LAWS, Finetuning, Numerics, Pretraining, Setting
+from .setting import BASE_KEYS, BASE_LAWS, Finetuning, Numerics, Pretraining, Setting, as_base, as_inputs, as_task
 from .task import Task
 
 #: Sections and keys of a settings file.
@@ -59,8 +61,6 @@ def setting_from_dict(data: Mapping[str, Any], overrides: Iterable[str] = ()) ->
     fine = sections["finetuning"]
     if "beta" in fine:
         fine.setdefault("activation", pre.activation.name)
-    elif fine.get("activation") == pre.activation.name:
-        del fine["activation"]  # the same activation without a beta of its own keeps following
     return Setting(pre, Finetuning(**fine), Numerics(**sections["numerics"]))
 
 
@@ -85,6 +85,25 @@ def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
     out["finetuning"]["recalibration"] = _plain(_recalibration(fine))
     out["numerics"] = {key: getattr(setting.numerics, key) for key in KEYS["numerics"]}
     return out
+
+
+def description(value: Any) -> Any:
+    """Everything that a setting is made of, unresolved and unrounded, as JSON has it: one description, one setting.
+
+    Raises `SettingError` for what contains code of the user's, such as an activation: that can only be run.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if eqx.is_array(value):
+        return np.asarray(value).tolist()
+    if isinstance(value, tuple):
+        return [description(item) for item in value]
+    if isinstance(value, eqx.Module) and type(value).__module__.startswith(f"{__package__}."):
+        fields = {field.name: description(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__} | fields
+    raise SettingError(
+        f"{_shown(value)} is code of your own, whose results cannot be known again; allowed: what settings files know"
+    )
 
 
 _OBJECTS = ("activation", "beta", "inputs", "recalibration")
@@ -128,10 +147,10 @@ def get(setting: Setting, path: str) -> Any:
         _needs_task(path, setting.pretraining)
         return getattr(setting.pretraining.task, key)
     if name == "pretraining.base":
-        return _base_of(path, setting.pretraining)[key]
+        return _base_of(path, setting.pretraining.base)[key]
     stage = setting.finetuning_resolved if name == "finetuning" else getattr(setting, name)
     if key == "beta":
-        _needs_softmax(path, stage)
+        _needs_softmax(path, stage.activation)
         return stage.activation.beta
     if key == "recalibration":
         return _recalibration(stage)
@@ -145,43 +164,77 @@ def replace(setting: Setting, path: str, value: Any) -> Setting:
     """The setting with one field changed, validated as in the constructors (also under JAX transformations).
 
     Changing a pre-training field also changes what follows it in fine-tuning. Changing a fine-tuning field
-    that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it.
+    that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it. A name changes
+    no number: a softmax keeps its beta, or takes that of pre-training, and inputs keep the options that both kinds
+    have. "pretraining.task" and "pretraining.base" as a whole are fields too; None takes them away.
     """
-    name, key = _split(path)
-    if name == "pretraining.task":
+    return replace_all(setting, {path: value})
+
+
+def replace_all(setting: Setting, values: Mapping[str, Any]) -> Setting:
+    """`replace` of several fields at once: only what comes of all of them together has to be valid."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in KEYS}
+    for path, value in values.items():
+        name, key = _split(path)
+        given[name][key] = value
+    pre, fine, numerics = setting.pretraining, setting.finetuning, setting.numerics
+    if given["pretraining"] or given["pretraining.task"] or given["pretraining.base"]:
+        pre = Pretraining(**_replaced_pretraining(pre, given))
+    if given["finetuning"]:
+        fine = Finetuning(**_replaced_finetuning(Setting(pre, fine, numerics), given["finetuning"]))
+    if given["numerics"]:
+        numerics = numerics.changed(**given["numerics"])
+    return Setting(pre, fine, numerics)
+
+
+def _replaced_pretraining(pre: Pretraining, given: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Arguments of pre-training with the changes."""
+    own = dict(given["pretraining"])
+    fields = _fields(pre) | _activation("pretraining", pre.activation, pre.activation, own) | own
+    if given["pretraining.task"]:
         # A task that is not there yet is that of plain pre-training, a = 1 and c = 0.
-        task = setting.pretraining.task or Task()
-        task = Task(**{k: getattr(task, k) for k in KEYS[name]} | {key: value})
-        fields: dict[str, Any] = {**_fields(setting.pretraining), "task": task}
-        return Setting(Pretraining(**fields), setting.finetuning, setting.numerics)
-    if name == "pretraining.base":
-        fields = _fields(setting.pretraining)
-        fields["base"] = _base_of(path, setting.pretraining) | {key: value}
-        pre = Pretraining(**fields)
-        return Setting(pre, setting.finetuning, setting.numerics)
-    stage = getattr(setting, name)
-    if name == "numerics":
-        kwargs = {k: getattr(stage, k) for k in KEYS[name]} | {key: value}
-        return Setting(setting.pretraining, setting.finetuning, Numerics(**kwargs))
-    kwargs = _fields(stage)
-    if key == "beta":
-        if value is None:
-            raise SettingError(f"{path} = None is not a number; allowed: beta > 0")
-        _needs_softmax(path, setting.finetuning_resolved if name == "finetuning" else stage)
-        kwargs |= {"activation": "softmax", "beta": value}
-    else:
-        kwargs[key] = value
-    if name == "pretraining":
-        return Setting(Pretraining(**kwargs), setting.finetuning, setting.numerics)
-    if hasattr(stage.inputs, "alpha") and key != "inputs":
-        if key == "alpha":
+        task = as_task(fields["task"]) or Task()
+        fields["task"] = {key: getattr(task, key) for key in KEYS["pretraining.task"]} | given["pretraining.task"]
+    for key in given["pretraining.base"]:
+        fields["base"] = _base_of(f"pretraining.base.{key}", as_base(fields["base"]))
+    if given["pretraining.base"]:
+        fields["base"] |= given["pretraining.base"]
+    if fields["base"] is not None and "kappa0" not in own:
+        fields.pop("kappa0", None)
+    return fields
+
+
+def _replaced_finetuning(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of fine-tuning with the changes; pre-training has its own already."""
+    fine, own = setting.finetuning, dict(own)
+    fields = _fields(fine) | _activation("finetuning", fine.activation, setting.finetuning_activation, own)
+    inputs, options = own.pop("inputs", None), {key: own.pop(key) for key in _CHANNEL if key in own}
+    if isinstance(inputs, Inputs):
+        fields |= {"inputs": inputs, **options}
+    elif inputs is not None or options:
+        name = fine.inputs.name if inputs is None else inputs
+        kind = CHANNELS.get(name) if isinstance(name, str) else None
+        both = () if kind is None else set(kind.options) & set(fine.inputs.options)
+        fields["inputs"] = as_inputs(name, {key: getattr(fine.inputs, key) for key in both} | options)
+    if hasattr(fields["inputs"], "alpha"):
+        if "alpha" in own:
             raise SettingError("finetuning.alpha is rho * pool on selected inputs; allowed: replace rho or pool")
-        del kwargs["alpha"]
-    if key in _CHANNEL:
-        _needs_channel(key, stage.inputs)
-        kwargs |= {k: getattr(stage.inputs, k) for k in stage.inputs.options} | {key: value}
-        kwargs["inputs"] = stage.inputs.name
-    return Setting(setting.pretraining, Finetuning(**kwargs), setting.numerics)
+        if hasattr(fine.inputs, "alpha"):
+            del fields["alpha"]
+    return fields | own
+
+
+def _activation(stage: str, now: Any, resolved: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the activation and its beta, taken out of the changes where they are not themselves arguments."""
+    if "beta" in own:
+        if own["beta"] is None:
+            raise SettingError(f"{stage}.beta = None is not a number; allowed: beta > 0")
+        if "activation" not in own:
+            _needs_softmax(f"{stage}.beta", resolved)
+            return {"activation": "softmax"}
+    elif isinstance(own.get("activation"), str) and own["activation"] == "softmax" and isinstance(now, Softmax):
+        del own["activation"]
+    return {}
 
 
 def _fields(stage: Pretraining | Finetuning) -> dict[str, Any]:
@@ -202,11 +255,11 @@ def _base_fields(base: BaseLaw) -> dict[str, Any]:
     return {"law": str(base)}
 
 
-def _base_of(path: str, pre: Pretraining) -> dict[str, Any]:
+def _base_of(path: str, base: BaseLaw | None) -> dict[str, Any]:
     """Name and parameters of the base law, `path` among them."""
     for name, kind in BASE_LAWS.items():
-        if isinstance(pre.base, kind) and path.removeprefix("pretraining.base.") in ("law", *BASE_KEYS[name]):
-            return {"law": name} | {key: getattr(pre.base, key) for key in BASE_KEYS[name]}
+        if isinstance(base, kind) and path.removeprefix("pretraining.base.") in ("law", *BASE_KEYS[name]):
+            return {"law": name} | {key: getattr(base, key) for key in BASE_KEYS[name]}
     raise SettingError(f"{path} has no meaning here; allowed: where [pretraining.base] has such a key")
 
 
@@ -220,9 +273,9 @@ def _needs_channel(key: str, inputs: Inputs) -> None:
         raise SettingError(f'finetuning.{key} has no meaning on "{inputs.name}" inputs; allowed: on {homes(key)} ones')
 
 
-def _needs_softmax(path: str, stage: Any) -> None:
-    if not isinstance(stage.activation, Softmax):
-        raise SettingError(f"{path} has no meaning for the {stage.activation.name} activation; allowed: softmax only")
+def _needs_softmax(path: str, activation: Any) -> None:
+    if not isinstance(activation, Softmax):
+        raise SettingError(f"{path} has no meaning for the {activation.name} activation; allowed: softmax only")
 
 
 def _plain(value: Any) -> Any:
@@ -330,7 +383,7 @@ def _split(path: str) -> tuple[str, str]:
         raise SettingError(f"{path!r} is not a section.key path; {hint}allowed: for example pretraining.lam")
     if name not in KEYS:
         raise SettingError(_unknown_section(name))
-    if key not in KEYS[name]:
+    if key not in KEYS[name] and path not in KEYS:
         raise SettingError(_unknown_key(name, key))
     return name, key
 

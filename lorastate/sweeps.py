@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import threading
 import time
 import zlib
@@ -30,13 +31,18 @@ from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
 from . import design, theory
-from ._version import __version__
-from .errors import Code, SettingError, require_float64, succeeded
+from ._version import SOURCE, __version__
+from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .names import MEANING
 from .program import Program
 from .setting import Setting
-from .setting_file import continuous_fields, parse_value, replace, setting_to_dict
+from .setting_file import continuous_fields, description, get, parse_value, replace, replace_all, setting_to_dict
 from .solution import by_work
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
 
 if TYPE_CHECKING:
     import xarray
@@ -97,7 +103,7 @@ def parse_axis(text: str, option: str = "grid") -> tuple[str, list[Any]]:
 
 
 def _axes(setting: Setting, grid: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
-    """The axes as plain values, each of which the setting accepts on its own."""
+    """The axes as plain values; those of a whole number may come as floats, as log:... and lin:... make them."""
     if not grid:
         raise SettingError("the grid is empty; allowed: at least one path with its values, as pretraining.lam")
     axes = {}
@@ -107,29 +113,25 @@ def _axes(setting: Setting, grid: Mapping[str, Iterable[Any]]) -> dict[str, list
         plain: list[Any] = [v.item() if hasattr(v, "item") else v for v in values]
         if not plain:
             raise SettingError(f"grid {path} has no values; allowed: at least one")
-        if len(set(map(str, plain))) < len(plain):
-            raise SettingError(f"grid {path} names a value more than once; allowed: each value once")
         for value in plain:
-            with contextlib.suppress(_Later):
-                _at(setting, {path: value}, alone=True)
-        axes[path] = plain
+            if not isinstance(value, int | float | str):
+                raise SettingError(f"grid {path} has a value {value!r}; allowed: numbers or words")
+        if len(set(plain)) < len(plain):
+            raise SettingError(f"grid {path} names a value more than once; allowed: each value once")
+        axes[path] = [round(v) for v in plain] if _counts(setting, path) and all(map(_is_whole, plain)) else plain
     return axes
 
 
-class _Later(Exception):
-    """A value that only makes sense together with those of another axis."""
+def _counts(setting: Setting, path: str) -> bool:
+    """Whether a field is a whole number."""
+    try:
+        return isinstance(get(setting, path), int)
+    except SettingError:  # it has a meaning at the other points
+        return False
 
 
-def _at(setting: Setting, point: Mapping[str, Any], alone: bool = False) -> Setting:
-    """The setting at a point: words first, since numbers may need them (as rho needs selected inputs)."""
-    for path, value in sorted(point.items(), key=lambda item: not isinstance(item[1], str)):
-        try:
-            setting = replace(setting, path, value)
-        except SettingError as error:
-            if alone and "has no meaning" in str(error):
-                raise _Later from None
-            raise
-    return setting
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isclose(value, round(value), rel_tol=1e-12)
 
 
 # ---- lanes -----------------------------------------------------------------------------------------------------
@@ -215,24 +217,34 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
 
     As `solution.solve` does: the replica-symmetric search first, and another where that will not do.
     """
-    plain = [design.with_best_scale(s) if design.searches_scale(s) else s for s in settings]
+    plain, lost = [], {}
+    for k, s in enumerate(settings):
+        try:
+            plain.append(design.with_best_scale(s) if design.searches_scale(s) else s)
+        except SolveError as error:  # what does not depend on b is there all the same
+            plain.append(replace(s, "finetuning.recalibration", 1.0))
+            lost[k] = error.code
     chunk = _Chunk(plain, mesh, lanes)
     symmetry = chunk.numerics.symmetry
     first = chunk.first()
     second = chunk.symmetric(first, True)
-    lanes_left = {"rs": chunk.wells, "1rsb": lambda _: list(range(len(plain))), "auto": chunk.rough}[symmetry](second)
-    rows = [{} for _ in plain] if len(lanes_left) == len(plain) else chunk.rows(first, second, objective)
-    index, coarse = lanes_left, second.coarse
+    here = {"rs": chunk.wells, "1rsb": lambda _: list(range(len(plain))), "auto": chunk.rough}[symmetry](second)
+    rows = [{} for _ in plain] if len(here) == len(plain) else chunk.rows(first, second, objective)
+    index, coarse = here, second.coarse
     for deep in (False, True):
         if not index:
             break
         chunk = _Chunk([plain[k] for k in index], mesh, lanes, None if symmetry == "rs" else deep)
-        first, coarse = chunk.take(lanes_left, (first, coarse))
+        first, coarse = chunk.take(here, (first, coarse))
         found = chunk.symmetric(first, False) if symmetry == "rs" else chunk.broken(first, coarse)
         for k, row in zip(index, chunk.rows(first, found, objective), strict=True):
             rows[k] = row
-        lanes_left = [] if symmetry == "rs" else chunk.rough(found)
-        index = [index[k] for k in lanes_left]
+        here = [] if symmetry == "rs" else chunk.rough(found)
+        index = [index[k] for k in here]
+    for k, code in lost.items():
+        if succeeded(int(rows[k]["pretraining.code"])):
+            rows[k] |= dict.fromkeys((name for name in rows[k] if not name.startswith("pretraining.")), math.nan)
+            rows[k]["finetuning.code"] = float(code)
     return rows
 
 
@@ -308,7 +320,6 @@ class _Journal:
     def __init__(self, out: Path, manifest: dict[str, Any], process: int):
         self.out, self.manifest = out, manifest
         self.path, self._end = out / f"points-{process}.bin", -1
-        out.mkdir(parents=True, exist_ok=True)
         file = out / "sweep.json"
         if file.exists():
             self._same(file)
@@ -320,6 +331,11 @@ class _Journal:
             before = json.loads(file.read_text())
         except ValueError:
             raise SettingError(f"{str(file)!r} is not the record of a sweep; allowed: another directory") from None
+        if not isinstance(before, dict) or before.get("source") != self.manifest["source"]:
+            raise SettingError(
+                f"{str(self.out)!r} holds a sweep by another version of lorastate, or of its source; allowed: another "
+                "directory"
+            )
         for key, now in self.manifest.items():
             if before.get(key) != now:
                 was, now = _first_difference(key, before.get(key), now)
@@ -395,6 +411,32 @@ def _first_difference(key: str, before: Any, now: Any) -> tuple[str, str]:
                 return _first_difference(f"{key}.{name}", before.get(name), now.get(name))
     key = key.removeprefix("setting.")
     return tuple(f"{key} = {str(v)[:60]}{'...' if len(str(v)) > 60 else ''}" for v in (before, now))  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _held(out: Path, process: int):
+    """Keeps the directory from other sweeps: the operating system lets go of the lock when the process ends.
+
+    Raises `SettingError` while another one has it. Processes of one sweep each have their own.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"process-{process}.lock", "a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SettingError(
+                f"{str(out)!r} is in use by another sweep (process {file.read() or 'unknown'}); allowed: another "
+                "directory, or waiting for its end"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+        file.truncate(0)
 
 
 class _Alive:
@@ -487,13 +529,16 @@ def sweep(
     "gradient.PATH", its derivative by every continuous field. Axes may be numbers or words (activation, inputs).
 
     With `out`, a directory, finished points are written at once and `sweep.nc` at the end: after any interruption the
-    same call goes on, and one with another setting is refused. `devices`: a number, "all", or JAX devices (default:
-    one). `chunk`: points that each device takes at a time. Under `jax.distributed` every process takes its share of
-    the points and `out` must be a directory that they all see; process 0 waits for the others, which return what is
-    there when their own share is done.
+    same call goes on. One with another setting or another version of this package is refused, as is a second one at the
+    same time, and a setting with code of your own in it, which nobody can tell apart from other code.
 
-    Raises `SettingError` for a bad grid, `SweepInterrupted` (a KeyboardInterrupt) on Ctrl-C, and `SweepIncomplete`
-    when another process gives no sign of life for `patience` seconds. A point that cannot be solved raises nothing.
+    `devices`: a number, "all", or JAX devices (default: one). `chunk`: points that each device takes at a time. Under
+    `jax.distributed` every process takes its share of the points and `out` must be a directory that they all see;
+    process 0 waits for the others, which return what is there when their own share is done.
+
+    Raises `SettingError` for a bad grid (every point must be a setting), `SweepInterrupted` (a KeyboardInterrupt) on
+    Ctrl-C, and `SweepIncomplete` when another process gives no sign of life for `patience` seconds. A point that cannot
+    be solved raises nothing.
     """
     require_float64()
     axes = _axes(setting, grid)
@@ -509,29 +554,34 @@ def sweep(
     lanes = len(chosen) * (chunk or _LANES.get(chosen[0].platform, _LANES_ELSEWHERE))
 
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    words = [path for path, values in axes.items() if _changes_kind(setting, path, values)]
     kinds: dict[Any, list[int]] = {}
     slopes: dict[str, None] = {}
-    for index, point in enumerate(points):
-        kind = tuple(point[p] for p in words)
+    for index, point in enumerate(points):  # all of them, so that a bad one is found before any is solved
+        at = replace_all(setting, point)
+        kind = _kind(at)
         if kind not in kinds and gradient is not None:
-            slopes |= dict.fromkeys(_GRADIENT + p for p in continuous_fields(_at(setting, point)))
+            if design.searches_scale(at):
+                design.only_of_error(gradient)
+            slopes |= dict.fromkeys(_GRADIENT + p for p in continuous_fields(at))
         kinds.setdefault(kind, []).append(index)
 
     journal, columns, rows = None, [], {}
-    if out is not None:
-        manifest = {"version": __version__, "gradient": gradient, "grid": axes, "setting": setting_to_dict(setting)}
-        journal = _Journal(Path(out), json.loads(json.dumps(manifest)), process)
-        columns, rows = journal.rows()
-    mine = {k: [i for i in v if i % processes == process and i not in rows] for k, v in kinds.items()}
-    share = sum(i % processes == process for i in range(len(points)))
-    left = sum(map(len, mine.values()))
-    bar = tqdm(total=share, initial=share - left, desc="sweep", unit="point", disable=not progress, smoothing=0.1)
-    beating = _Alive(journal.out, process) if journal and processes > 1 else contextlib.nullcontext()
-    try:
-        with bar, beating:
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            manifest = {"source": SOURCE, "gradient": gradient, "grid": axes, "setting": description(setting)}
+            stack.enter_context(_held(Path(out), process))
+            journal = _Journal(Path(out), json.loads(json.dumps(manifest)), process)
+            columns, rows = journal.rows()
+            if processes > 1:
+                stack.enter_context(_Alive(journal.out, process))
+        mine = {k: [i for i in v if i % processes == process and i not in rows] for k, v in kinds.items()}
+        share = sum(i % processes == process for i in range(len(points)))
+        left = sum(map(len, mine.values()))
+        bar = tqdm(total=share, initial=share - left, desc="sweep", unit="point", disable=not progress, smoothing=0.1)
+        stack.enter_context(bar)
+        try:
             for indices in _chunks(mine, lanes):
-                found = _run([_at(setting, points[i]) for i in indices], gradient, mesh, lanes)
+                found = _run([replace_all(setting, points[i]) for i in indices], gradient, mesh, lanes)
                 columns = columns or [*(c for c in found[0] if c not in slopes), *slopes]
                 values = (np.array([row.get(c, np.nan) for c in columns]) for row in found)
                 new = dict(zip(indices, values, strict=True))
@@ -544,21 +594,17 @@ def sweep(
                 if process == 0 and len(rows) < len(points):
                     bar.total = len(points)
                     columns, rows = _await(journal, len(points), processes, patience, bar)
-    except KeyboardInterrupt:
-        raise SweepInterrupted(len(rows), len(points), journal.out if journal else None) from None
-    dataset = _dataset(setting, axes, columns, rows, gradient)
-    if journal and process == 0:
-        _write(journal.out / "sweep.nc", bytes(dataset.to_netcdf(engine="scipy", format="NETCDF3_64BIT")))
+        except KeyboardInterrupt:
+            raise SweepInterrupted(len(rows), len(points), journal.out if journal else None) from None
+        dataset = _dataset(setting, axes, columns, rows, gradient)
+        if journal and process == 0:
+            _write(journal.out / "sweep.nc", bytes(dataset.to_netcdf(engine="scipy", format="NETCDF3_64BIT")))
     return dataset
 
 
-def _changes_kind(setting: Setting, path: str, values: list[Any]) -> bool:
-    """Whether the points of an axis need programs of their own: words, and what is static in a setting."""
-    kinds = set()
-    for value in values:
-        with contextlib.suppress(_Later):
-            kinds.add(jax.tree_util.tree_structure(_at(setting, {path: value}, alone=True)))
-    return len(kinds) > 1 or any(isinstance(v, str) for v in values)
+def _kind(setting: Setting) -> Any:
+    """What settings that go through the same program have in common: all that is static."""
+    return jax.tree_util.tree_structure((setting.pretraining, setting.finetuning_resolved, setting.numerics))
 
 
 def _dataset(setting: Setting, axes, columns, rows, gradient) -> xarray.Dataset:

@@ -241,6 +241,58 @@ def test_help_and_version_do_not_need_jax():
     assert all(name in done.stdout for name in ("predict", "optimize", "gradient", "simulate", "figure"))
 
 
+# Where what is compiled is kept.
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {})
+    return cli._cache
+
+
+def test_cache_of_the_user(cache, tmp_path, capsys):
+    for variable, value, folder in (("HOME", "home", "home/.cache"), ("XDG_CACHE_HOME", "xdg", "xdg")):
+        os.environ[variable] = str(tmp_path / value)
+        assert cache() == str(tmp_path / folder / "lorastate") and os.stat(cache()).st_mode & 0o777 == 0o700
+    os.environ["XDG_CACHE_HOME"] = "relative"  # which the specification says to ignore
+    assert cache() == str(tmp_path / "home/.cache/lorastate") and not (tmp_path / "relative").exists()
+    assert capsys.readouterr().err == ""
+    os.chmod(cache(), 0o777)
+    assert cache() is None and "others may write to" in capsys.readouterr().err
+
+
+def test_no_place_for_a_cache(cache, tmp_path, capsys, monkeypatch):
+    import pwd
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pwd, "getpwuid", unknown)
+        assert cache() is None and "there is no home directory" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    for home in (tmp_path / "file", "/proc/nowhere"):
+        os.environ["HOME"] = str(home)
+        assert cache() is None
+        said = capsys.readouterr().err
+        assert said.startswith("lorastate: nothing is kept") and said.count("\n") == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_cache_that_others_are_writing_is_not_worth_a_word(call, path, monkeypatch):
+    import warnings
+
+    def predict(*_, **__):
+        warnings.warn("Error reading persistent compilation cache entry for 'jit_solve': it is not whole", stacklevel=1)
+        raise SolveError("finetuning", Code.cycle)
+
+    monkeypatch.setattr(solution, "predict", predict)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert "cycle" in call("predict", path).message
+
+
 # A solve that fails.
 
 

@@ -1,5 +1,14 @@
 """Programs kept on disk: read back as they were, made anew where they cannot be, never mistaken for another."""
 
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -97,6 +106,111 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(folder):
     assert folder.read_text() == "a file in its place"
 
 
+class Planted:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Planted, "ran", True)
+
+
+def test_nothing_in_the_folder_is_run(folder):
+    found = solve(Program(theory.solve_pretraining), 0.1)
+    (file,) = folder.iterdir()
+    plants = pickle.dumps(Planted())
+    for planted in (plants, hashlib.sha256(plants).digest() + plants):
+        file.write_bytes(planted)
+        same(solve(Program(theory.solve_pretraining), 0.1), found)
+    assert not Planted.ran
+    # Not even a class of another package, or what is not a class of values.
+    for name in (["subprocess", "Popen"], ["lorastate.program", "Program"], ["lorastate.program", "_load"]):
+        with pytest.raises(TypeError):
+            program._tree({"class": name, "fields": []})
+
+
+def test_a_changed_byte_is_seen(folder):
+    found = solve(Program(theory.solve_pretraining), 0.1)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    for place in (3, 40, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(OSError, match="damaged"):
+            program._read(file)
+    same(solve(Program(theory.solve_pretraining), 0.1), found)
+
+
+def test_trees_survive(folder):
+    pre = ls.Pretraining(0.1, 0.1, tokens=2, task={"a": 1.0, "c": 0.2})
+    tree = {"b": (pre, [None, 1, 2.5, "words", True]), "a": theory.Bars({"x": 1.0}, None), "": ()}
+    assert jax.tree_util.tree_structure(tree) == jax.tree_util.tree_structure(
+        program._tree(
+            program._words(jax.tree_util.tree_map(lambda x: program._Place() if eqx.is_array(x) else x, tree))
+        )
+    )
+    for odd in ({1: 2}, {1, 2}, np.float64(1.0), eqx.Module, Halved()):
+        with pytest.raises(TypeError):
+            program._words([odd])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are different there")
+def test_a_folder_of_others_is_not_used(folder, monkeypatch):
+    solve(Program(theory.solve_pretraining), 0.1)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (file,) = folder.iterdir()
+    for mode in (0o770, 0o777, 0o702):
+        folder.chmod(mode)
+        with pytest.raises(PermissionError, match="others may write"):
+            program._read(file)
+        file.rename(tmp := folder.with_name("away"))
+        assert np.isfinite(solve(Program(theory.solve_pretraining), 0.1).point.x).all()
+        assert not list(folder.iterdir())
+        tmp.rename(file)
+    folder.chmod(0o700)
+    program._read(file)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="others may write"):
+        program._read(file)
+
+
+def test_the_oldest_makes_room(folder, monkeypatch):
+    monkeypatch.setattr(program, "_MOST", 1000)
+    for k in range(5):
+        program._store(folder / str(k), bytes(250))
+        os.utime(folder / str(k), (k, k))
+    assert {file.name for file in folder.iterdir()} == {"2", "3", "4"}
+    program._load(folder / "2")  # what is used is not old
+    program._store(folder / "5", bytes(250))
+    assert {file.name for file in folder.iterdir()} == {"2", "4", "5"}
+
+
+def test_what_was_edited_since_it_was_imported_is_not_kept(folder, monkeypatch):
+    found = solve(Program(theory.solve_pretraining), 0.1)
+    (file,) = folder.iterdir()
+    file.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "source_on_disk", lambda: "edited")
+        same(solve(Program(theory.solve_pretraining), 0.1), found)
+        np.testing.assert_array_equal(program.kept_arrays("some", lambda: (np.ones(3),))[0], np.ones(3))
+    assert not list(folder.iterdir()) and not nodes_kept(folder)
+
+
+def test_source_is_read_before_it_is_imported(tmp_path):
+    """A package that is edited between its import and its first use."""
+    copy = tmp_path / "lorastate"
+    shutil.copytree(Path(program.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import lorastate
+        from lorastate._version import SOURCE, source_on_disk
+        assert lorastate.__file__.startswith({str(tmp_path)!r}) and SOURCE == source_on_disk()
+        with open({str(copy / "theory.py")!r}, "a") as file:
+            file.write("# edited")
+        from lorastate import program
+        assert SOURCE in program._version() and source_on_disk() not in (SOURCE, "")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
 def nodes_kept(folder):
     return list(folder.with_name("lorastate-nodes").glob("*"))
 
@@ -128,3 +242,31 @@ def test_nodes_read_back_are_the_same(folder):
     gaussian_nodes.cache_clear()
     gaussian_nodes(4, 1024, 2, 7)  # those of other seeds would only fill the disk
     assert len(nodes_kept(folder)) == 1
+
+
+# ---------------------------------------------------------------- what JAX computes on
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A machine whose default backend is CUDA, as JAX names it; what there is is a CPU all the same."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.export, "default_export_platform", lambda: "cuda")
+
+
+def test_a_cuda_machine_has_its_own_programs(folder, accelerator):
+    # Here a program for CUDA cannot run: then it is compiled as usual.
+    assert np.isfinite(solve(Program(theory.solve_pretraining), 0.1).point.x).all()
+    (file,) = folder.iterdir()
+    assert program._read(file)[0].platforms == ("cuda",) and program.platform() == "cuda"
+
+
+def test_programs_follow_the_default_device(folder, accelerator):
+    cpu = jax.devices("cpu")[0]
+    for device in (cpu, "cpu"):
+        with jax.default_device(device):
+            solve(Program(theory.solve_pretraining), 0.1)
+            assert list(program.together(lambda _: program.platform(), range(3))) == ["cpu"] * 3
+    assert program.platform([np.ones(3), jax.device_put(1.0, cpu)]) == "cpu"
+    (file,) = folder.iterdir()
+    assert program._read(file)[0].platforms == ("cpu",)

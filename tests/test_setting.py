@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorastate.activation import Identity, Softmax
+from lorastate.channel import Mixed, Reused
+from lorastate.design import gradient
 from lorastate.errors import SettingError
-from lorastate.setting import Finetuning, Pretraining, Setting
+from lorastate.setting import Finetuning, Numerics, Pretraining, Setting
 from lorastate.setting_file import (
     KEYS,
     continuous_fields,
@@ -398,3 +400,87 @@ def test_round_trip(tmp_path_factory, data):
         assert float(get(setting, field)) == float(get(again, field))
     overrides = [f"{name}.{key}={value}" for name in resolved for key, value in resolved[name].items()]
     assert setting_to_dict(load_setting(path, overrides)) == resolved
+
+
+def test_inputs_by_name_keep_the_options_of_both(softmax):
+    mixed = replace(softmax, "finetuning.inputs", Mixed(0.3, "fresh"))
+    assert float(get(replace(mixed, "finetuning.inputs", "mixed"), "finetuning.reused_fraction")) == 0.3
+    assert get(replace(mixed, "finetuning.inputs", "reused"), "finetuning.label_noise") == "fresh"
+    with pytest.raises(SettingError, match=r"finetuning\.rho is missing"):
+        replace(mixed, "finetuning.inputs", "selected")
+
+
+# Activations: a name changes no number, and nothing is said twice.
+
+
+def both(pre, fine):
+    """The beta of both stages, None for the identity, in Python and from a file."""
+    python = Setting(Pretraining(0.1, 0.01, **pre), Finetuning(3.0, 0.05, **fine))
+    file = setting_from_dict({"pretraining": {**PLAIN["pretraining"], **pre}, "finetuning": PLAIN["finetuning"] | fine})
+    assert setting_to_dict(python) == setting_to_dict(file)
+    return tuple(setting_to_dict(file)[stage].get("beta") for stage in ("pretraining", "finetuning"))
+
+
+def test_a_softmax_by_name_takes_the_beta_that_is_there():
+    softmax, identity = {"activation": "softmax"}, {"activation": "identity"}
+    assert both({}, softmax) == (1.0, 1.0)
+    assert both({"beta": 2.0}, softmax) == (2.0, 2.0)
+    assert both({"beta": 2.0}, {}) == (2.0, 2.0)
+    assert both({"beta": 2.0}, softmax | {"beta": 3.0}) == (2.0, 3.0)
+    assert both({"beta": 2.0}, identity) == (2.0, None)
+    assert both(identity, softmax) == (None, 1.0)
+    assert both(identity, softmax | {"beta": 3.0}) == (None, 3.0)
+
+
+def test_a_softmax_alone_has_beta_1():
+    z = jnp.arange(8.0).reshape(2, 2, 2)
+    alone = Finetuning(3.0, 0.05, activation="softmax").activation
+    np.testing.assert_array_equal(alone(z), Softmax(1.0)(z))
+    for one, other in zip(alone.loss_terms(z, z), Softmax(1.0).loss_terms(z, z), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_replacing_an_activation_keeps_its_beta():
+    setting = Setting(Pretraining(0.1, 0.01, beta=2.0), Finetuning(3.0, 0.05))
+    for path in ("pretraining.activation", "finetuning.activation"):
+        again = replace(setting, path, "softmax")
+        assert [float(get(again, f"{stage}.beta")) for stage in ("pretraining", "finetuning")] == [2.0, 2.0]
+        # What is named stays; its beta follows until it has one.
+        assert float(get(replace(again, "pretraining.beta", 4.0), "finetuning.beta")) == 4.0
+    own = replace(setting, "finetuning.beta", 3.0)
+    assert float(get(replace(own, "finetuning.activation", "softmax"), "finetuning.beta")) == 3.0
+    named = replace(setting, "finetuning.activation", "softmax")
+    mixed = replace(named, "pretraining.activation", "identity")
+    assert float(get(mixed, "finetuning.beta")) == 1.0
+    assert get(replace(setting, "pretraining.activation", "identity"), "finetuning.activation").name == "identity"
+    assert len(jax.tree.leaves(named.finetuning_resolved)) == len(jax.tree.leaves(setting.finetuning_resolved))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Pretraining(0.1, 0.01, activation=Softmax(2.0), beta=3.0), ["pretraining.beta = 3.0", "one of them"]),
+        (lambda: Finetuning(3.0, 0.05, activation=Softmax(2.0), beta=3.0), ["finetuning.beta = 3.0", "one of them"]),
+        (lambda: Pretraining(0.1, 0.01, activation=Identity(), beta=3.0), ["pretraining.beta = 3.0", "one of them"]),
+        (lambda: Pretraining(0.1, 0.01, activation=jnp.tanh, beta=3.0), ["pretraining.beta = 3.0", "one of them"]),
+        (lambda: Pretraining(0.1, 0.01, activation="relu", beta=3.0), ["relu", "leave it out"]),
+        (lambda: Pretraining(0.1, 0.01, activation=Softmax(None)), ["pretraining.beta = None", "not a number"]),
+        (lambda: Pretraining(0.1, 0.01, activation=Softmax(-1.0)), ["pretraining.beta = -1.0", "beta > 0"]),
+        (lambda: Finetuning(3.0, 0.05, beta=3.0), ["finetuning.beta = 3.0", "needs an activation"]),
+        (
+            lambda: Finetuning(3.0, 0.05, inputs=Reused("fresh"), label_noise="same"),
+            ["finetuning.label_noise = 'same'", "one of them"],
+        ),
+    ],
+)
+def test_contradictions(make, words):
+    with pytest.raises(SettingError) as error:
+        make()
+    assert all(word in str(error.value) for word in [*words, "allowed"]), error.value
+
+
+def test_a_beta_that_follows_counts_in_the_slope():
+    stages = Pretraining(0.1, 0.1, tokens=2, beta=2.0), Numerics(512, 1024, 2)
+    unsaid, named = (Setting(stages[0], Finetuning(3.0, 1.0, activation=a), stages[1]) for a in (None, "softmax"))
+    (value, slopes), (other, slopes_of_other) = gradient(unsaid), gradient(named)
+    assert (value, slopes) == (other, slopes_of_other)

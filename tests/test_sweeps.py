@@ -14,7 +14,7 @@ import pytest
 import xarray
 
 import lorastate as ls
-from lorastate import cli, sweeps
+from lorastate import base_law, cli, design, sweeps
 from lorastate.setting_file import setting_to_dict
 
 
@@ -198,6 +198,80 @@ def test_another_sweep_is_refused(solved, tmp_path, change, words):
     assert all(word in str(error.value) for word in [*words, "another directory"]), error.value
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        # What follows pre-training is not the number that it follows.
+        ({"fine": {"delta": None}}, {"fine": {"delta": 0.5}}, "finetuning.delta = None, not finetuning.delta = 0.5"),
+        ({"fine": {"activation": None}}, {"fine": {"activation": "identity"}}, "finetuning.activation"),
+        ({"fine": {"tokens": None}}, {"fine": {"tokens": 2}}, "finetuning.tokens"),
+        # Laws that settings files do not know.
+        ({"base": lambda: base_law.Wishart(1.0)}, {"base": lambda: base_law.Wishart(2.0)}, "base.kappa0 = 1.0, not"),
+        (
+            {"base": lambda: base_law.FreeSum([(1.0, base_law.Wishart(1.0))])},
+            {"base": lambda: base_law.FreeSum([(1.0 + 1e-15, base_law.Wishart(1.0))])},
+            "pretraining.base.parts",
+        ),
+    ],
+)
+def test_what_looks_the_same_is_another_sweep(solved, tmp_path, before, after, words):
+    def made(base=lambda: None, fine=None):
+        pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2, base=base())
+        return ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.6, **(fine or {})), setting().numerics)
+
+    grid = {"pretraining.delta": [0.5, 2.0]}
+    ls.sweep(made(**before), grid, out=tmp_path)
+    with pytest.raises(ls.SettingError) as error:
+        ls.sweep(made(**after), grid, out=tmp_path)
+    assert words in str(error.value) and "another directory" in str(error.value)
+    solved.clear()
+    ls.sweep(made(**before), grid, out=tmp_path)
+    assert not solved
+
+
+def test_another_source_is_another_sweep(solved, tmp_path, monkeypatch):
+    ls.sweep(setting(), MANY, out=tmp_path)
+    monkeypatch.setattr(sweeps, "SOURCE", "another")
+    with pytest.raises(ls.SettingError, match=r"another version of lorastate.*another directory"):
+        ls.sweep(setting(), MANY, out=tmp_path)
+
+
+class Halved(ls.Activation):
+    name = "custom"
+    forgets_shift = False
+
+    def __call__(self, z):
+        return z / 2
+
+    def loss_terms(self, z, target):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("activation", [np.tanh, lambda z: z / 2, Halved()])
+def test_code_of_ones_own_is_not_kept(solved, tmp_path, activation):
+    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation=activation, tokens=2)
+    own = ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.6), setting().numerics)
+    with pytest.raises(ls.SettingError, match=r"code of your own.*allowed"):
+        ls.sweep(own, MANY, out=tmp_path / "out")
+    assert not solved and not (tmp_path / "out").exists()
+    ls.sweep(own, MANY)
+    assert len(solved) == 18
+
+
+def test_two_sweeps_at_once_into_one_directory(solved, tmp_path, monkeypatch):
+    run = sweeps._run
+
+    def another_starts(*args):
+        with pytest.raises(ls.SettingError, match=rf"in use by another sweep \(process {os.getpid()} on .*allowed"):
+            ls.sweep(setting(), MANY, out=tmp_path)
+        return run(*args)
+
+    monkeypatch.setattr(sweeps, "_run", another_starts)
+    whole = ls.sweep(setting(), MANY, out=tmp_path)
+    assert len(solved) == 18
+    xarray.testing.assert_identical(ls.sweep(setting(), MANY, out=tmp_path), whole)
+
+
 def test_words_and_numbers_as_axes(solved):
     grid = {"pretraining.lam": [0.1, 0.2], "finetuning.inputs": ["fresh", "reused"], "pretraining.tokens": [2, 3]}
     data = ls.sweep(setting(), grid)
@@ -218,6 +292,9 @@ def test_words_and_numbers_as_axes(solved):
         ({"pretraining.lam": [float("nan")]}, ["pretraining.lam = nan"]),
         ({"pretraining.lamda": [0.1]}, ["pretraining.lamda"]),
         ({"pretraining.lam": 0.1}, ["not a list"]),
+        ({"pretraining.lam": [1, 1.0]}, ["more than once"]),
+        ({"finetuning.delta": [None, 0.5]}, ["finetuning.delta", "None", "numbers or words"]),
+        ({"pretraining.activation": [np.tanh]}, ["pretraining.activation", "numbers or words"]),
         ({"finetuning.rho": [0.1]}, ["finetuning.rho", "no meaning"]),
     ],
 )
@@ -258,7 +335,9 @@ def test_command(solved, tmp_path, capsys, monkeypatch):
     assert cli.main([*words, "--out", str(out)]) == 0
     shown = capsys.readouterr()
     assert "18 points, 0 of them not solved" in shown.out and "lowest E'" in shown.out
-    assert {p.name for p in out.iterdir()} == {"sweep.json", "points-0.bin", "sweep.nc", "sweep.png", "sweep.pdf"}
+    assert {p.name for p in out.iterdir()} == {
+        "sweep.json", "points-0.bin", "process-0.lock", "sweep.nc", "sweep.png", "sweep.pdf"
+    }  # fmt: skip
     assert cli.main([*words, "--set", "pretraining.delta=1", "--out", str(out)]) == 2
     assert "holds a sweep with pretraining.delta = 0.5" in capsys.readouterr().err
     solved.chunks, solved.stop = 0, 2
@@ -342,9 +421,75 @@ def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start
         ("numerics.seed", [0, 1], True),
         ("finetuning.inputs", ["fresh", "reused"], True),
         ("pretraining.lam", [0.1, 0.2], False),
-        ("pretraining.task.c", [0.0, 0.5], False),
-        ("finetuning.rho", [0.1, 0.2], False),  # has a meaning on selected inputs only
+        ("pretraining.task.c", [0.1, 0.5], False),
+        ("finetuning.delta", [0.1, 0.5], False),
     ],
 )
 def test_static_axes_need_programs_of_their_own(path, values, apart):
-    assert sweeps._changes_kind(setting(), path, values) == apart
+    one, other = (sweeps._kind(ls.replace(setting(), path, value)) for value in values)
+    assert (one != other) == apart
+
+
+# ---------------------------------------------------------------- points that cannot be
+
+
+def test_a_point_without_an_optimum_is_a_point_that_failed(tmp_path, monkeypatch):
+    """The search for the b that minimises E' fails at one of two points."""
+    search, searched = design.with_best_scale, []
+
+    def lost(s):
+        searched.append(s)
+        if float(s.pretraining.lam) < 0.2:
+            raise ls.SolveError("recalibration", ls.Code.stalled)
+        return search(s)
+
+    monkeypatch.setattr(design, "with_best_scale", lost)
+    base = ls.replace(setting(), "finetuning.recalibration", "error")
+    for _ in range(2):
+        found = ls.sweep(base, {"pretraining.lam": [0.1, 0.3]}, out=tmp_path, gradient="test_error", chunk=1)
+    assert len(searched) == 2  # once each: the other time they are read
+    assert found["finetuning.code"].values.tolist() == [ls.Code.stalled, ls.Code.ok]
+    assert np.isfinite(found["pretraining.M"]).all()
+    for name in ("finetuning.test_error", "finetuning.q_stderr", "gradient.pretraining.lam"):
+        assert np.isfinite(found[name]).values.tolist() == [False, True], name
+    assert sweeps.summary(found)["codes"] == {"finetuning stalled": 1}
+    with pytest.raises(ls.SettingError, match="test_error only"):
+        ls.sweep(base, {"pretraining.lam": [0.1]}, gradient="overlap")
+
+
+def test_a_bad_point_is_found_before_any_is_solved(solved, tmp_path):
+    grid = {"pretraining.delta": [0.5, 1.0], "finetuning.delta": [0.5, 0.7], "finetuning.inputs": ["fresh", "reused"]}
+    with pytest.raises(ls.SettingError, match="keep their noise"):
+        ls.sweep(setting(), grid, out=tmp_path / "out")
+    with pytest.raises(ls.SettingError, match="no meaning for the identity"):
+        ls.sweep(setting(), {"pretraining.activation": ["softmax", "identity"], "pretraining.beta": [1.0, 2.0]})
+    assert not solved and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:finetuning.alpha:UserWarning")
+def test_axes_that_need_each_other(solved):
+    ls.sweep(setting(), {"finetuning.reused_fraction": [0.1, 0.2], "finetuning.inputs": ["mixed"]})
+    assert [float(s.finetuning.inputs.reused_fraction) for s in solved] == [0.1, 0.2]
+    solved.clear()
+    ls.sweep(setting(), {"finetuning.rho": [0.1], "finetuning.pool": [5.0, 9.0], "finetuning.inputs": ["selected"]})
+    assert sorted(float(s.finetuning.alpha) for s in solved) == pytest.approx([0.5, 0.9])
+    solved.clear()
+    ls.sweep(setting(), {"pretraining.task.a": [0.0], "pretraining.task.c": [1.0]})
+    ls.sweep(setting(), {"numerics.replicas": [3], "numerics.nodes": [768], "numerics.finetuning_nodes": [1536]})
+    base = ls.Pretraining(0.1, 0.1, activation="identity", tokens=2, base={"law": "power_law", "exponent": 1.0,
+                                                                          "low": 0.1, "high": 1.0})  # fmt: skip
+    law = ls.Setting(base, setting().finetuning, setting().numerics)
+    ls.sweep(law, {"pretraining.base.low": [2.0], "pretraining.base.high": [3.0]})
+    assert len(solved) == 3
+
+
+def test_whole_numbers_on_an_axis(solved):
+    for values in (sweeps.parse_axis("pretraining.tokens=lin:2:4:3")[1], np.linspace(2, 4, 3), [2, 3.0, 4]):
+        data = ls.sweep(setting(), {"pretraining.tokens": values})
+        assert [s.pretraining.tokens for s in solved] == data["pretraining.tokens"].values.tolist() == [2, 3, 4]
+        solved.clear()
+    ls.sweep(setting(), {"numerics.nodes": sweeps.parse_axis("a.b=log:512:2048:3")[1]})
+    assert [s.numerics.nodes for s in solved] == [512, 1024, 2048]
+    with pytest.raises(ls.SettingError, match=r"tokens = 2.5 is not a whole number"):
+        ls.sweep(setting(), {"pretraining.tokens": [2, 2.5]})
+    assert ls.sweep(setting(), {"pretraining.lam": [1.0, 2.0]})["pretraining.lam"].dtype == float
