@@ -723,8 +723,8 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     def numbers(x):
         # How far minima are apart, and y, matter little where they are nearly one: what they do is in the bars.
         order = ft.order_at(fine, x)
-        p, *_, q = order.norms(ft.TEACHER_SIZE)
-        return jnp.concatenate([jnp.ravel(v) for v in (jnp.log(order.response), order.overlap, p, q)])
+        norms = order.norms(ft.TEACHER_SIZE)
+        return jnp.concatenate([jnp.ravel(v) for v in (jnp.log(order.response), order.overlap, norms[0], norms[-1])])
 
     return map_bars, _bars(values, out.finetuning, xs, of_lora, numbers)
 
