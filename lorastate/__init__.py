@@ -26,7 +26,7 @@ _HOME = {
     "Solution": "solution", "predict": "solution", "PretrainingSolution": "solution", "pretrain": "solution",
     "explain": "report", "noise_decomposition": "report",
     "weak_recovery_threshold": "stability", "interpolation_threshold": "stability", "branches": "stability",
-    "instability_threshold": "stability",
+    "instability_threshold": "stability", "breaking_error": "second_step",
     "measure_mismatch": "mismatch", "find_mismatch": "mismatch", "Mismatch": "mismatch",
     "sweep": "sweeps", "SweepInterrupted": "sweeps", "SweepIncomplete": "sweeps",
     "gradient": "design", "optimize": "design", "Optimum": "design",

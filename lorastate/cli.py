@@ -59,10 +59,13 @@ class Predict:
 
     setting: _SettingPath
     set: _Set = ()
+    breaking_error: Annotated[
+        bool, arg(help="In a glass, also what a second step of symmetry breaking would change (a minute more).")
+    ] = False
     json: _Json = False
 
     def __call__(self) -> int:
-        from . import solution
+        from . import second_step, solution
         from .setting_file import load_setting, setting_to_dict
 
         setting = load_setting(self.setting, self.set)
@@ -77,6 +80,8 @@ class Predict:
         summary["bayes_optimal"] = limits.summary() if limits else None
         broken = summary["symmetry"] == "one-step broken"
         summary["rs"] = found.rs if broken else None
+        if self.breaking_error and found.ok:
+            summary["breaking_error"] = second_step.breaking_error(found)
         if self.json:
             _print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
         else:
@@ -940,9 +945,26 @@ def _symmetry_lines(summary: Mapping[str, Any]) -> str:
             "Fine-tuning is a glass: many minima, one-step broken replica symmetry. Numbers are those of the lowest;"
             f" training from a random start may end higher.\nReplica-symmetric, unstable: {rs}."
         )
+        lines += _depth_lines(summary)
     else:
         lines.append(f"Fine-tuning is {summary['symmetry']}.")
     return "\n".join(lines)
+
+
+def _depth_lines(summary: Mapping[str, Any]) -> list[str]:
+    """How deep the glass is, and what a second step of breaking changes if that was asked for."""
+    p, q = summary["finetuning"]["p"], summary["finetuning"]["q"]
+    lines = []
+    if p < 0.6 * q:
+        lines.append(f"The glass is deep (p/q = {p / q:.2g}): training has to search long to come near these minima.")
+    if "breaking_error" in summary:
+        change = summary["breaking_error"]
+        if change is None:
+            lines.append("Two steps of breaking found no solution.")
+        else:
+            parts = (f"{name} by {change[name]:+.2g}" for name in ("test_error", "overlap", "free_energy"))
+            lines.append(f"A second step of breaking changes {', '.join(parts)}.")
+    return lines
 
 
 def _branch_line(branches: Any) -> str:

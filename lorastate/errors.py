@@ -42,7 +42,7 @@ _MESSAGES = {
     Code.unstable: "a fixed point was found, but it repels the iteration (growth rate above one)",
     Code.too_narrow: "the student is too narrow: kappa is below the rank fraction of its own solution",
     Code.floor: "the discretised map jumps across its fixed point; the residual is below the floor asked for",
-    Code.deep_glass: "the minima of fine-tuning differ so much that one step of breaking does not describe them",
+    Code.deep_glass: "a glass so deep that it needs more samples than a jitted solve takes: predict it outside of jit",
     Code.upstream: "the pre-training solution that this stage needs had failed",
 }
 

@@ -333,18 +333,20 @@ def energy_slopes(fine: Finetuning, order: Order, a: Averages) -> tuple:
     return tuple(p + fine.alpha * k / y for p, k, y in zip(prior, a.gains, order.breaking, strict=True))
 
 
-#: Largest y times the standard deviation of f over the samples: beyond, a few minima would carry all weight.
+#: Largest y times the standard deviation of f over the samples.
 _DEEPEST = 2.0
 
 
 def order_parameters(fine: Finetuning, order: Order, a: Averages, hold: Any = False) -> Order:
-    """Second half-step, from the averages at `order`. What leaves the domain (A_i or p' below zero) comes out as NaN.
+    """Second half-step, from the averages at `order`. What leaves the domain (A_i below zero) comes out as NaN;
+    p'_0, which its samples may put below zero where it is small, as zero.
 
-    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of; on `hold` it stays.
+    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of; on `hold` it stays, and it does not
+    grow beyond where a few samples would carry all weight.
     """
     c, q0 = conjugates(fine, order, a), TEACHER_SIZE
     A = _precisions(fine, c, order.breaking)
-    good = jnp.all(jnp.stack([jnp.all(value > 0) for value in (*A, c.phat[0])]))
+    good = jnp.all(jnp.stack([jnp.all(value > 0) for value in A]))
     noise = jnp.sqrt(lifted(c.phat[0] / A[0] ** 2, NOISE_FLOOR**2))
     gaps = [high - low for low, high in zip(c.phat, c.phat[1:], strict=False)]
     spread = tuple(
@@ -355,8 +357,8 @@ def order_parameters(fine: Finetuning, order: Order, a: Averages, hold: Any = Fa
         y = order.breaking[i]
         relative = slope * y / (fine.alpha * jnp.abs(a.gains[i]) + 1e-30)
         scale = jnp.sqrt(jnp.sum(order.spread[i] ** 2 * a.squares[i + 1]))
-        free = jnp.where(y * scale < _DEEPEST, y * jnp.exp(_STEP * jnp.tanh(relative / _STEP)), jnp.nan)
-        breaking.append(jnp.where(hold, y, free))
+        relative = jnp.where(y * scale < _DEEPEST, relative, jnp.minimum(relative, 0.0))
+        breaking.append(jnp.where(hold, y, y * jnp.exp(_STEP * jnp.tanh(relative / _STEP))))
     new = Order(lifted(1 / A[-1], RESPONSE_FLOOR), c.mhat * q0 / A[0], noise, spread, tuple(breaking))
     return jax.tree_util.tree_map(lambda v: jnp.where(good, v, jnp.nan), new)
 

@@ -302,7 +302,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
     eye = jnp.eye(n - fmap.outer, dtype=dtype)
     error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - inner, eye)), 1))
-    offset = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer))
+    offset = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer, stage.hold))
     return FixedPoint(s.x, code, residual, spectral_radius(inner), growth, error, offset, s.step), s.known, s.memory
 
 

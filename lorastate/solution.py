@@ -57,8 +57,8 @@ def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
     """Both stages without derivatives, compiled once per kind of setting: `(nodes, FirstStage, SecondStage)`.
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
-    with one step of symmetry breaking or, if `numerics.symmetry` asks for it, with nodes that have two. Outside of
-    transformations only: there is nothing to look at inside.
+    with one step of symmetry breaking, in a deep glass once more with more samples, or, if `numerics.symmetry` asks for
+    it, with nodes that have two wells. Outside of transformations only: there is nothing to look at inside.
     """
     nodes, still = theory.node_sets(pre, fine, numerics), numerics.without_seed
     first = _solve_first(pre, still, nodes)
@@ -68,9 +68,12 @@ def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
         if bool(jnp.any(second.solved.inner.two)) or not succeeded(int(second.solved.point.code)):
             second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, False)
     elif bool(second.rough) or numerics.symmetry == "1rsb":
-        nodes = theory.with_broken(nodes, fine, numerics)
-        work = numerics.finetuning_nodes * numerics.samples // 4
-        second = by_work(_solve_broken, work)(*given, nodes.broken, second.coarse)
+        coarse, work = second.coarse, numerics.finetuning_nodes * numerics.samples // 4
+        for deep in (False, True):
+            nodes = theory.with_broken(nodes, fine, numerics, deep)
+            second = by_work(_solve_broken, work)(*given, nodes.broken, coarse)
+            if not bool(second.rough):
+                break
     return nodes, first, second
 
 
@@ -97,6 +100,9 @@ def _traced_answer(pre, fine, numerics):
 
     def broken():
         found = _solve_broken[0](pre, fine, first, numerics, nodes.broken, second.coarse)
+        point = found.solved.point
+        code = jnp.where(found.rough & succeeded(point.code), int(Code.deep_glass), point.code)
+        found = found._replace(solved=found.solved._replace(point=point._replace(code=code)))
         return _answer(pre, fine, numerics, nodes, first, found)
 
     if numerics.symmetry == "auto":

@@ -89,10 +89,9 @@ def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) 
     def found(log_alpha: float) -> bool:
         if log_alpha not in known:
             here = predict(replace(setting, path, math.exp(log_alpha) / unit), throw=False)
-            # A glass that one step does not describe well is still told from a solution that knows w*; one that repels
-            # is m = 0 above the threshold.
+            # A solution that repels is m = 0 above the threshold.
             code = here.code("finetuning")
-            if code not in (Code.deep_glass, Code.unstable):
+            if code is not Code.unstable:
                 here.require_ok()
             known[log_alpha] = code is Code.unstable or abs(float(here.overlap)) > _FOUND
         return known[log_alpha]

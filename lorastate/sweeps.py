@@ -226,22 +226,21 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
             lost[k] = error.code
     chunk = _Chunk(plain, mesh, lanes)
     symmetry = chunk.numerics.symmetry
-    first, second = chunk.first(), None
+    first = chunk.first()
     second = chunk.symmetric(first, True)
-    if symmetry == "rs":
-        other = chunk.wells(second)
-    elif symmetry == "1rsb":
-        other = [True] * len(plain)
-    else:
-        other = jax.device_get(second.rough)[: len(plain)].tolist()
-    again = [k for k, flag in enumerate(other) if flag]
-    rows = [{} for _ in plain] if len(again) == len(plain) else chunk.rows(first, second, objective)
-    if again:
-        chunk = _Chunk([plain[k] for k in again], mesh, lanes, broken=symmetry != "rs")
-        first, coarse = chunk.take(again, (first, second.coarse))
+    here = {"rs": chunk.wells, "1rsb": lambda _: list(range(len(plain))), "auto": chunk.rough}[symmetry](second)
+    rows = [{} for _ in plain] if len(here) == len(plain) else chunk.rows(first, second, objective)
+    index, coarse = here, second.coarse
+    for deep in (False, True):
+        if not index:
+            break
+        chunk = _Chunk([plain[k] for k in index], mesh, lanes, None if symmetry == "rs" else deep)
+        first, coarse = chunk.take(here, (first, coarse))
         found = chunk.symmetric(first, False) if symmetry == "rs" else chunk.broken(first, coarse)
-        for k, row in zip(again, chunk.rows(first, found, objective), strict=True):
+        for k, row in zip(index, chunk.rows(first, found, objective), strict=True):
             rows[k] = row
+        here = [] if symmetry == "rs" else chunk.rough(found)
+        index = [index[k] for k in here]
     for k, code in lost.items():
         if succeeded(int(rows[k]["pretraining.code"])):
             rows[k] |= dict.fromkeys((name for name in rows[k] if not name.startswith("pretraining.")), math.nan)
@@ -252,7 +251,8 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
 class _Chunk:
     """Settings of one kind, stacked, and the programs that they go through together."""
 
-    def __init__(self, settings: Sequence[Setting], mesh: Mesh, lanes: int, broken: bool = False):
+    def __init__(self, settings: Sequence[Setting], mesh: Mesh, lanes: int, deep: bool | None = None):
+        """`deep`: whether for deep glasses, where symmetry is broken."""
         self.settings, self.mesh, self.lanes = settings, mesh, lanes
         stages = [eqx.partition((s.pretraining, s.finetuning_resolved), eqx.is_array) for s in settings]
         stages += [stages[-1]] * (lanes - len(stages))
@@ -260,8 +260,8 @@ class _Chunk:
         self.rest = stages[0][1]
         pre, fine, numerics = settings[0].pretraining, settings[0].finetuning_resolved, settings[0].numerics
         self.nodes = theory.node_sets(pre, fine, numerics)
-        if broken:
-            self.nodes = theory.with_broken(self.nodes, fine, numerics)
+        if deep is not None:
+            self.nodes = theory.with_broken(self.nodes, fine, numerics, deep)
         self.numerics = numerics.without_seed
 
     def take(self, index: Sequence[int], tree):
@@ -281,10 +281,14 @@ class _Chunk:
         program = by_work(_brokens, self.numerics.finetuning_nodes * self.numerics.samples // 4, _SOLVES)
         return program(self.mesh, self.numerics, self.rest, self.params, self.nodes, first, coarse)
 
-    def wells(self, second) -> list[bool]:
-        """Which lanes have nodes with two wells, or are not solved."""
+    def rough(self, second) -> list[int]:
+        """Lanes whose search was too rough."""
+        return jax.device_get(second.rough)[: len(self.settings)].nonzero()[0].tolist()
+
+    def wells(self, second) -> list[int]:
+        """Lanes that have nodes with two wells, or are not solved."""
         two = jnp.any(second.solved.inner.two, (1, 2)) | ~succeeded(second.solved.point.code)
-        return jax.device_get(two)[: len(self.settings)].tolist()
+        return jax.device_get(two)[: len(self.settings)].nonzero()[0].tolist()
 
     def rows(self, first, second, objective: str | None) -> list[dict[str, float]]:
         """Every prediction of every setting, and the slopes of the objective."""

@@ -46,6 +46,9 @@ _MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 4096
 _PLAIN, _LORA = 2048, 4096
 #: Where symmetry is broken: nodes of fine-tuning for one that has samples inside, and nodes of a part.
 _FEWER, _BROKEN_PART = 4, 256
+#: A glass is deep where (q - p)/q is above `_DEEP`, or where no solution was found: samples at a node are then so many
+#: times more. With few the averages over minima, weighted by exp(-y f), are those of one or two samples.
+_DEEP, _MORE = 0.4, 4
 
 
 class NodeSets(NamedTuple):
@@ -93,14 +96,14 @@ def _plain(d: int, count: int, numerics: Numerics, stream: int, part: int) -> No
     return gaussian_nodes(d, count, numerics.replicas, seed, () if large else None, part=part if large else None)
 
 
-def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics) -> NodeSets:
-    """The node sets with those for one step of breaking."""
+def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics, deep: bool = False) -> NodeSets:
+    """The node sets with those for one step of breaking, with more samples for a `deep` glass."""
     assert fine.tokens is not None
     count, r = max(numerics.finetuning_nodes // _FEWER, 64 * numerics.replicas), numerics.replicas
     order = ft.node_order(fine) if count >= r * _LORA // _FEWER else None
     broken = nested_nodes(
         ft.node_dimension(fine), count, r, numerics.seed, ft.mirrored(fine), order, _BROKEN_PART,
-        fine.rank * fine.tokens, (numerics.samples,),
+        fine.rank * fine.tokens, (numerics.samples * (_MORE if deep else 1),),
     )  # fmt: skip
     return nodes._replace(broken=broken)
 
@@ -133,34 +136,41 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
     else:
         fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
         rules = _stages(numerics, len(nodes.weight), 1e-4)
-        rules.append(rules[-1])
-    # The first stage twice, from either start; the second time only if the first has failed. The last stage twice too:
-    # it begins with a cold search, which may find what following wells has missed; only where there are two. NaN stops
-    # at once.
-    rules = _stacked([rules[0], *rules])
     usual = pt.start(pre)
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
-    starts = jnp.stack([usual, pt.start(pre, weak_ridge=True), last, last][: len(rules[0])])
-    index = jnp.arange(len(starts))
+    jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, weak_ridge=True))]
+    if nodes is not None:
+        # The last stage twice: it begins with a cold search, which may find what following wells has missed. Near the
+        # interpolation threshold noisy labels make the map large along a direction that is almost flat, and only plain
+        # steps find their way there.
+        plain = rules[1]._replace(burn_in=-1, damping=0.0, tolerance=1e-5)
+        jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
+        jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
 
     def stage(carry, job):
-        x, solved, jac, memory = carry
-        rules, start, k = job
-        again = jnp.array(True) if nodes is None else jnp.any(memory.read().two)
-        skip = ((k == 1) & solved) | ((k == 3) & ~again)
-        x0 = jnp.where(skip, jnp.nan, jnp.where(k < 2, start, x))
+        x, solved, jac, memory, made = carry
+        rules, when, start = job
+        two = jnp.array(True) if nodes is None else jnp.any(memory.read().two)
+        skip = ((when == _FAILED) & solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~made)
+        # NaN stops at once.
+        x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
         point, found, memory = iterate(fmap, rules, True, x0, jac, memory)
-        skip = skip | ((k == 1) & ~succeeded(point.code))
+        skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
         x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
         solved = jnp.where(skip, solved, succeeded(point.code))
-        return (x, solved, jac, memory), (point, skip)
+        return (x, solved, jac, memory, ~skip), (point, skip)
 
-    first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory)
-    carry, (points, skipped) = jax.lax.scan(stage, first, (rules, starts, index))
-    taken = jnp.max(jnp.where(skipped, 0, index))
+    first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory, jnp.array(False))
+    carry, (points, skipped) = jax.lax.scan(stage, first, _stacked(jobs))
+    taken = jnp.max(jnp.where(skipped, 0, jnp.arange(len(jobs))))
     chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
     chosen = chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps)))
     return Solved(chosen, carry[2], carry[3].read())
+
+
+#: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two wells,
+#: if the stage before it was made.
+_ALWAYS, _FAILED, _WELLS, _AFTER = range(4)
 
 
 def _stacked(trees):
@@ -296,11 +306,6 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     steps = jnp.stack([jnp.sum(jnp.where((branch == k) & ~kept, jnp.maximum(points.steps, 0), 0)) for k in (0, 1)])
     final = jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
     return final, found, memory, same, points.x[2]
-
-
-#: (q - p)/q from which on one step of breaking is not trusted: up to a quarter it agrees with deep minima of training,
-#: from a half on it does not.
-_DEEP = 0.4
 
 
 #: Share of nodes with two wells up to which symmetry counts as unbroken, and the (q - p)/q that counts as zero: it is
@@ -539,9 +544,9 @@ class FirstStage(NamedTuple):
 
 
 class SecondStage(NamedTuple):
-    """Output of `solve_finetuning`: the branch taken, both branches, what the channel searched for, and whether more is
-    needed: wells were found where none should be, the replicon is not below one, or nothing was solved. `coarse` (n,):
-    where the first stage of the informative search ended."""
+    """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
+    was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
+    breaking the glass is deep. `coarse` (n,): where the first stage of the informative search ended."""
 
     solved: Solved
     branches: Branches
@@ -605,9 +610,7 @@ def describe_finetuning(
     errors = _averaged(lambda n: _lora_errors(fine, frozen, order, n), nodes.finetuning_test)
     values = lora_predictions(fine, frozen, order, b, errors)
     values = {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
-    deep = succeeded(solved.point.code) & (order.levels > 0) & ~(values["p"] > (1 - _DEEP) * values["q"])
-    code = jnp.where(deep, int(Code.deep_glass), solved.point.code)
-    status = {"pretraining": first.status, "finetuning": _status(solved.point._replace(code=code))}
+    status = {"pretraining": first.status, "finetuning": _status(solved.point)}
     return Evaluation(first.values, values, second.branches, status, (first.solved, solved, second.found))
 
 
@@ -649,7 +652,12 @@ def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, se
     point = jax.tree_util.tree_map(lambda a: a[chosen], points)
     best = Solved(point, found.jacobian[chosen], memory._replace(here=found.row[chosen]).read().found)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
-    rough = ~succeeded(code) | _rough(memory, found.row[chosen])
+    rough = ~succeeded(code)
+    if search.levels:
+        p, *_, q = ft.order_at(fine, best.point.x).along.norms(ft.TEACHER_SIZE)
+        rough = rough | ~(p > (1 - _DEEP) * q)
+    else:
+        rough = rough | _rough(memory, found.row[chosen])
     code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
     if search.alone:
@@ -711,9 +719,14 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
         return lora_predictions(fine, frozen_at(pre, fine, upstream), ft.order_at(fine, x), b, e)
 
     values = jax.vmap(predictions)(xs, map_x, b, errors)
-    # How far minima are apart, and y, matter little where they are nearly one: what they do is in the bars.
-    known = len(ft.start(fine))
-    return map_bars, _bars(values, out.finetuning, xs[:, :known], of_lora)
+
+    def numbers(x):
+        # How far minima are apart, and y, matter little where they are nearly one: what they do is in the bars.
+        order = ft.order_at(fine, x)
+        norms = order.norms(ft.TEACHER_SIZE)
+        return jnp.concatenate([jnp.ravel(v) for v in (jnp.log(order.response), order.overlap, norms[0], norms[-1])])
+
+    return map_bars, _bars(values, out.finetuning, xs, of_lora, numbers)
 
 
 def map_errors(pre: Pretraining, numerics: Numerics, nodes: NodeSets, values: dict[str, Any], solved: Solved):
@@ -764,16 +777,21 @@ def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, replicas: i
     return jax.tree_util.tree_map(lambda v: v[-1], passes)
 
 
-def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved) -> Bars:
+def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved, numbers=lambda x: x) -> Bars:
+    """`numbers(x)`: what the distance from the solution is judged by."""
+
     def error(v):
         return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
 
     errors = {k: jnp.hypot(error(v), jnp.mean(v) - values[k]) for k, v in of_replicas.items()}
-    return Bars(errors, jnp.max(solved.point.offset[: xs.shape[1]] / (error(xs) + 1e-12)))
+    x = solved.point.x
+    off = jnp.abs(numbers(x + solved.point.offset) - numbers(x))
+    return Bars(errors, jnp.max(off / (error(jax.vmap(numbers)(xs)) + _FINE)))
 
 
-#: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors.
-_FLOOR_SHARE = 1.0
+#: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those of
+#: order parameters below which none has to be.
+_FLOOR_SHARE, _FINE = 1.0, 5e-4
 
 
 def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
