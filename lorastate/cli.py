@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import io
 import json
 import logging
 import math
@@ -488,7 +489,7 @@ def _interruptible():
 
 
 def _main(words: list[str]) -> int:
-    if hasattr(sys.stdout, "reconfigure"):  # a path, say, in letters that the terminal has not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path, say, in letters that the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if words == ["--version"]:

@@ -210,7 +210,7 @@ def _tree(words) -> Any:
 
 def _class(module: str, name: str) -> type:
     """A named tuple or equinox module of this package."""
-    kind = getattr(sys.modules.get(module), name, None)
+    kind: Any = getattr(sys.modules.get(module), name, None)
     ours = module.startswith(f"{__package__}.") and isinstance(kind, type)
     if not ours or not (issubclass(kind, eqx.Module) or hasattr(kind, "_fields")):
         raise TypeError(f"{module}.{name} is not a class of this package")
@@ -218,7 +218,7 @@ def _class(module: str, name: str) -> type:
 
 
 def _fields(kind: Any) -> Iterable[str]:
-    return kind._fields if issubclass(kind, tuple) else [field.name for field in dataclasses.fields(kind)]
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind._fields
 
 
 def _folder() -> Path | None:
