@@ -297,7 +297,8 @@ COMPILES = """
 """
 INTERRUPTED = {
     "the compiler is at work": COMPILES + "    cli._run = lambda command: compiles()",
-    "a thread is": COMPILES + """
+    "a thread is": COMPILES
+    + """
     def run(command):
         threading.Thread(target=compiles).start()
         threading.Event().wait()
