@@ -242,6 +242,42 @@ def test_the_symmetric_solution_for_comparison(glass):
         assert rs["test_error"] > 1.03 * float(glass.test_error)
 
 
+def test_a_second_step_changes_little(glass):
+    """The page: in such a glass a second step moves E' and phi by a few per mille."""
+    change = ls.breaking_error(glass)
+    assert change and 0 < max(map(abs, change.values()))
+    assert abs(change["test_error"]) < 0.02 * float(glass.test_error)
+    assert abs(change["free_energy"]) < 0.01 * float(glass.free_energy)
+    smooth = ls.predict(ls.Setting(ls.Pretraining(0.1, 0.1, activation="identity"), ls.Finetuning(3.0, 0.5), SMALL))
+    assert set(ls.breaking_error(smooth).values()) == {0.0}
+
+
+def test_a_deep_glass():
+    """Minima without any overlap, which 16 samples a node cannot resolve: solved with more of them, and the answer is
+    the one of more still."""
+    s = ls.Setting(
+        ls.Pretraining(0.0550, 0.3682, kappa0=1.13, kappa=1.5, delta=1.69, tokens=2, activation="identity"),
+        ls.Finetuning(0.69, 0.102), SMALL,
+    )  # fmt: skip
+    found, more = ls.predict(s), ls.predict(ls.replace(s, "numerics.samples", 64))
+    for one in (found, more):
+        f = plain(one.finetuning)
+        assert one.ok and f["p"] < 0.6 * f["q"] and abs(f["overlap"]) < 0.1
+    for name in ("q", "test_error", "free_energy"):
+        bars = np.hypot(*(one.stderr("finetuning", name) for one in (found, more)))
+        assert abs(float(found.finetuning[name] - more.finetuning[name])) < 4 * bars
+        assert bars < 0.1 * float(more.finetuning[name])
+
+
+def test_what_samples_put_below_zero_is_zero():
+    """p'_0 is estimated: where it is small it may come out negative, which is no failure of the equations."""
+    fine = ls.Finetuning(2.0, 0.3, 1.0, "softmax", 2)
+    number = jnp.asarray
+    a = ft.Averages(number(1.0), number(0.0), number(0.5), (number(-1e-6), number(0.4)), (number(0.1),), number(0.0))
+    new = ft.order_parameters(fine, GLASSY, a, hold=True)
+    assert 0 < float(new.noise) < 1e-6 and np.isfinite(new.response) and float(new.breaking[0]) == 1.28
+
+
 def test_training_ends_where_the_theory_says(glass):
     """On the asymptotic channel at D = 250, from w* and deep from random starts: the lowest minima."""
     trained = ls.simulate(GLASS, stage="finetuning", dimension=250, runs=3, starts=3, moves=15)

@@ -454,10 +454,16 @@ def test_the_phase_is_said():
     stages: dict = {"pretraining": {"replicon": 1.2}, "finetuning": {"replicon": 0.4}}
     lines = cli._symmetry_lines({**stages, "symmetry": "replica symmetric", "rs": None}).splitlines()
     assert len(lines) == 2 and "replicon 1.2" in lines[0] and lines[1] == "Fine-tuning is replica symmetric."
-    stages["finetuning"]["replicon"] = None
+    stages["finetuning"] = {"replicon": None, "p": 0.8, "q": 1.0}
     rs = {"test_error": 0.88, "overlap": 0.07, "free_energy": None, "code": "ok"}
-    text = cli._symmetry_lines({**stages, "symmetry": "one-step broken", "rs": rs})
-    assert "glass" in text and "test_error 0.88, overlap 0.07, free_energy -" in text
+    broken = {**stages, "symmetry": "one-step broken", "rs": rs}
+    text = cli._symmetry_lines(broken)
+    assert "glass" in text and "test_error 0.88, overlap 0.07, free_energy -" in text and "deep" not in text
+    stages["finetuning"]["p"] = 0.3
+    change = {"test_error": 0.0056, "overlap": -0.015, "free_energy": 0.0}
+    text = cli._symmetry_lines({**broken, "breaking_error": change})
+    assert "The glass is deep (p/q = 0.3)" in text and "test_error by +0.0056, overlap by -0.015" in text
+    assert "found no solution" in cli._symmetry_lines({**broken, "breaking_error": None})
 
 
 def test_undefined_numbers_are_null(call, path, monkeypatch):
