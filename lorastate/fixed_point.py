@@ -139,6 +139,8 @@ _SETTLING = 12
 _CURVED, _UPHILL = 5e-3, 0.3
 #: Residual of the other coordinates up to which a step towards a maximum is accepted.
 _ASTRAY = 5e-3
+#: Growth from which on a solution with outer coordinates repels: its Jacobian is that of a sampled map, known to so much.
+_REPELS = 1.1
 
 
 def newton_step(jac, residual, outer: int = 0, hold: Any = False):
@@ -299,7 +301,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
     code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)
     if require_stable:
-        code = jnp.where(succeeded(code) & ~(growth < 1.0), Code.unstable, code)
+        code = jnp.where(succeeded(code) & ~(growth < (_REPELS if fmap.outer else 1.0)), Code.unstable, code)
     eye = jnp.eye(n - fmap.outer, dtype=dtype)
     error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - inner, eye)), 1))
     offset = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer, stage.hold))

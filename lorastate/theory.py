@@ -214,7 +214,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     coarse, refined = coarse._replace(index=(few, True)), refined._replace(index=(parts, True))
     if levels:
         coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, hold=True, max_steps=40)
-        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-5), hold=True)
+        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-5), floor=1e-2, hold=True)
     if ft.spare(fine):
         # The response of spare directions overshoots, and the more so the more samples there are.
         coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
@@ -791,7 +791,7 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
 
 #: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those of
 #: order parameters below which none has to be.
-_FLOOR_SHARE, _FINE = 1.0, 5e-4
+_FLOOR_SHARE, _FINE = 2.0, 5e-4
 
 
 def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
