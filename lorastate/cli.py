@@ -934,12 +934,20 @@ def _status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _symmetry_lines(summary: Mapping[str, Any]) -> str:
     """In which phase fine-tuning is, and what to think of pre-training."""
+    from .theory import FEW
+
     lines = []
     for stage, title in _TITLE.items():
         replicon = summary[stage]["replicon"]
         if replicon is not None and replicon >= 1:
             unstable = f"replica symmetry is unstable (replicon {replicon:.3g}, stable below 1)"
             lines.append(f"{title}: {unstable}: training may differ from these numbers.")
+    share = summary["pretraining"]["double_well_share"]
+    if share is not None and share > FEW:
+        lines.append(
+            f"Pre-training has many minima as well ({100 * share:.2g} % of its nodes have two wells), which its"
+            " replica-symmetric theory takes for one: training may differ by some per cent."
+        )
     if summary["rs"]:
         rs = ", ".join(f"{name} {_number(summary['rs'][name], 4)}" for name in ("test_error", "overlap", "free_energy"))
         lines.append(

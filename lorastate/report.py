@@ -15,6 +15,7 @@ from .errors import SettingError, SolveError
 from .setting import Setting
 from .setting_file import replace, setting_to_dict
 from .solution import Solution, predict
+from .theory import FEW
 
 _OBJECTIVES: dict[str, Callable[[Solution], Any]] = {
     "effective_noise": lambda s: s.effective_noise,
@@ -176,11 +177,13 @@ def page(facts: dict[str, Any]) -> str:
             f"  E   {show(p['test_error'])}, Bayes-optimal {show(limits['pretraining']['test_error'])}",
             f"  E'  {show(f['test_error'])}, Bayes-optimal {show(limits['finetuning']['test_error'])}",
         ]
-    alpha = facts["alpha"]
+    alpha, share = facts["alpha"], facts["predictions"]["pretraining"]["double_well_share"]
+    share = share if share and share > FEW else None
     lines += [
         "",
         "Stability and thresholds",
-        f"  replicon of pre-training (stable below 1): {show(s['replicon']['pretraining'])}",
+        f"  replicon of pre-training (stable below 1): {show(s['replicon']['pretraining'])}"
+        + (f", but {share:.2g} of its nodes have two wells: its minima are many, taken for one here" if share else ""),
         *_phase(facts["predictions"]),
         f"  pre-training interpolates (lambda -> 0) below alpha = {show(s['interpolation_threshold'])}; "
         f"here {alpha['pretraining']:g}",

@@ -310,17 +310,17 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
 
 #: Share of nodes with two wells up to which symmetry counts as unbroken, and the (q - p)/q that counts as zero: it is
 #: of the order of the square of ten times that share.
-_FEW, _APART = 1e-3, 1e-4
+FEW, _APART = 1e-3, 1e-4
 
 
 def _rough(memory: Slots, row):
     """Whether more than a few nodes have two wells, in that row."""
-    return jnp.mean(memory.data.averages.two_wells[row]) > _FEW
+    return jnp.mean(memory.data.averages.two_wells[row]) > FEW
 
 
 def _clearly_rough(memory: Slots, rows):
     """The same in all of these rows, as far as the first part of the nodes can tell."""
-    return jnp.all(memory.data.averages.two_wells[rows, 0] > 30 * _FEW)
+    return jnp.all(memory.data.averages.two_wells[rows, 0] > 30 * FEW)
 
 
 # ---- averages over nodes at the solution -----------------------------------------------------------------------

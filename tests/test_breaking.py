@@ -253,20 +253,18 @@ def test_a_second_step_changes_little(glass):
 
 
 def test_a_deep_glass():
-    """Minima without any overlap, which 16 samples a node cannot resolve: solved with more of them, and the answer is
-    the one of more still."""
+    """Minima without any overlap, which 16 samples a node cannot resolve: it is solved with more of them. With twice the
+    nodes q = 1.057(32), E' = 4.08(10), phi = 0.1956(16)."""
     s = ls.Setting(
         ls.Pretraining(0.687, 0.0334, kappa0=0.30, kappa=1.5, delta=1.02, tokens=2, activation="identity"),
         ls.Finetuning(0.48, 0.036), SMALL,
     )  # fmt: skip
-    found, more = ls.predict(s), ls.predict(ls.replace(s, "numerics.samples", 64))
-    for one in (found, more):
-        f = plain(one.finetuning)
-        assert one.ok and f["p"] < 0.6 * f["q"] and abs(f["overlap"]) < 0.1
-    for name in ("q", "test_error", "free_energy"):
-        bars = np.hypot(*(one.stderr("finetuning", name) for one in (found, more)))
-        assert abs(float(found.finetuning[name] - more.finetuning[name])) < 4 * bars
-        assert bars < 0.1 * float(more.finetuning[name])
+    found = ls.predict(s)
+    f = plain(found.finetuning)
+    assert found.ok and f["p"] < 0.2 * f["q"] and abs(f["overlap"]) < 0.2
+    for name, want, bar in (("q", 1.057, 0.032), ("test_error", 4.08, 0.1), ("free_energy", 0.1956, 0.0016)):
+        assert abs(f[name] - want) < 4 * np.hypot(bar, found.stderr("finetuning", name))
+        assert found.stderr("finetuning", name) < 0.1 * want
 
 
 def test_what_samples_put_below_zero_is_zero():

@@ -42,7 +42,7 @@ finetuning_nodes = 2048
 replicas = 4
 """
 PRETRAINING = {"V", "M", "M_down", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error", "rank_fraction",
-               "replicon"}  # fmt: skip
+               "replicon", "double_well_share"}  # fmt: skip
 FINETUNING = {"v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
               "recalibration", "free_energy", "replicon", "double_well_share", "p", "breaking",
               "complexity"}  # fmt: skip
@@ -451,7 +451,7 @@ def test_predict_table(call, path):
 
 
 def test_the_phase_is_said():
-    stages: dict = {"pretraining": {"replicon": 1.2}, "finetuning": {"replicon": 0.4}}
+    stages: dict = {"pretraining": {"replicon": 1.2, "double_well_share": 5e-4}, "finetuning": {"replicon": 0.4}}
     lines = cli._symmetry_lines({**stages, "symmetry": "replica symmetric", "rs": None}).splitlines()
     assert len(lines) == 2 and "replicon 1.2" in lines[0] and lines[1] == "Fine-tuning is replica symmetric."
     stages["finetuning"] = {"replicon": None, "p": 0.8, "q": 1.0}
@@ -464,6 +464,8 @@ def test_the_phase_is_said():
     text = cli._symmetry_lines({**broken, "breaking_error": change})
     assert "The glass is deep (p/q = 0.3)" in text and "test_error by +0.0056, overlap by -0.015" in text
     assert "found no solution" in cli._symmetry_lines({**broken, "breaking_error": None})
+    stages["pretraining"]["double_well_share"] = 0.03
+    assert "Pre-training has many minima as well (3 % of its nodes" in cli._symmetry_lines(broken)
 
 
 def test_undefined_numbers_are_null(call, path, monkeypatch):
@@ -768,7 +770,7 @@ def test_explain(call, path, monkeypatch):
 FACTS = {
     "setting": {"pretraining": {"lam": 0.1}, "finetuning": {"inputs": "fresh"}},
     "predictions": {
-        "pretraining": {"test_error": 0.9},
+        "pretraining": {"test_error": 0.9, "double_well_share": 0.02},
         "finetuning": {"test_error": 1.0, "test_error_frozen": 2.0, "overlap": 0.9, "recalibration": 1.0, "p": 0.8,
                        "q": 1.0, "replicon": None},
         "symmetry": "one-step broken",
