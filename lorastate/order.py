@@ -75,8 +75,10 @@ class Order(NamedTuple):
 
     def encode(self):
         """The solver's coordinates: logarithms of response, spreads (log sqrt(s^2 + SPREAD_LEVEL^2)) and breaking; the
-        overlap of spare directions is none of them. (3 + 2 k,), or (5 + 3 k,) for pairs."""
-        response, overlap, noise = (jnp.atleast_1d(v) for v in (jnp.log(self.response), self.overlap, self.noise))
+        overlap of spare directions is none of them. With breaking the noise, of which samples give the square, by its
+        square. (3 + 2 k,), or (5 + 3 k,) for pairs."""
+        noise = jnp.asarray(self.noise) ** 2 if self.breaking else self.noise
+        response, overlap, noise = (jnp.atleast_1d(v) for v in (jnp.log(self.response), self.overlap, noise))
         parts = [response, overlap[:1], noise, *(jnp.atleast_1d(_levelled(s)) for s in self.spread)]
         return jnp.concatenate([*parts, *(jnp.log(y)[None] for y in self.breaking)])
 
@@ -88,6 +90,8 @@ def decode(x, spare: bool = False) -> Order:
     begin = 2 * d + 1
     end = begin + d * k
     response, noise = jnp.exp(x[:d]), x[d + 1 : begin]
+    if k:
+        noise = jnp.sqrt(lifted(noise, NOISE_FLOOR**2))
     spreads = jnp.sqrt(lifted(jnp.exp(2 * x[begin:end]) - SPREAD_LEVEL**2, SPREAD_FLOOR**2)).reshape(k, d)
     breaking = tuple(jnp.exp(x[end : end + k]))
     if spare:
