@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq
 
-from .activation import Activation, Custom, Identity
+from .activation import Activation, Custom, Identity, revealed
 from .base_law import BaseLaw, Wishart
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, fixed_point
@@ -88,12 +88,11 @@ def _solve(law, delta, alpha, n_eff):
 def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
     """Bayes-optimal limit of `pre` (its `lam` and `kappa` play no part); differentiable, and works under vmap.
 
-    Noiseless labels with more samples than unknowns give Q = Q0. Every activation but softmax is taken to hide
-    nothing of Y, as the identity does.
+    Noiseless labels with more samples than unknowns give Q = Q0. Raises `SettingError` for an activation of one's own
+    that hides more of Y than the common shift, or may do so; inside a transformation Q is then NaN.
     """
     require_float64()
-    t = pre.tokens
-    n_eff = jnp.asarray(t * (t + 1) - (2.0 if pre.activation.forgets_shift else 0.0))
+    n_eff = revealed(pre.activation, pre.tokens)
     s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
     Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
     down = Q if pre.task is None else pre.task.best_overlap(pre.downstream_law, jnp.sqrt(jnp.maximum(s, _SMALL)))
@@ -123,8 +122,7 @@ def _posterior(s, noise, normal, weight, key, tokens: int, shift: bool):
 
     The square is the product of two independent estimates of <chi>, without the bias of a squared mean.
     """
-    t, root = tokens, jnp.sqrt(s)
-    e = complement(tokens, shift)
+    t, e = tokens, complement(tokens, shift)
     g, n = normal[t : 2 * t], to_matrix(e.T @ normal[2 * t : 2 * t + len(e)])
     omega = jnp.sqrt(jnp.maximum(1 - s, 0.0)) * normal[:t]
     each = jax.random.split(key, normal.shape[1])

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import gammainc, gammaln
 
-from .activation import Custom, Identity
+from .activation import Custom, Identity, revealed
 from .errors import SettingError, is_concrete, succeeded
 from .prox import MapProblem, attach_minimum, locate_lowest, polish
 from .symmetric import complement, dimension, to_coordinates, to_matrix
@@ -164,6 +164,9 @@ class BayesOptimal(Fresh):
     """Fresh inputs on the Bayes-optimal map of the same pre-training data: M = Q = Q_BO."""
 
     name = "bayes_optimal"
+
+    def check(self, pre, fine):
+        revealed(pre.activation, pre.tokens)
 
     def freeze(self, pre, order, downstream=None):
         from .bayes import bayes_optimal_pretraining

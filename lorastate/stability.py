@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import theory
+from .activation import revealed
 from .bayes import bayes_optimal_pretraining, root_between
 from .bayes import weak_recovery_threshold as bayes_threshold
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
@@ -46,8 +47,7 @@ def interpolation_threshold(pre: Pretraining) -> float:
     if excess(low) > 0:
         return float("inf")
     d = jnp.exp(root_between(excess, low, high))
-    n_eff = pre.tokens * (pre.tokens + 1) - (2 if pre.activation.forgets_shift else 0)
-    return float(slope(d)) / (2 * float(d) * n_eff)
+    return float(slope(d) / (2 * d * revealed(pre.activation, pre.tokens)))
 
 
 def order_of(solution: Solution, stage: str) -> Order:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,59 @@ def test_independent_values(alpha, delta, activation, Q):
     found = bayes_optimal_pretraining(pre(alpha=alpha, delta=delta, activation=activation))
     assert int(found.code) == 0
     assert abs(float(found.Q) - Q) < 6e-5
+
+
+class MySoftmax(eqx.Module):
+    beta: jax.Array
+
+    def __call__(self, z):
+        return jax.nn.softmax(self.beta * z, axis=1)
+
+
+OWN = {"softmax": MySoftmax(jnp.asarray(1.0)), "identity": lambda z: jnp.tanh(z)}
+LOSSY = (jax.nn.relu, jnp.square, lambda z: z - jnp.diag(jnp.diag(z)), lambda z: jax.nn.softmax(jnp.tril(z), axis=1))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "identity"])
+def test_own_activations_reveal_what_they_do(kind):
+    built_in, own = (pre(activation=a) for a in (kind, OWN[kind]))
+    for of in (lambda p: float(bayes_optimal_pretraining(p).Q), ls.interpolation_threshold):
+        assert of(own) == pytest.approx(of(built_in), rel=1e-12)
+
+    def slope(activation):
+        # Traced as leaves of the setting, as inside of a compiled prediction.
+        return jax.jit(jax.grad(lambda p: bayes_optimal_pretraining(p).Q))(pre(activation=activation)).alpha
+
+    assert float(slope(OWN[kind])) == pytest.approx(float(slope(kind)), rel=1e-12)
+
+
+@pytest.mark.parametrize("activation", LOSSY)
+def test_own_activations_that_hide_more_are_refused(activation):
+    p = pre(activation=activation)
+    after = ls.Setting(p, ls.Finetuning(1.0, 1.0, activation="identity", inputs="bayes_optimal"))
+    for do in (
+        lambda: bayes_optimal_pretraining(p),
+        lambda: ls.interpolation_threshold(p),
+        lambda: ls.predict(after),
+        lambda: ls.gradient(after),
+    ):
+        with pytest.raises(ls.SettingError, match="hides more of Z than its common shift"):
+            do()
+
+
+def test_own_softmax_on_the_best_map_is_softmax():
+    def setting(activation):
+        stages = pre(activation=activation, tokens=2), ls.Finetuning(3.0, 1.0, inputs="bayes_optimal")
+        return ls.Setting(*stages, ls.Numerics(nodes=1024, finetuning_nodes=4096, replicas=4, symmetry="rs"))
+
+    (mine, slopes), (theirs, known) = (
+        (ls.predict(setting(a)), ls.gradient(setting(a))[1]) for a in (OWN["softmax"], "softmax")
+    )
+    bar = np.hypot(*(s.stderr("finetuning", "test_error") for s in (mine, theirs)))
+    assert float(mine.test_error) == pytest.approx(float(theirs.test_error), abs=4 * float(bar))
+    assert float(mine.effective_noise) == pytest.approx(float(theirs.effective_noise), rel=1e-10)
+    for path in ("pretraining.alpha", "pretraining.delta", "finetuning.lam"):
+        assert slopes[path] == pytest.approx(known[path], rel=0.03, abs=2e-3)
 
 
 @pytest.mark.parametrize(("kappa0", "s"), [(0.3, 0.05), (1.0, 0.5), (2.0, 3.0)])
@@ -112,7 +166,7 @@ def test_posterior_averages_against_a_grid(q, shift):
     got, want = np.array(got), np.array(want)
     np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=0.05, atol=2e-3 * want[:, 0].max())
     assert got[:, 0].mean() == pytest.approx(want[:, 0].mean(), rel=0.01)
-    np.testing.assert_allclose(got[:, 1], want[:, 1], atol=0.012)
+    np.testing.assert_allclose(got[:, 1], want[:, 1], atol=0.02)
 
 
 def test_bayes_optimal_is_below_every_trained_model():
