@@ -30,7 +30,8 @@ from .solution import Solution, predict
 def interpolation_threshold(pre: Pretraining) -> float:
     """alpha_interp: as lam -> 0 the training loss of pre-training vanishes below it, and V grows without bound.
 
-    n_eff = T (T+1), or T (T+1) - 2 for softmax, which forgets the common shift. Infinite where there is no solution.
+    n_eff = T (T+1), or T (T+1) - 2 for softmax, which forgets the common shift. Without noise d = 0 and the limit
+    J_1 / d -> 2 - p^2 counts, p the share of zero eigenvalues of S*.
     """
     require_float64()
     law, size = pre.law, float(pre.label_size)
@@ -44,9 +45,7 @@ def interpolation_threshold(pre: Pretraining) -> float:
 
     # J - (d/2) J_1 = E[lambda_+ S*] is Q0 at d = 0 and grows with d.
     low, high = np.log(1e-4), np.log(1e4)
-    if excess(low) > 0:
-        return float("inf")
-    d = jnp.exp(root_between(excess, low, high))
+    d = jnp.asarray(1e-7) if excess(low) > 0 else jnp.exp(root_between(excess, low, high))
     return float(slope(d) / (2 * d * revealed(pre.activation, pre.tokens)))
 
 
