@@ -134,7 +134,7 @@ def _evaluate(setting: Setting, objective: str) -> _Point:
     nodes, first, second = solve(pre, fine, setting.numerics)
     value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
     slopes = total_slopes(setting, grads)
-    codes = first.status["code"], second.solved.point.code
+    codes = [second.solved.point.code] + ([first.status["code"]] if fine.inputs.needs_map else [])
     good = all(bool(succeeded(code)) for code in codes) and all(map(math.isfinite, slopes.values()))
     return _Point(float(value), slopes, good)
 

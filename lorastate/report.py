@@ -27,15 +27,16 @@ _OBJECTIVES: dict[str, Callable[[Solution], Any]] = {
 def noise_decomposition(solution: Solution) -> dict[str, float]:
     """Delta_eff = (what Z_W cannot explain of Y0, label noise apart) + label noise + miscalibration.
 
-    With yy, yz, zz the second moments of (Y0, Z_W): label noise delta'/2; unexplained yy - yz^2/zz - delta'/2 (on
-    fresh inputs Q0 - M^2/Q); miscalibration zz (b - yz/zz)^2, which the best b = yz/zz (M/Q) takes away.
+    With yy, yz, zz the second moments of (Y0, Z_W): label noise delta'/2, of the share of inputs that do not keep
+    that of pre-training; unexplained is the rest of yy - yz^2/zz (on fresh inputs Q0 - M^2/Q); miscalibration
+    zz (b - yz/zz)^2, which the best b = yz/zz (M/Q) takes away.
     """
     fine, frozen = solution.setting.finetuning_resolved, stability.frozen_map(solution)
     moments, b = fine.moments(frozen), float(solution.finetuning["recalibration"])
     yy, yz, zz = (float(v) for v in moments)
     best = float(moments.best_scale) if zz > 1e-12 else 1.0
     # Reused labels keep their noise, part of which Z_W has learned: what is left of it is not told apart.
-    label = 0.0 if fine.inputs.keeps_noise else float(fine.delta) / 2
+    label = float(fine.inputs.fresh_noise * fine.delta) / 2
     return {
         "label_noise": label,
         "unexplained": yy - best * yz - label,

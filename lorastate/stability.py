@@ -60,11 +60,11 @@ def order_of(solution: Solution, stage: str) -> Order:
 def frozen_map(solution: Solution, setting: Setting | None = None):
     """The frozen map of a solution, as the fine-tuning inputs of `setting` (default: its own) see it."""
     setting = setting or solution.setting
-    pre = setting.pretraining
-    if not bool(succeeded(solution.status["pretraining"]["code"])):
+    pre, inputs = setting.pretraining, setting.finetuning_resolved.inputs
+    if inputs.needs_map and not bool(succeeded(solution.status["pretraining"]["code"])):
         raise SolveError("pretraining", Code(int(solution.status["pretraining"]["code"])))
     down = solution.pretraining["M_down"]
-    return setting.finetuning_resolved.inputs.freeze(pre, order_of(solution, "pretraining"), down)
+    return inputs.freeze(pre, order_of(solution, "pretraining"), down)
 
 
 #: Overlap o_w from which on w* counts as found: it grows as the root of the distance from the threshold, so that this

@@ -84,3 +84,15 @@ def test_parts_of_the_noise():
     assert parts["label_noise"] == 0.25 and parts["best_scale"] == pytest.approx(M / Q)
     assert parts["unexplained"] == pytest.approx(2 - M**2 / Q)
     assert parts["miscalibration"] == pytest.approx(Q * (b - M / Q) ** 2)
+
+
+def test_fresh_inputs_of_a_mixture_keep_their_label_noise():
+    def label_noise(**inputs):
+        return noise_decomposition(ls.predict(replace_inputs(**inputs)))["label_noise"]
+
+    def replace_inputs(**inputs):
+        return ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 2.0, **inputs), SETTING.numerics)
+
+    assert label_noise(inputs="mixed", reused_fraction=0.2) == pytest.approx(0.8 * 0.25)
+    assert label_noise(inputs="mixed", reused_fraction=0.2, label_noise="fresh") == pytest.approx(0.25)
+    assert label_noise(inputs="reused") == 0.0
