@@ -20,7 +20,7 @@ _OBJECTIVES: dict[str, Callable[[Solution], Any]] = {
     "effective_noise": lambda s: s.effective_noise,
     "pretraining_test_error": lambda s: s.pretraining["test_error"],
     "test_error": lambda s: s.test_error,
-    "overlap": lambda s: -abs(s.overlap),
+    "overlap": lambda s: -np.nan_to_num(abs(s.overlap)),  # an update that is zero knows nothing of w*
 }
 
 
@@ -65,11 +65,12 @@ def best_ridges(setting: Setting) -> dict[str, float | None]:
 
         def f(x, value=value):
             solution = at(float(x))
-            return float(value(solution)) if solution.ok else np.inf
+            height = float(value(solution)) if solution.ok else np.inf
+            return height if np.isfinite(height) else np.inf
 
         heights = [f(x) for x in grid]
-        k = int(np.argmin(np.where(np.isfinite(heights), heights, np.inf)))
-        if not 0 < k < len(grid) - 1 or not np.isfinite(heights[k]):
+        k = int(np.argmin(heights))
+        if not 0 < k < len(grid) - 1 or not heights[k] < min(heights[k - 1], heights[k + 1]):
             out[name] = None
             continue
         found: Any = minimize_scalar(f, bracket=tuple(grid[k - 1 : k + 2]), method="brent", options={"xtol": 1e-3})
@@ -142,6 +143,7 @@ def page(facts: dict[str, Any]) -> str:
     def show(x, digits=4):
         return "out of range" if x is None else f"{x:.{digits}g}"
 
+    recovered = r["overlap"] is not None or abs(f["overlap"] or 0.0) > 1e-6
     lam, inputs = facts["setting"]["pretraining"]["lam"], facts["setting"]["finetuning"]["inputs"]
     names = {
         "effective_noise": "Delta_eff",
@@ -156,10 +158,14 @@ def page(facts: dict[str, Any]) -> str:
         f"    not explained    {show(d['unexplained'])}",
         f"    miscalibration   {show(d['miscalibration'])}   (none at b = {show(d['best_scale'])})",
         f"  E' = {show(f['test_error'])} (without the update {show(f['test_error_frozen'])})",
-        f"  o_w = {show(f['overlap'])}",
+        "  " + _known(f["overlap"]),
         "",
         f"Which lambda is best, all else as it is (now {lam:g})",
-        *(f"  for {title:<14} lambda = {show(r[name])}" for name, title in names.items()),
+        *(
+            f"  for {title:<14} lambda = {show(r[name])}"
+            for name, title in names.items()
+            if recovered or name != "overlap"
+        ),
         "  " + _verdict(r),
         "",
         "Which factor b on the frozen map is best",
@@ -190,6 +196,12 @@ def page(facts: dict[str, Any]) -> str:
         "  " + _branches(s["branches"]),
     ]
     return "\n".join(lines)
+
+
+def _known(overlap: float | None) -> str:
+    if abs(overlap or 0.0) > 1e-6:
+        return f"o_w = {overlap:.4g}"
+    return "o_w = 0: below recovery, nothing of w* is learned; raise alpha' or lower lambda'"
 
 
 def _verdict(ridges: dict[str, float | None]) -> str:
