@@ -6,12 +6,17 @@ Every method works on node-last arrays, (T, T, ...). Two are built in; `Custom` 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from .errors import SettingError, is_concrete
+from .symmetric import basis, dimension
 
 
 class Activation(eqx.Module):
@@ -128,3 +133,40 @@ class Custom(Activation):
 def _is_plain(f: Callable) -> bool:
     """A function without array leaves of its own: jax would not accept it as a pytree leaf."""
     return not isinstance(f, (eqx.Module, jax.tree_util.Partial))
+
+
+def revealed(activation: Activation, tokens: int):
+    """n_eff = T (T+1), less 2 where sigma hides the common shift of Z: twice the dimensions of Z that a label tells.
+
+    Raises `SettingError` for an activation of one's own that hides more, or is not monotone and may do so; NaN, with
+    no derivative, where it is traced.
+    """
+    n_eff = tokens * (tokens + 1.0)
+    if not isinstance(activation, Custom):
+        return jnp.asarray(n_eff - 2 * activation.forgets_shift)
+    found = n_eff - 2 * _hidden(jax.lax.stop_gradient(activation), tokens)
+    if is_concrete(found) and not jnp.isfinite(found):
+        raise SettingError(
+            f"pretraining.activation = {activation.fn} hides more of Z than its common shift, or is not monotone; "
+            "allowed in Bayes-optimal limits and interpolation: softmax, identity and callables that do neither"
+        )
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="tokens")
+def _hidden(activation: Activation, tokens: int):
+    """Dimensions of Sym_T that sigma is blind to: 0, or 1 if that is 11^T. NaN where it is not one to one on the rest.
+
+    A map whose Jacobian is definite (of one sign) everywhere is one to one; tried on 256 random Z.
+    """
+    b = basis(tokens)
+    coordinates = np.random.default_rng(0).standard_normal((256, dimension(tokens)))
+    jacobians = jax.vmap(jax.jacfwd(activation))(jnp.einsum("nk,kab->nab", coordinates, b))
+    form = jnp.einsum("kab,nabcd,lcd->nkl", b, jacobians, b)
+    form = (form + jnp.swapaxes(form, 1, 2)) / 2
+    form = form * jnp.sign(jnp.trace(form[0]))
+    shift = jnp.einsum("kab->k", b) / tokens
+    size = jnp.max(jnp.abs(jacobians))
+    blind = jnp.max(jnp.abs(jnp.sum(jacobians, (-2, -1)))) < 1e-12 * tokens**2 * size
+    lowest = jnp.linalg.eigvalsh(form + blind * size * jnp.outer(shift, shift))[:, 0]
+    return jnp.where(jnp.min(lowest) > 1e-12 * size, 1.0 * blind, jnp.nan)

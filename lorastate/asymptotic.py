@@ -394,7 +394,7 @@ def train_on_channel(
     seed, starts = _whole("seed", seed, 0, 2**32 - 1), _whole("starts", starts, 1, 100)
     moves = _whole("moves", moves, 0, 1000)
     samples = channel_samples(fine, dimension, starts)
-    solved = pretrain(setting.pretraining, setting.numerics)
+    solved = pretrain(setting.pretraining, setting.numerics, throw=fine.inputs.needs_map)
     if isinstance(fine.recalibration, LeastError):  # the only b that needs all of the theory
         fine = theory_scale(setting).finetuning_resolved
     frozen = solved.frozen(fine)

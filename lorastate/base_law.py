@@ -16,7 +16,8 @@ delta * (semicircle of variance 1)`` and the subordination variable u,
    ``u_e = u(eps + i0)`` to any real point right of all singularities: spectral accuracy, also where poles meet.
 3. The contour integrand of J vanishes to third order at u_e: u_e and the contour are constants under differentiation.
 
-All functions are elementwise in delta > 0, x, eps, broadcast, and run under jit, vmap and differentiation anywhere.
+All functions are elementwise in delta >= 0 (0: the limit 0+), x, eps, broadcast, and run under jit, vmap and
+differentiation anywhere.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from jax.typing import ArrayLike
 
 from . import spectrum
 from .errors import SettingError, is_concrete, require_float64
-from .spectrum import BandNodes
+from .spectrum import BandNodes, density_of, limit
 from .validation import real
 
 _NODES = 72  # Gauss-Legendre nodes on the contour
@@ -229,6 +230,7 @@ def _moment(form: _Form, delta: Array, eps: Array, u: Array, power: int) -> Arra
 @jax.jit
 def _J(law: BaseLaw, delta: ArrayLike, eps: ArrayLike) -> Array:
     delta, eps = _prepare(delta, eps)
+    delta = limit(delta)
     form = _form(law)
     u = lax.stop_gradient(_locate(form, eps, delta))
     left, right = _sides(form, u, _at(form, delta, u).g)
@@ -397,6 +399,7 @@ def _curve(form: _Form, delta: Array, a: Array, guess: Array) -> tuple[Array, Ar
 @partial(jax.jit, static_argnames="n")
 def _band_nodes(law: BaseLaw, delta: ArrayLike, n: int) -> BandNodes:
     (delta,) = _prepare(delta)
+    delta = limit(delta)
     form = _form(law)
     ends = _bands(form, delta).ends
     node, weight = _gauss_legendre(n)
@@ -411,6 +414,7 @@ def _band_nodes(law: BaseLaw, delta: ArrayLike, n: int) -> BandNodes:
 @jax.jit
 def _edges(law: BaseLaw, delta: ArrayLike) -> Array:
     (delta,) = _prepare(delta)
+    delta = limit(delta)
     form = _form(law)
     bands = _bands(form, delta)
     x = bands.edges + jnp.real(_at(form, delta[..., None], bands.edges + 0j).r)
@@ -420,6 +424,7 @@ def _edges(law: BaseLaw, delta: ArrayLike) -> Array:
 @partial(jax.jit, static_argnames="n")
 def _pair_response(law: BaseLaw, delta: ArrayLike, eps: ArrayLike, n: int) -> Array:
     delta, eps = _prepare(delta, eps)
+    delta = limit(delta)
     form = _form(law)
     ends = _bands(form, delta).ends
     d, e = delta[..., None], eps[..., None]
@@ -454,7 +459,7 @@ def _pair_response(law: BaseLaw, delta: ArrayLike, eps: ArrayLike, n: int) -> Ar
 class BaseLaw(eqx.Module):
     """Law of the eigenvalues of a symmetric matrix S; ``mu_delta = law of S + delta * (semicircle of variance 1)``.
 
-    Continuous parameters are leaves. All methods are elementwise in delta > 0 and x or eps (broadcast); leaves are
+    Continuous parameters are leaves. All methods are elementwise in delta >= 0 and x or eps (broadcast); leaves are
     scalars (vectors for atoms): map over laws with `jax.vmap`.
     """
 
@@ -510,8 +515,8 @@ class BaseLaw(eqx.Module):
         """
 
     def density(self, x: ArrayLike, delta: ArrayLike) -> Array:
-        """Density ``-Im g(x + i0) / pi`` of mu_delta; exactly 0 off the support."""
-        return -jnp.imag(self.stieltjes(x, delta)) / jnp.pi
+        """Density ``-Im g(x + i0) / pi`` of mu_delta; exactly 0 off the support, infinite at an atom."""
+        return density_of(self.stieltjes(x, delta), delta)
 
 
 class Wishart(BaseLaw):
@@ -579,6 +584,7 @@ class _General(BaseLaw):
 @jax.jit
 def _stieltjes(law: BaseLaw, x: ArrayLike, delta: ArrayLike) -> Array:
     x, delta = _prepare(x, delta)
+    delta = limit(delta)
     form = _form(law)
     u = _subordinate(form, x, delta)
     g = _at(form, delta, u).g
@@ -588,6 +594,7 @@ def _stieltjes(law: BaseLaw, x: ArrayLike, delta: ArrayLike) -> Array:
 @jax.jit
 def _mass_below(law: BaseLaw, eps: ArrayLike, delta: ArrayLike) -> Array:
     eps, delta = _prepare(eps, delta)
+    delta = limit(delta)
     return _mass(_form(law), eps, delta)
 
 

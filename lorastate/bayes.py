@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq
 
-from .activation import Activation, Custom, Identity
+from .activation import Activation, Custom, Identity, revealed
 from .base_law import BaseLaw, Wishart
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
 from .fixed_point import Method, fixed_point
@@ -88,12 +88,11 @@ def _solve(law, delta, alpha, n_eff):
 def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
     """Bayes-optimal limit of `pre` (its `lam` and `kappa` play no part); differentiable, and works under vmap.
 
-    Noiseless labels with more samples than unknowns give Q = Q0. Every activation but softmax is taken to hide
-    nothing of Y, as the identity does.
+    Noiseless labels with more samples than unknowns give Q = Q0. Raises `SettingError` for an activation of one's own
+    that hides more of Y than the common shift, or may do so; inside a transformation Q is then NaN.
     """
     require_float64()
-    t = pre.tokens
-    n_eff = jnp.asarray(t * (t + 1) - (2.0 if pre.activation.forgets_shift else 0.0))
+    n_eff = revealed(pre.activation, pre.tokens)
     s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
     Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
     down = Q if pre.task is None else pre.task.best_overlap(pre.downstream_law, jnp.sqrt(jnp.maximum(s, _SMALL)))
@@ -112,51 +111,86 @@ class BayesFinetuning(NamedTuple):
     q_stderr: float
 
 
-_REPLICAS, _OUTER, _INNER = 8, 4096, 256  # replicas, nodes, samples from the prior (and as many around the peaks)
+_REPLICAS, _OUTER = 8, 2**13  # replicas, nodes of all of them
+_PAIRS = 16  # pairs of opposite samples from each of three laws, in each of two independent sets
 _CLEAR = 0.3  # distance of log s from its image from which on one replica tells the sign
+_NOISELESS = 1e-12  # Delta_eff below which q no longer depends on it
 
 
-def _posterior(log_s, noise, normal, weight, xi, tokens: int, shift: bool):
-    """(E |<xi>|^2, E log Z) at s for one replica of nodes: omega, g (T each), then the label noise."""
-    t, s = tokens, jnp.exp(log_s)
-    e = complement(tokens, shift)
+def _posterior(s, noise, normal, weight, key, tokens: int, shift: bool):
+    """(E |<chi> - omega|^2 / s^2, E log Z) for one replica of nodes: omega, g (T each), then the label noise.
+
+    The square is the product of two independent estimates of <chi>, without the bias of a squared mean.
+    """
+    t, e = tokens, complement(tokens, shift)
     g, n = normal[t : 2 * t], to_matrix(e.T @ normal[2 * t : 2 * t + len(e)])
     omega = jnp.sqrt(jnp.maximum(1 - s, 0.0)) * normal[:t]
-    teacher = omega + jnp.sqrt(s) * g
+    each = jax.random.split(key, normal.shape[1])
 
-    def one(c, omega, n):
-        # Importance sampling: half of the samples from the prior, half around the two peaks +c and -c of the posterior
-        # (its width there is known, and doubled in variance), weighted by the density of the mixture.
-        precision = (jnp.sum(c * c) * jnp.eye(t) + jnp.outer(c, c)) / noise + jnp.eye(t) / s
-        if shift:
-            precision = precision - 2 * jnp.sum(c) ** 2 / (t**2 * noise)
-        low = _cholesky(precision / 2)
-        around = _solve_transposed(low, xi[::2].T).T  # covariance 2 / precision
-        chi = jnp.concatenate([omega + jnp.sqrt(s) * xi, c + around, -c + around])
-        from_prior = -jnp.sum((chi - omega) ** 2, 1) / (2 * s) - t / 2 * jnp.log(s)
-        log_det = jnp.sum(jnp.log(jnp.diag(low)))
+    def one(node):
+        key, omega, g, n = node
+        y, low = _peak(s, noise, omega, g, n, shift)
+        xi = jax.random.normal(key, (2, _PAIRS, t))
+        mean, log = jax.vmap(lambda xi: _posterior_mean(s, noise, omega, g, n, y, low, xi, shift))(xi)
+        return mean[0] @ mean[1] / s, jax.nn.logsumexp(log) - jnp.log(2.0)
 
-        def peak(center):
-            return log_det - jnp.sum(((chi - center) @ low) ** 2, 1) / 2
-
-        log_mixture = jax.nn.logsumexp(
-            jnp.stack([from_prior + jnp.log(0.5), peak(c) + jnp.log(0.25), peak(-c) + jnp.log(0.25)]), 0
-        )
-        # chi = c + d; D = chi chi^T - c c^T enters as ||P D||^2 - 2 sqrt(2 noise) <n, D>: exact also for small noise.
-        d = chi - c
-        along, size, sums = d @ c, jnp.sum(d * d, 1), jnp.sum(d, 1)
-        square = 2 * (c @ c) * size + 2 * along**2 + 4 * along * size + size**2
-        if shift:
-            square = square - (2 * jnp.sum(c) * sums + sums**2) ** 2 / t**2
-        cross = 2 * d @ (n @ c) + jnp.sum((d @ n) * d, 1)
-        log = (2 * jnp.sqrt(2 * noise) * cross - square) / (4 * noise) + from_prior - log_mixture
-        top = jnp.max(log)
-        w = jnp.exp(log - top)
-        mean = w @ (chi - omega) / jnp.sum(w)
-        return mean @ mean / s, top + jnp.log(jnp.mean(w))
-
-    size, log = jax.lax.map(lambda x: one(*x), (teacher.T, omega.T, jnp.moveaxis(n, -1, 0)), batch_size=256)
+    size, log = jax.lax.map(one, (each, omega.T, g.T, jnp.moveaxis(n, -1, 0)), batch_size=256)
     return jnp.sum(weight * size), jnp.sum(weight * log)
+
+
+def _peak(s, noise, omega, g, n, shift: bool):
+    """A maximum of the posterior near the teacher, as y = (chi - omega)/sqrt(s), and the Cholesky factor of a little
+    less than its curvature there.
+
+    Gauss-Newton steps, shortened by the size of the residual: they need not end at the maximum where it is no peak.
+    """
+    t, root, ones = len(g), jnp.sqrt(s), jnp.ones((len(g), len(g)))
+    eye, c = jnp.eye(t), omega + root * g
+
+    def parts(y):
+        d, chi = root * (y - g), omega + root * y
+        gap = jnp.outer(d, c) + jnp.outer(c, d) + jnp.outer(d, d)
+        curvature = (chi @ chi) * eye + jnp.outer(chi, chi)
+        if shift:
+            gap = gap - jnp.mean(gap) * ones
+            curvature = curvature - 2 * jnp.mean(chi) ** 2 * ones
+        return chi, gap - jnp.sqrt(2 * noise) * n, curvature
+
+    def step(_, y):
+        chi, residual, curvature = parts(y)
+        slope = y + root / noise * (residual @ chi)
+        low = _cholesky(eye + s / noise * (curvature + jnp.sqrt(jnp.sum(residual**2)) * eye))
+        return y - _solve_transposed(low, _solve_lower(low, slope))
+
+    y = jax.lax.fori_loop(0, 20, step, g)
+    _, residual, curvature = parts(y)
+    exact, convex = (_cholesky(0.8 * (eye + s / noise * a)) for a in (curvature + residual, curvature))
+    return y, jnp.where(jnp.all(jnp.isfinite(exact)), exact, convex)
+
+
+def _posterior_mean(s, noise, omega, g, n, peak, low, xi, shift: bool):
+    """((<chi> - omega)/sqrt(s), log Z) from samples of the prior, around the peak of the posterior, and around its
+    mirror image: the posterior is even in chi but for omega."""
+    t, root = len(g), jnp.sqrt(s)
+    c, center = omega + root * g, 2 * omega / root  # the image of y is -y - center
+    around = _solve_transposed(low, xi.T).T
+    up = jnp.concatenate([peak + around, peak - around])
+    y = jnp.concatenate([xi, -xi, up, -up - center])
+    log_det = jnp.sum(jnp.log(jnp.diag(low)))
+    prior = -jnp.sum(y * y, 1) / 2
+    peaks = (log_det - jnp.sum(((x - peak) @ low) ** 2, 1) / 2 for x in (y, -y - center))
+    log_mixture = jax.nn.logsumexp(jnp.stack([prior, *peaks]), 0) - jnp.log(3.0)
+    # chi = +-(c + d); D = chi chi^T - c c^T enters as ||P D||^2 - 2 sqrt(2 noise) <n, D>: exact also for small noise.
+    near, far = root * (y - g), -root * (y + center + g)
+    d = jnp.where(jnp.sum(near**2, 1, keepdims=True) <= jnp.sum(far**2, 1, keepdims=True), near, far)
+    along, size = d @ c, jnp.sum(d * d, 1)
+    square = 2 * (c @ c) * size + 2 * along**2 + 4 * along * size + size**2
+    if shift:
+        sums = jnp.sum(d, 1)
+        square = square - (2 * jnp.sum(c) * sums + sums**2) ** 2 / t**2
+    cross = 2 * d @ (n @ c) + jnp.sum((d @ n) * d, 1)
+    log = (2 * jnp.sqrt(2 * noise) * cross - square) / (4 * noise) + prior - log_mixture
+    return jax.nn.softmax(log) @ y, jax.nn.logsumexp(log) - jnp.log(len(y))
 
 
 def _cholesky(a):
@@ -170,6 +204,14 @@ def _cholesky(a):
     return jnp.stack([jnp.stack(row) for row in low])
 
 
+def _solve_lower(low, b):
+    """x with L x = b."""
+    x: list[Any] = []
+    for i in range(low.shape[0]):
+        x.append((b[i] - sum((low[i, k] * x[k] for k in range(i)), jnp.zeros(()))) / low[i, i])
+    return jnp.stack(x)
+
+
 def _solve_transposed(low, b):
     """x with L^T x = b."""
     n = low.shape[0]
@@ -180,24 +222,22 @@ def _solve_transposed(low, b):
 
 
 @Program
-def _response(log_s, noise, alpha, nodes: Nodes, xi, tokens: int, shift: bool, count):
-    """(log of the new s, free entropy without the part of s) at one log s, (R,) each; NaN from replica `count` on."""
+def _response(log_s, noise, nodes: Nodes, tokens: int, shift: bool, count):
+    """`_posterior` of each replica, (R,) each; NaN from replica `count` on."""
     normal, weight = jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)
 
     def one(r, out):
-        size, log = _posterior(log_s, noise, normal[r], weight[r], xi, tokens, shift)
-        found = -jnp.log1p(alpha * size / jnp.exp(log_s)), alpha * log
+        key = jax.random.fold_in(jax.random.key(0), r)
+        found = _posterior(jnp.exp(log_s), noise, normal[r], weight[r], key, tokens, shift)
         return tuple(a.at[r].set(v) for a, v in zip(out, found, strict=True))
 
     none = jnp.full(len(weight), jnp.nan)
     return jax.lax.fori_loop(0, count, one, (none, none))
 
 
-def _nodes(tokens: int, shift: bool):
-    """Nodes of (omega, g, label noise), and samples (S, T) of xi that come in pairs of opposite sign."""
-    pairs = gaussian_nodes(tokens, 2 * _INNER, 2, 1).normal[0]
-    outer = gaussian_nodes(2 * tokens + len(complement(tokens, shift)), _OUTER, _REPLICAS, 0)
-    return outer, jnp.asarray(pairs.T)
+def _nodes(tokens: int, shift: bool) -> Nodes:
+    """Nodes of (omega, g, label noise)."""
+    return gaussian_nodes(2 * tokens + len(complement(tokens, shift)), _OUTER, _REPLICAS, 0)
 
 
 def root_between(f, a: float, b: float, xtol: float = 1e-10) -> float:
@@ -232,31 +272,32 @@ def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesF
 
     `fine` with tokens and activation filled in (`Setting.finetuning_resolved`). Outside of JAX transformations only.
     Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift, and for a
-    teacher of higher rank.
+    teacher of higher rank; `SolveError` where no solution can be told from the errors of the averages.
     """
     require_float64()
     _rank_one(fine)
     t, shift = fine.tokens, _shift(fine.activation)
-    alpha, noise = float(fine.alpha), float(effective_noise)
-    if noise <= 1e-9:  # noiseless labels and a perfectly known map: any two samples settle w up to its sign
-        return BayesFinetuning(1.0, 1.0, max(noise, 0.0), 0.0)
-    nodes, xi = _nodes(t, shift)
+    alpha, given = float(fine.alpha), max(float(effective_noise), 0.0)
+    noise, nodes = max(given, _NOISELESS), _nodes(t, shift)
 
     @functools.cache
     def at(log_s: float, count: int = _REPLICAS):
-        given = (jnp.asarray(log_s), jnp.asarray(noise), jnp.asarray(alpha), nodes, xi, t, shift, jnp.asarray(count))
+        given = jnp.asarray(log_s), jnp.asarray(noise), nodes, t, shift, jnp.asarray(count)
         return [np.asarray(v)[:count] for v in _response(*given)]
 
     def excess(log_s: float, count: int = _REPLICAS):
-        return float(np.log(np.mean(np.exp(at(float(log_s), count)[0])))) - float(log_s)
+        """Distance of log s to its image."""
+        return -float(np.log1p(alpha * np.mean(at(float(log_s), count)[0]))) - float(log_s)
 
     def height(log_s):
         """`excess`, of one replica where that tells its sign."""
         rough = excess(log_s, 1)
         return rough if abs(rough) > _CLEAR else excess(log_s)
 
-    low = np.log(1e-2 * min(1.0, noise / (4 * alpha * t)))
-    grid = np.concatenate([np.linspace(low, np.log(0.5), 10), np.log([0.7, 0.85, 0.95, 0.99])])
+    # No estimator knows more than the Fisher information, q' <= alpha' T (T+1) / noise: the image is larger there.
+    low = -np.log1p(alpha * t * (t + 1) / noise) - 0.5
+    ends = np.log1p(-np.array([0.5, 0.3, 0.15, 0.05, 0.01, 1e-3]))
+    grid = np.concatenate([np.linspace(low, ends[0], max(10, round(ends[0] - low)), endpoint=False), ends])
     heights = [height(x) for x in grid[:-1]] + [excess(grid[-1])]
     # A stable solution is where the new s passes s from above; q = 0 is one if it does so at the end.
     solutions = [
@@ -264,21 +305,23 @@ def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesF
         for a, b, up, down in zip(grid, grid[1:], heights, heights[1:], strict=False)
         if up > 0 >= down
     ]
-    if heights[-1] > 0 or not solutions:
+    if heights[-1] > 0:
         solutions.append(0.0)
+    if not solutions:
+        raise SolveError("bayes_optimal", Code.stalled, f"no q solves the equations at alpha' = {alpha:g}")
 
     def entropy(log_s):
-        q = 1 - np.exp(log_s)
-        r = q / (1 - q)
-        return (r - np.log1p(r)) / 2 - r * q / 2 + float(np.mean(at(log_s)[1]))
+        q = -np.expm1(log_s)
+        return (q + log_s) / 2 + alpha * float(np.mean(at(log_s)[1]))
 
     best = max(solutions, key=entropy) if len(solutions) > 1 else solutions[0]
     if best == 0.0:
-        return BayesFinetuning(0.0, 0.0, noise, 0.0)
-    q, h = 1 - float(np.exp(best)), 1e-3
+        return BayesFinetuning(0.0, 0.0, given, 0.0)
+    q, h = -float(np.expm1(best)), 1e-3
     slope = (excess(best + h, 1) - excess(best - h, 1)) / (2 * h)
-    spread = float(np.std(at(best)[0], ddof=1) / np.sqrt(_REPLICAS)) / abs(slope)
-    return BayesFinetuning(q, float(np.sqrt(q)), noise, (1 - q) * spread)
+    images = np.log1p(alpha * at(best)[0])
+    spread = float(np.std(images, ddof=1) / np.sqrt(_REPLICAS)) / abs(slope)
+    return BayesFinetuning(q, float(np.sqrt(q)), given, (1 - q) * spread)
 
 
 def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
@@ -288,12 +331,10 @@ def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
     """
     require_float64()
     _rank_one(fine)
-    t, shift = fine.tokens, _shift(fine.activation)
-    nodes, xi = _nodes(t, shift)
-    q = 1e-3
-    given = (jnp.asarray(v) for v in (np.log1p(-q), float(effective_noise), 1.0))
-    new, _ = _response(*given, nodes, xi, t, shift, jnp.asarray(_REPLICAS))
-    return q / float(np.mean(np.expm1(-np.asarray(new))))
+    t, shift, q = fine.tokens, _shift(fine.activation), 1e-3
+    noise = max(float(effective_noise), _NOISELESS)
+    given = jnp.asarray(np.log1p(-q)), jnp.asarray(noise), _nodes(t, shift), t, shift, jnp.asarray(_REPLICAS)
+    return q / float(np.mean(_response(*given)[0]))
 
 
 def _shift(activation: Activation) -> bool:

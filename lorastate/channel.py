@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import gammainc, gammaln
 
-from .activation import Custom, Identity
+from .activation import Custom, Identity, revealed
 from .errors import SettingError, is_concrete, succeeded
 from .prox import MapProblem, attach_minimum, locate_lowest, polish
 from .symmetric import complement, dimension, to_coordinates, to_matrix
@@ -100,6 +100,8 @@ class Inputs(eqx.Module):
     name: ClassVar[str]
     numbers: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
+    #: Whether fine-tuning is on the map that pre-training learns: it fails where that does.
+    needs_map: ClassVar[bool] = True
 
     def freeze(self, pre, order, downstream: Any = None) -> FrozenMap:
         """The frozen map from pre-training and its order parameters; `downstream` = M_down if it was on a task."""
@@ -119,6 +121,11 @@ class Inputs(eqx.Module):
     def keeps_noise(self) -> bool:
         """Whether the labels carry the noise of pre-training: delta' cannot then differ from delta."""
         return False
+
+    @property
+    def fresh_noise(self) -> Any:
+        """Share of the inputs whose label noise the map has not seen."""
+        return 1.0
 
     @property
     def shares(self) -> tuple:
@@ -164,6 +171,10 @@ class BayesOptimal(Fresh):
     """Fresh inputs on the Bayes-optimal map of the same pre-training data: M = Q = Q_BO."""
 
     name = "bayes_optimal"
+    needs_map = False
+
+    def check(self, pre, fine):
+        revealed(pre.activation, pre.tokens)
 
     def freeze(self, pre, order, downstream=None):
         from .bayes import bayes_optimal_pretraining
@@ -197,6 +208,10 @@ class Reused(Inputs):
     @property
     def keeps_noise(self):
         return self.label_noise == "same"
+
+    @property
+    def fresh_noise(self):
+        return 1.0 - self.keeps_noise
 
     @property
     def _same_label(self) -> bool:
@@ -298,6 +313,10 @@ class Mixed(Inputs):
     @property
     def keeps_noise(self):
         return self.reused.keeps_noise
+
+    @property
+    def fresh_noise(self):
+        return 1 - self.reused_fraction * self.reused.keeps_noise
 
     @property
     def shares(self):

@@ -134,7 +134,7 @@ def _evaluate(setting: Setting, objective: str) -> _Point:
     nodes, first, second = solve(pre, fine, setting.numerics)
     value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
     slopes = total_slopes(setting, grads)
-    codes = first.status["code"], second.solved.point.code
+    codes = [second.solved.point.code] + ([first.status["code"]] if fine.inputs.needs_map else [])
     good = all(bool(succeeded(code)) for code in codes) and all(map(math.isfinite, slopes.values()))
     return _Point(float(value), slopes, good)
 
@@ -197,7 +197,8 @@ class Optimum:
 
     `budgets`: for each budget its text, whether it `binds`, by how much it is exceeded, and its `price`: the multiplier
     mu of d objective + mu d excess = 0, that is the improvement of the objective per unit by which the budget is
-    relaxed. `gradient_norm` is what of the gradient (in the descended coordinates) the binding budgets leave.
+    relaxed. `gradient_norm` is what of the gradient (in the descended coordinates, over the size of the objective) the
+    binding budgets leave.
     `slopes`: total derivatives of the objective by every continuous field. `scanned`: one entry for each choice of the
     discrete fields, if any were scanned.
     """
@@ -245,13 +246,16 @@ class _Trial(NamedTuple):
     good: bool
 
 
+_AWAY = "runs off"
+
+
 class _Problem:
     """An objective over some fields in unbounded coordinates: u = log x, or log(x/(1 - x)) for a share."""
 
     def __init__(self, setting: Setting, over: tuple[str, ...], objective: str, bar: tqdm):
         self.setting, self.over, self.objective, self.bar = setting, over, objective, bar
         self.high = np.array([_high(p) for p in over])
-        self.solves = 0
+        self.solves, self.size = 0, 0.0
         self.path: list[dict[str, float]] = []
 
     @property
@@ -275,6 +279,34 @@ class _Problem:
         # dx/du = x (1 - x / high)
         slope = [slopes[p] * x * (1 - x / h) for p, x, h in zip(self.over, xs, self.high, strict=True)]
         return _Trial(np.array(u), s, value, np.array(slope), slopes, good)
+
+    def begin(self, u: np.ndarray) -> _Trial:
+        """`at` the start, whose value sets the scale that gradients are judged in."""
+        first = self.at(u)
+        self.size = abs(first.value)
+        return first
+
+    def relative(self, trial: _Trial, norm: Any) -> float:
+        """The norm of a gradient over the size of the objective."""
+        return float(norm) / max(self.size, abs(trial.value), 1e-9)
+
+    def boundary(self, trial: _Trial) -> str | None:
+        """The field that runs off, in a sentence, where the gradient vanishes because the field does: the objective
+        still falls half a unit further down its slope or, if that cannot be solved, Newton's step is far from short."""
+        norm = float(np.linalg.norm(trial.slope))
+        if norm == 0:
+            return None
+        down = -trial.slope / norm
+        beyond = self.at(trial.u + 0.5 * down)
+        if beyond.good:
+            away = beyond.slope @ down < 0
+        else:
+            before = self.at(trial.u - 0.5 * down)
+            away = before.good and 0.5 * norm > 0.05 * (-before.slope @ down - norm)
+        if not away:
+            return None
+        k = int(np.argmax(np.abs(down)))
+        return f"{self.over[k]} {_AWAY} ({float(self.fields(trial.u)[k]):.3g}): its best value is at the boundary"
 
     def record(self, trial: _Trial, norm: float) -> None:
         fields = (float(x) for x in self.fields(trial.u))
@@ -302,9 +334,11 @@ def optimize(
     `scan` maps discrete fields, such as "pretraining.tokens", to the values to try: everything else is descended
     for each of them, and the best is returned.
 
-    Stops when the norm of the gradient in u (of what the binding budgets leave of it) is below `tolerance`; anything
-    else is `converged = False` with a message. Recalibration "error" joins the descent. Raises `SettingError` for an
-    unknown field and for budgets that cannot be met, and `SolveError` when the starting point itself cannot be solved.
+    Stops when the norm of the gradient in u (of what the binding budgets leave of it), over the size of the objective
+    (here or at the start), is below `tolerance`, and the objective does not go on falling beyond; anything else, a run
+    to the boundary included, is `converged = False` with a message. Recalibration "error" joins the descent. Raises
+    `SettingError` for an unknown field and for budgets that cannot be met, and `SolveError` when the starting point
+    itself cannot be solved.
     """
     require_float64()
     objective = check_objective(minimize)
@@ -333,7 +367,7 @@ def optimize(
         within = Within(problem.replaced, limits) if limits else None
         start = problem.start if within is None else within.nearest(problem.start)
         before = predict(setting)
-        first = problem.at(start)
+        first = problem.begin(start)
         if not first.good:
             raise SolveError("optimize", Code.nonfinite, "the gradient at the starting point is not finite")
         if within is None:
@@ -341,8 +375,8 @@ def optimize(
         else:
             last, message = _descend_within(problem, within, first, tolerance, max_steps)
     norm = problem.path[-1]["gradient_norm"]
-    converged = norm < tolerance
-    if not converged and norm < 1e-5 and message.startswith("no step"):
+    converged = norm < tolerance and _AWAY not in message
+    if not converged and norm < 1e-5 and message.startswith("no step") and problem.boundary(last) is None:
         converged, message = True, f"gradient norm {norm:.1e}; no further decrease is resolved"
     after = predict(last.setting)
     return Optimum(
@@ -355,12 +389,12 @@ def _descend(problem: _Problem, now: _Trial, tolerance: float, max_steps: int) -
     """L-BFGS from a trial; the last one, and why it ended."""
     memory = optax.scale_by_lbfgs(memory_size=8)
     state = memory.init(jnp.asarray(now.u))
-    problem.record(now, float(np.linalg.norm(now.slope)))
+    problem.record(now, problem.relative(now, np.linalg.norm(now.slope)))
     for _ in range(max_steps):
         u, value, slope = now.u, now.value, now.slope
         norm = float(np.linalg.norm(slope))
-        if norm < tolerance:
-            return now, f"gradient norm below {tolerance:g}"
+        if problem.relative(now, norm) < tolerance:
+            return now, problem.boundary(now) or f"gradient norm below {tolerance:g}"
         direction, state = memory.update(jnp.asarray(slope), state, jnp.asarray(u))
         step = -np.asarray(direction)
         if not np.all(np.isfinite(step)) or step @ slope >= 0:
@@ -382,9 +416,9 @@ def _descend(problem: _Problem, now: _Trial, tolerance: float, max_steps: int) -
         if not accepted:
             return now, "no step along the descent direction lowers the objective (or every trial failed to solve)"
         now = trial
-        problem.record(now, float(np.linalg.norm(now.slope)))
+        problem.record(now, problem.relative(now, np.linalg.norm(now.slope)))
         if np.max(np.abs(now.u)) > 25:
-            return now, "a field runs off to zero or infinity: there is no interior optimum in this direction"
+            return now, f"a field {_AWAY} to zero or infinity: there is no interior optimum in this direction"
     return now, f"no convergence in {max_steps} steps"
 
 
@@ -408,7 +442,7 @@ def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: f
     The first finds which budgets bind; the second ends with as many digits as the gradient has: SLSQP alone creeps.
     """
     reach, best = 2.0, now
-    problem.record(now, within.rest(now.u, now.slope))
+    problem.record(now, problem.relative(now, within.rest(now.u, now.slope)))
     for _ in range(max_steps):
         begin, trials = best, {best.u.tobytes(): best}
         at = functools.partial(_tried, problem, trials)
@@ -426,14 +460,15 @@ def _descend_within(problem: _Problem, within: Within, now: _Trial, tolerance: f
         near_edge = np.max(np.abs(best.u - begin.u)) > 0.9 * reach
         if not near_edge:
             best = _stationary(problem, within, best, tolerance)
-        norm = within.rest(best.u, best.slope)
+        norm = problem.relative(best, within.rest(best.u, best.slope))
         problem.record(best, norm)
         if norm < tolerance:
-            return best, f"gradient norm below {tolerance:g}"
+            free = norm == problem.relative(best, np.linalg.norm(best.slope))
+            return best, (problem.boundary(best) if free else None) or f"gradient norm below {tolerance:g}"
         far = int(np.argmax(np.abs(best.u - now.u)))
         if abs(best.u[far] - now.u[far]) > 6.5:
             field = problem.over[far]
-            return best, f"{field} runs off ({problem.path[-1][field]:.3g}): its best value is at the boundary"
+            return best, f"{field} {_AWAY} ({problem.path[-1][field]:.3g}): its best value is at the boundary"
         if not near_edge and begin.value - best.value < 1e-9 * max(1.0, abs(best.value)):
             reach /= 3
         if reach < 1e-4:
@@ -448,7 +483,7 @@ def _stationary(problem: _Problem, within: Within, now: _Trial, tolerance: float
     """
     n, h = len(now.u), 1e-4
     norm = within.rest(now.u, now.slope)
-    if norm < tolerance:
+    if problem.relative(now, norm) < tolerance:
         return now
     around = [problem.at(now.u + h * e) for e in np.eye(n)]
     if not all(trial.good for trial in around):
@@ -467,7 +502,7 @@ def _stationary(problem: _Problem, within: Within, now: _Trial, tolerance: float
         if not good or not rest < norm:
             return now
         now, norm = trial, rest
-        if norm < tolerance:
+        if problem.relative(now, norm) < tolerance:
             break
     return now
 

@@ -21,22 +21,23 @@ _OBJECTIVES: dict[str, Callable[[Solution], Any]] = {
     "effective_noise": lambda s: s.effective_noise,
     "pretraining_test_error": lambda s: s.pretraining["test_error"],
     "test_error": lambda s: s.test_error,
-    "overlap": lambda s: -abs(s.overlap),
+    "overlap": lambda s: -np.nan_to_num(abs(s.overlap)),  # an update that is zero knows nothing of w*
 }
 
 
 def noise_decomposition(solution: Solution) -> dict[str, float]:
     """Delta_eff = (what Z_W cannot explain of Y0, label noise apart) + label noise + miscalibration.
 
-    With yy, yz, zz the second moments of (Y0, Z_W): label noise delta'/2; unexplained yy - yz^2/zz - delta'/2 (on
-    fresh inputs Q0 - M^2/Q); miscalibration zz (b - yz/zz)^2, which the best b = yz/zz (M/Q) takes away.
+    With yy, yz, zz the second moments of (Y0, Z_W): label noise delta'/2, of the share of inputs that do not keep
+    that of pre-training; unexplained is the rest of yy - yz^2/zz (on fresh inputs Q0 - M^2/Q); miscalibration
+    zz (b - yz/zz)^2, which the best b = yz/zz (M/Q) takes away.
     """
     fine, frozen = solution.setting.finetuning_resolved, stability.frozen_map(solution)
     moments, b = fine.moments(frozen), float(solution.finetuning["recalibration"])
     yy, yz, zz = (float(v) for v in moments)
     best = float(moments.best_scale) if zz > 1e-12 else 1.0
     # Reused labels keep their noise, part of which Z_W has learned: what is left of it is not told apart.
-    label = 0.0 if fine.inputs.keeps_noise else float(fine.delta) / 2
+    label = float(fine.inputs.fresh_noise * fine.delta) / 2
     return {
         "label_noise": label,
         "unexplained": yy - best * yz - label,
@@ -65,11 +66,12 @@ def best_ridges(setting: Setting) -> dict[str, float | None]:
 
         def f(x, value=value):
             solution = at(float(x))
-            return float(value(solution)) if solution.ok else np.inf
+            height = float(value(solution)) if solution.ok else np.inf
+            return height if np.isfinite(height) else np.inf
 
         heights = [f(x) for x in grid]
-        k = int(np.argmin(np.where(np.isfinite(heights), heights, np.inf)))
-        if not 0 < k < len(grid) - 1 or not np.isfinite(heights[k]):
+        k = int(np.argmin(heights))
+        if not 0 < k < len(grid) - 1 or not heights[k] < min(heights[k - 1], heights[k + 1]):
             out[name] = None
             continue
         found: Any = minimize_scalar(f, bracket=tuple(grid[k - 1 : k + 2]), method="brent", options={"xtol": 1e-3})
@@ -142,6 +144,7 @@ def page(facts: dict[str, Any]) -> str:
     def show(x, digits=4):
         return "out of range" if x is None else f"{x:.{digits}g}"
 
+    recovered = r["overlap"] is not None or abs(f["overlap"] or 0.0) > 1e-6
     lam, inputs = facts["setting"]["pretraining"]["lam"], facts["setting"]["finetuning"]["inputs"]
     names = {
         "effective_noise": "Delta_eff",
@@ -156,10 +159,14 @@ def page(facts: dict[str, Any]) -> str:
         f"    not explained    {show(d['unexplained'])}",
         f"    miscalibration   {show(d['miscalibration'])}   (none at b = {show(d['best_scale'])})",
         f"  E' = {show(f['test_error'])} (without the update {show(f['test_error_frozen'])})",
-        f"  o_w = {show(f['overlap'])}",
+        "  " + _known(f["overlap"]),
         "",
         f"Which lambda is best, all else as it is (now {lam:g})",
-        *(f"  for {title:<14} lambda = {show(r[name])}" for name, title in names.items()),
+        *(
+            f"  for {title:<14} lambda = {show(r[name])}"
+            for name, title in names.items()
+            if recovered or name != "overlap"
+        ),
         "  " + _verdict(r),
         "",
         "Which factor b on the frozen map is best",
@@ -192,6 +199,12 @@ def page(facts: dict[str, Any]) -> str:
         "  " + _branches(s["branches"]),
     ]
     return "\n".join(lines)
+
+
+def _known(overlap: float | None) -> str:
+    if abs(overlap or 0.0) > 1e-6:
+        return f"o_w = {overlap:.4g}"
+    return "o_w = 0: below recovery, nothing of w* is learned; raise alpha' or lower lambda'"
 
 
 def _verdict(ridges: dict[str, float | None]) -> str:

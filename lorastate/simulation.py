@@ -450,17 +450,7 @@ def _sizes(pre: Pretraining, fine: Any, D: int, test_samples: int) -> Sizes:
             raise SettingError(f"{name} = {float(value):g} rounds to none at all; allowed: {low}")
         return rounded
 
-    def memory(d: int) -> float:
-        drawn = float(fine.inputs.pool if isinstance(fine.inputs, Selected) else fine.alpha)
-        inputs = max(pre.tokens * float(pre.alpha) * d**3, fine.tokens * drawn * d**2)
-        return 24 * inputs + 400 * float(pre.kappa) * d**2  # inputs, two temporaries; L-BFGS history of W
-
-    if memory(D) > _MEMORY:
-        fits = max((d for d in range(1, D) if memory(d) <= _MEMORY), default=0)
-        raise SettingError(
-            f"dimension = {D} needs {memory(D) / 2**30:.0f} GiB of memory here; allowed: up to "
-            f"{_MEMORY >> 30} GiB, dimension <= {fits} (or a smaller alpha)"
-        )
+    _check_memory(pre, fine, D)
     if not isinstance(fine.inputs, (Fresh, Selected)) and float(fine.alpha) * D > float(pre.alpha) * D**2:
         raise SettingError(
             f"finetuning.alpha = {float(fine.alpha):g} needs more samples than pre-training has to reuse at dimension "
@@ -470,6 +460,26 @@ def _sizes(pre: Pretraining, fine: Any, D: int, test_samples: int) -> Sizes:
     samples = count("pretraining.alpha", pre.alpha, D**2), count("finetuning.alpha", fine.alpha, D)
     task_rank = 0 if pre.task is None else count("pretraining.task.kappa_perp", pre.task.kappa_perp, D)
     return Sizes(D, *ranks, *samples, test_samples, task_rank)
+
+
+def _check_memory(pre: Pretraining, fine: Any, D: int, kept: int = 0, known: int = 0) -> None:
+    """Raises `SettingError` if one run, what `kept` more runs leave and `known` bytes do not fit."""
+
+    def needed(d: int) -> float:
+        samples = float(pre.alpha) * d**2
+        drawn = float(fine.inputs.pool if isinstance(fine.inputs, Selected) else fine.alpha)
+        inputs = max(pre.tokens * samples * d, fine.tokens * drawn * d**2)
+        left = 8 * (samples * (pre.tokens * d + pre.tokens**2) + (3 + float(pre.kappa)) * d**2)
+        # Inputs, two temporaries; L-BFGS history of W.
+        return 24 * inputs + 400 * float(pre.kappa) * d**2 + kept * left + known
+
+    if needed(D) > _MEMORY:
+        fits = max((d for d in range(1, D) if needed(d) <= _MEMORY), default=0)
+        less = f"{_MEMORY >> 30} GiB, dimension <= {fits} (or a smaller alpha"
+        raise SettingError(
+            f"dimension = {D} needs {needed(D) / 2**30:.0f} GiB of memory here; allowed: up to "
+            f"{less}{', or no memory that keeps all runs' if kept or known else ''})"
+        )
 
 
 @overload
@@ -509,7 +519,8 @@ def simulate(
     the informative branch is always tried); the lowest losses are kept. Standard errors cover the fluctuations from
     run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per stage
     (default 20,000) are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in
-    their fine-tuning only are pre-trained once. Run r depends on (seed, r) and on the sizes, not on `runs`.
+    their fine-tuning only are pre-trained once; it keeps the data of every run. Run r depends on (seed, r) and on the
+    sizes, not on `runs`.
 
     `stage` "finetuning" (D = 600): fine-tuning alone, on the law of (Y0, Z_W) that the theory assumes, with `starts`
     random starts (default 6) and `moves` deep moves (default 10): see `asymptotic.train_on_channel`.
@@ -574,14 +585,18 @@ def _train_both(
     seed, starts = _whole("seed", seed, 0, 2**32 - 1), _whole("starts", starts, 1, 100)
     sizes = _sizes(pre, fine, dimension, _whole("test_samples", test_samples, 1, 10**8))
     map_starts = _whole("map_starts", map_starts, 1, 100)
+    keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(runs)]
+    if memory is not None:
+        new = sum(_fingerprint(pre, sizes, key, map_starts) not in memory for key in keys)
+        known = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(list(memory.values())))
+        _check_memory(pre, fine, dimension, max(new - 1, 0), known)
     setting = theory_scale(setting)
-    memory = {} if memory is None else memory
     outcomes: list[tuple[dict, dict]] = []
     try:
         with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
-            for run in range(runs):
-                key = jax.random.fold_in(jax.random.key(seed), run)
-                outcomes.append(_one_run(setting, sizes, key, starts, map_starts, bar, memory))
+            for key in keys:
+                kept = {} if memory is None else memory
+                outcomes.append(_one_run(setting, sizes, key, starts, map_starts, bar, kept))
     except KeyboardInterrupt:
         if not outcomes:
             raise

@@ -298,6 +298,8 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     else:
         answer = _traced_answer(pre, fine, numerics)
     values, errors, status, branches = answer
+    if setting is not asked:
+        errors["finetuning"]["recalibration"] = jnp.asarray(jnp.nan)  # of the search: not known
     solution = Solution(asked, values["pretraining"], values["finetuning"], errors, status, branches)
     if throw and known:
         solution.require_ok()

@@ -7,8 +7,10 @@ variance 1. R-transforms add, so the Stieltjes transform g solves the cubic ``z(
 
 and what the state evolution needs is elementary in one root of it (arXiv:2509.24914 for the
 pre-training potential, arXiv:2606.05899 for the setting). All functions are elementwise in
-delta > 0, eps and kappa0 > 0, broadcast, and run under jit, vmap and differentiation on any
-backend. Use float64: in float32 the roots near a band edge carry three digits.
+delta >= 0, eps and kappa0 >= 0, broadcast, and run under jit, vmap and differentiation on any
+backend. delta = 0 is the limit delta -> 0+, in which half of an atom at eps is above it, and
+kappa0 = 0 that of kappa0 -> 0+, a semicircle and an outlier that keeps Tr S*^2 at one. Use
+float64: in float32 the roots near a band edge carry three digits.
 """
 
 from functools import partial
@@ -26,6 +28,23 @@ def _prepare(*args: ArrayLike) -> tuple[Array, ...]:
     """Broadcast to one shape and one floating dtype."""
     dtype = jnp.result_type(float, *args)
     return tuple(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in args)))
+
+
+def limit(delta: Array) -> Array:
+    """delta, or what is as good as its limit 0+."""
+    return jnp.maximum(delta, 1e-8)
+
+
+def _prepare_law(*args: ArrayLike) -> tuple[Array, ...]:
+    """`_prepare` of arguments the last two of which are delta and kappa0."""
+    *rest, delta, kappa0 = _prepare(*args)
+    return *rest, limit(delta), jnp.maximum(kappa0, 1e-14)
+
+
+def density_of(g: Array, delta: ArrayLike) -> Array:
+    """``-Im g / pi``; infinite at delta = 0 where an atom or a hard edge is."""
+    rho = -jnp.imag(g) / jnp.pi
+    return jnp.where((jnp.asarray(delta) == 0) & (rho > 1e4), jnp.inf, rho)
 
 
 def _asarray(value: ArrayLike) -> Array:
@@ -116,12 +135,12 @@ def stieltjes(x: ArrayLike, delta: ArrayLike, kappa0: ArrayLike) -> Array:
     order follow the implicit rule ``dg = (dx - z_theta dtheta) / z'(g)``; they diverge at the
     edges, as g has square roots there. Shape: broadcast of the arguments.
     """
-    return _stieltjes(*_prepare(x, delta, kappa0))
+    return _stieltjes(*_prepare_law(x, delta, kappa0))
 
 
 def density(x: ArrayLike, delta: ArrayLike, kappa0: ArrayLike) -> Array:
-    """Density ``-Im g(x + i0) / pi`` of mu_delta; exactly 0 outside the support."""
-    return -jnp.imag(stieltjes(x, delta, kappa0)) / jnp.pi
+    """Density ``-Im g(x + i0) / pi`` of mu_delta; exactly 0 outside the support, infinite at an atom."""
+    return density_of(stieltjes(x, delta, kappa0), delta)
 
 
 @jax.jit
@@ -136,7 +155,7 @@ def J(delta: ArrayLike, eps: ArrayLike, kappa0: ArrayLike) -> Array:
     derivatives **through the third order** are exact and finite everywhere. Fourth and higher
     ones would miss terms: differentiate ``J_eps,eps = 2 (1 - mass_below(eps))`` instead.
     """
-    delta, eps, kappa0 = _prepare(delta, eps, kappa0)
+    eps, delta, kappa0 = _prepare_law(eps, delta, kappa0)
     a, y = _root(eps, delta, kappa0)
     s, d2 = jnp.sqrt(kappa0), delta * delta
     c = s - a
@@ -184,7 +203,7 @@ def mass_below(eps: ArrayLike, delta: ArrayLike, kappa0: ArrayLike) -> Array:
     - eps g``, ``g_e = g(eps + i0)``: 0 left of the support, 1 - kappa0 in the gap, 1 right of it.
     ``dF/deps`` is the density; second derivatives diverge at the edges. Shape: broadcast.
     """
-    return _mass_below(*_prepare(eps, delta, kappa0))
+    return _mass_below(*_prepare_law(eps, delta, kappa0))
 
 
 def _slope(mu: Array, d2: Array, kappa0: Array) -> Array:
@@ -232,7 +251,7 @@ def edges(delta: ArrayLike, kappa0: ArrayLike) -> Array:
     ``delta^2 < (1 - kappa0^(1/3))^3 / kappa0``: ``[left, right, left, right]``, the first of mass
     ``1 - kappa0``, the second of mass ``kappa0``. Derivatives are exact through the third order.
     """
-    delta, kappa0 = _prepare(delta, kappa0)
+    delta, kappa0 = _prepare_law(delta, kappa0)
     mu, d2, k, gap = _critical(delta, kappa0)
     x = mu + d2 / mu + k * mu / (jnp.sqrt(k) * mu - 1)
     one = jnp.where(jnp.arange(4) < 2, x[..., np.array([0, 3, 0, 3])], jnp.nan)
@@ -276,7 +295,7 @@ def _band_point(w: Array, delta: Array, kappa0: Array) -> tuple[Array, Array, Ar
 @partial(jax.jit, static_argnames="n")
 def band_nodes(delta: ArrayLike, kappa0: ArrayLike, n: int = 64) -> BandNodes:
     """Nodes of :func:`bands_quadrature` with the density of mu_delta at them."""
-    delta, kappa0 = _prepare(delta, kappa0)
+    delta, kappa0 = _prepare_law(delta, kappa0)
     t0, t1, gap = _band_ends(delta, kappa0)
     theta = np.pi * np.arange(n, 0, -1) / (n + 1)
     half = ((t1 - t0) / 2)[..., None]
@@ -310,7 +329,7 @@ def pair_response(delta: ArrayLike, eps: ArrayLike, kappa0: ArrayLike, n: int = 
     x = y = eps: error below 1e-7 at n = 64, 1e-5 within 1 % (in delta) of the closing of a gap.
     Memory 4 n^2 per setting. Shape: broadcast of the arguments.
     """
-    delta, eps, kappa0 = _prepare(delta, eps, kappa0)
+    eps, delta, kappa0 = _prepare_law(eps, delta, kappa0)
     t0, t1, gap = _band_ends(delta, kappa0)
     d, k, e = (jnp.broadcast_to(v[..., None], t0.shape) for v in (delta, kappa0, eps))
     s, d2 = jnp.sqrt(k), d * d

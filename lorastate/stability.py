@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import theory
+from .activation import revealed
 from .bayes import bayes_optimal_pretraining, root_between
 from .bayes import weak_recovery_threshold as bayes_threshold
 from .errors import Code, SettingError, SolveError, require_float64, succeeded
@@ -29,7 +30,8 @@ from .solution import Solution, predict
 def interpolation_threshold(pre: Pretraining) -> float:
     """alpha_interp: as lam -> 0 the training loss of pre-training vanishes below it, and V grows without bound.
 
-    n_eff = T (T+1), or T (T+1) - 2 for softmax, which forgets the common shift. Infinite where there is no solution.
+    n_eff = T (T+1), or T (T+1) - 2 for softmax, which forgets the common shift. Without noise d = 0 and the limit
+    J_1 / d -> 2 - p^2 counts, p the share of zero eigenvalues of S*.
     """
     require_float64()
     law, size = pre.law, float(pre.label_size)
@@ -43,11 +45,8 @@ def interpolation_threshold(pre: Pretraining) -> float:
 
     # J - (d/2) J_1 = E[lambda_+ S*] is Q0 at d = 0 and grows with d.
     low, high = np.log(1e-4), np.log(1e4)
-    if excess(low) > 0:
-        return float("inf")
-    d = jnp.exp(root_between(excess, low, high))
-    n_eff = pre.tokens * (pre.tokens + 1) - (2 if pre.activation.forgets_shift else 0)
-    return float(slope(d)) / (2 * float(d) * n_eff)
+    d = jnp.asarray(1e-7) if excess(low) > 0 else jnp.exp(root_between(excess, low, high))
+    return float(slope(d) / (2 * d * revealed(pre.activation, pre.tokens)))
 
 
 def order_of(solution: Solution, stage: str) -> Order:
@@ -61,11 +60,11 @@ def order_of(solution: Solution, stage: str) -> Order:
 def frozen_map(solution: Solution, setting: Setting | None = None):
     """The frozen map of a solution, as the fine-tuning inputs of `setting` (default: its own) see it."""
     setting = setting or solution.setting
-    pre = setting.pretraining
-    if not bool(succeeded(solution.status["pretraining"]["code"])):
+    pre, inputs = setting.pretraining, setting.finetuning_resolved.inputs
+    if inputs.needs_map and not bool(succeeded(solution.status["pretraining"]["code"])):
         raise SolveError("pretraining", Code(int(solution.status["pretraining"]["code"])))
     down = solution.pretraining["M_down"]
-    return setting.finetuning_resolved.inputs.freeze(pre, order_of(solution, "pretraining"), down)
+    return inputs.freeze(pre, order_of(solution, "pretraining"), down)
 
 
 #: Overlap o_w from which on w* counts as found: it grows as the root of the distance from the threshold, so that this

@@ -241,6 +241,9 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
             rows[k] = row
         here = [] if symmetry == "rs" else chunk.rough(found)
         index = [index[k] for k in here]
+    for s, row in zip(settings, rows, strict=True):
+        if design.searches_scale(s):
+            row["finetuning.recalibration_stderr"] = math.nan  # of the search: not known
     for k, code in lost.items():
         if succeeded(int(rows[k]["pretraining.code"])):
             rows[k] |= dict.fromkeys((name for name in rows[k] if not name.startswith("pretraining.")), math.nan)

@@ -658,7 +658,8 @@ def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, se
         rough = rough | ~(p > (1 - _DEEP) * q)
     else:
         rough = rough | _rough(memory, found.row[chosen])
-    code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
+    if fine.inputs.needs_map:
+        code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
     if search.alone:
         order = ft.order_at(fine, best.point.x)

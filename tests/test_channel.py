@@ -13,6 +13,7 @@ from lorastate import design
 from lorastate.channel import BayesOptimal, Fresh, FrozenMap, Mixed, Reused, Selected, attach_quantile, quantile
 from lorastate.order import from_norm
 from lorastate.quadrature import gaussian_nodes
+from lorastate.report import noise_decomposition
 from lorastate.setting_file import continuous_fields, get, replace, setting_from_dict, setting_to_dict
 
 SMALL = {"nodes": 512, "finetuning_nodes": 1024, "replicas": 2}
@@ -167,6 +168,7 @@ def test_limits_of_the_solutions():
 def test_recalibrations():
     plain = setting("identity", 0.3)
     error = ls.predict(replace(plain, "finetuning.recalibration", "error"))
+    assert np.isnan(error.stderr("finetuning", "recalibration"))  # of a search: not known, which is not zero
     p = error.pretraining
     fine = replace(plain, "finetuning.recalibration", "noise").finetuning_resolved
     frozen = FrozenMap(p["M"], p["Q"], 2.0)
@@ -198,6 +200,17 @@ def test_bayes_optimal_map():
     assert frozen.overlap == frozen.norm == best.Q
     noise = BayesOptimal().moments(frozen, 0.5, 2, False).effective_noise()
     np.testing.assert_allclose(noise, 2.25 - best.Q, rtol=1e-12)
+
+
+def test_the_best_map_does_not_need_the_learned_one():
+    s = setting("identity", 0.1, inputs="bayes_optimal")
+    narrow = replace(s, "pretraining.kappa", 1e-3)
+    known, found = ls.predict(s), ls.predict(narrow, throw=False)
+    assert found.code("pretraining") is ls.Code.too_narrow and found.code("finetuning") is ls.Code.ok
+    assert float(found.test_error) == pytest.approx(float(known.test_error), rel=1e-9)
+    slopes, want = (ls.gradient(a)[1]["pretraining.alpha"] for a in (narrow, s))
+    assert slopes == pytest.approx(want, rel=1e-6)
+    assert noise_decomposition(found) == pytest.approx(noise_decomposition(known))
 
 
 def test_mixture_is_optimised_inside_its_range(monkeypatch):

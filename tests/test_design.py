@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
+from lorastate import design
 from lorastate.budget import budgets
 from lorastate.design import optimize, sensitivities
 from lorastate.setting_file import get, replace
@@ -204,3 +205,35 @@ def test_sensitivities():
     ]
     np.testing.assert_allclose(found.hessian, want, rtol=0.02, atol=1e-4)
     np.testing.assert_allclose(found.directions @ np.diag(found.curvatures) @ found.directions.T, found.hessian)
+
+
+def test_an_optimum_at_the_boundary_is_none():
+    # Without label noise Delta_eff falls as lambda^2, and its gradient with it: small is what is small for its size.
+    pre = ls.Pretraining(0.3, 0.1, 0.5, delta=0.0, activation="identity", tokens=2)
+    over = {"over": ("pretraining.lam",), "minimize": "effective_noise"}
+    clean = optimize(ls.Setting(pre, ls.Finetuning(3.0, 0.3), NUMERICS), **over)
+    assert not clean.converged and clean.message.startswith("pretraining.lam runs off")
+    inside = optimize(ls.Setting(pre, ls.Finetuning(3.0, 0.3), NUMERICS), budgets=["pretraining.lam <= 1"], **over)
+    assert not inside.converged
+    noisy = optimize(setting(), **over)
+    assert noisy.converged and noisy.gradient_norm < 1e-6
+
+
+def test_a_floor_below_a_vanishing_slope_is_no_optimum(monkeypatch):
+    # E' = 1 + lam^2 has no slope left at lam = 1e-4, and still no optimum there; 1 + (log lam)^2 has one.
+    def evaluate(of):
+        def at(s, objective):
+            lam = float(s.pretraining.lam)
+            value, slope = of(lam)
+            return design._Point(value, {"pretraining.lam": slope}, True)
+
+        monkeypatch.setattr(design, "_evaluate", at)
+        monkeypatch.setattr(design, "predict", lambda s: None)
+        return optimize(setting(), ("pretraining.lam",))
+
+    away = evaluate(lambda lam: (1 + lam**2, 2 * lam))
+    assert not away.converged and "runs off" in away.message
+    inside = evaluate(lambda lam: (1 + np.log(lam) ** 2, 2 * np.log(lam) / lam))
+    assert inside.converged and float(inside.setting.pretraining.lam) == pytest.approx(1.0, abs=1e-5)
+    small = evaluate(lambda lam: (1e-7 * (1 + np.log(lam) ** 2), 2e-7 * np.log(lam) / lam))
+    assert small.converged and float(small.setting.pretraining.lam) == pytest.approx(1.0, abs=1e-5)

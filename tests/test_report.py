@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import mismatch
+from lorastate import mismatch, report
 from lorastate.errors import SolveError
 from lorastate.report import noise_decomposition
 from lorastate.setting_file import get, replace
@@ -84,3 +84,43 @@ def test_parts_of_the_noise():
     assert parts["label_noise"] == 0.25 and parts["best_scale"] == pytest.approx(M / Q)
     assert parts["unexplained"] == pytest.approx(2 - M**2 / Q)
     assert parts["miscalibration"] == pytest.approx(Q * (b - M / Q) ** 2)
+
+
+def test_fresh_inputs_of_a_mixture_keep_their_label_noise():
+    def label_noise(**inputs):
+        return noise_decomposition(ls.predict(replace_inputs(**inputs)))["label_noise"]
+
+    def replace_inputs(**inputs):
+        return ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 2.0, **inputs), SETTING.numerics)
+
+    assert label_noise(inputs="mixed", reused_fraction=0.2) == pytest.approx(0.8 * 0.25)
+    assert label_noise(inputs="mixed", reused_fraction=0.2, label_noise="fresh") == pytest.approx(0.25)
+    assert label_noise(inputs="reused") == 0.0
+
+
+def test_the_best_ridge_beside_an_update_that_is_zero(monkeypatch):
+    # o_w exists between two ridges only, and E' is flat where w is zero: no bracket may be asked of a root finder.
+    def predict(s, throw):
+        x = math.log(float(s.pretraining.lam) / 0.05)
+        o_w = math.nan if abs(x) > width else 1 - x**2
+        known = 1.0 if math.isnan(o_w) else 1 - o_w / 2
+        return SimpleNamespace(
+            ok=True, effective_noise=(x - 0.1) ** 2, overlap=o_w, test_error=known, pretraining={"test_error": math.nan}
+        )
+
+    monkeypatch.setattr(report, "predict", predict)
+    width = 0.5
+    found = report.best_ridges(SETTING)
+    assert found["overlap"] == pytest.approx(0.05, rel=1e-3) == found["test_error"]
+    assert found["effective_noise"] == pytest.approx(0.05 * math.exp(0.1), rel=1e-3)
+    assert found["pretraining_test_error"] is None
+    width = -1.0
+    assert report.best_ridges(SETTING)["overlap"] is None
+
+
+def test_below_recovery_the_page_says_so():
+    below = ls.Setting(SETTING.pretraining, ls.Finetuning(0.05, 20.0), SETTING.numerics)
+    facts = ls.explain(below)
+    text = report.page(facts)
+    assert "below recovery" in text and "o_w (largest)" not in text
+    assert facts["best_lam"]["overlap"] is None and facts["best_lam"]["effective_noise"] is not None

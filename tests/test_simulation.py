@@ -1,6 +1,8 @@
 """Finite-size training: law of its data, its losses, its measurements against worked theory values."""
 
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -320,3 +322,31 @@ def test_unknown_inputs_are_refused(monkeypatch):
     monkeypatch.setattr(simulation, "_BATCHES", {})
     with pytest.raises(SettingError, match=r"finetuning.inputs = .* cannot be simulated"):
         simulate(setting("identity", 0.1))
+
+
+def test_data_are_kept_only_where_asked_for_and_counted(monkeypatch):
+    pre, fine = Pretraining(0.05, 0.1, activation="identity", tokens=2), Finetuning(1.0, 0.5)
+    small, train, worlds = Setting(pre, fine), simulation._train_map, []
+
+    def watched(*args):
+        gc.collect()
+        assert keeps or not any(world() is not None for world in worlds)  # the runs before have left nothing
+        found = train(*args)
+        worlds.append(weakref.ref(found.world.pretraining.inputs))
+        return found
+
+    monkeypatch.setattr(simulation, "_train_map", watched)
+    options = dict(dimension=20, starts=1, test_samples=100)
+    keeps = False
+    simulate(small, runs=3, **options)
+    keeps, memory = True, {}
+    simulate(small, runs=3, memory=memory, **options)
+    assert len(memory) == 3
+    # What one run needs fits; what three leave, or two beside those that are there, does not.
+    one = 24 * 0.05 * 2 * 20**3 + 400 * 20**2
+    monkeypatch.setattr(simulation, "_MEMORY", int(one) + 8000)
+    simulate(small, runs=3, **options)
+    simulate(small, runs=1, memory={}, **options)
+    for runs, kept in ((3, {}), (1, memory)):
+        with pytest.raises(SettingError, match="or no memory that keeps all runs"):
+            simulate(small, runs=runs, memory=kept, seed=1, **options)

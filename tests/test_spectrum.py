@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorastate.base_law import Atoms, Wishart
 from lorastate.spectrum import (
     J,
     LearnedSpectrum,
@@ -354,3 +355,30 @@ def test_learned_spectrum_is_a_differentiable_pytree():
     assert grads.eps[2] == 0
     lanes = jax.vmap(lambda e: LearnedSpectrum(1.3, 0.1, e, 0.3).moment2)(eps)
     np.testing.assert_allclose(lanes, law.moment2, rtol=1e-13)
+
+
+@pytest.mark.parametrize("law", [*map(Wishart, (0.5, 1.0, 2.0)), Atoms([0.25, 0.75], [0.0, 1.0])])
+@pytest.mark.parametrize("eps", [-0.5, 0.0, 0.3, 1.0, 2.5])
+def test_without_noise_all_is_the_limit_of_little(law, eps):
+    def of(d):
+        slopes = jax.jacfwd(law.J, argnums=(0, 1))(d, eps)
+        return [law.J(d, eps), law.mass_below(eps, d), law.pair_response(d, eps), *slopes]
+
+    np.testing.assert_allclose(of(0.0), of(1e-6), atol=1e-4)
+    np.testing.assert_allclose(law.edges(0.0), law.edges(1e-6), atol=2e-6)
+    x, w, _ = law.band_nodes(0.0)
+    assert float(w @ x**2) == pytest.approx(float(law.second_moment), rel=1e-6)
+    density, near = float(law.density(eps, 0.0)), float(law.density(eps, 1e-6))
+    assert density == (np.inf if near > 1e3 else pytest.approx(near, rel=1e-5))
+
+
+def test_without_rank_it_is_a_semicircle_with_an_outlier():
+    assert float(mass_below(0, 0, 0.5)) == pytest.approx(0.25, abs=1e-7)
+    for eps, below in (
+        (-3.0, 0.0),
+        (0.0, 0.5),
+        (1.0, 0.5 + np.sqrt(3) / 4 / np.pi + np.arcsin(0.5) / np.pi),
+        (3.0, 1.0),
+    ):
+        assert float(mass_below(eps, 1.0, 0.0)) == pytest.approx(below, abs=1e-9)
+    assert float(J(1.0, 0.0, 0.0)) == pytest.approx(1.5) and float(J(1.0, 3.0, 0.0)) == pytest.approx(1.0, abs=1e-5)

@@ -47,3 +47,22 @@ def test_no_threshold_in_reach():
     with pytest.raises(ls.SettingError, match="no weak-recovery threshold"):
         stability.weak_recovery_threshold(setting(lam=1e4))
     assert np.isfinite(stability.interpolation_threshold(setting().pretraining))
+
+
+def test_interpolation_threshold_without_noise_is_the_limit_of_little():
+    # arXiv:2509.24914: alpha_bar = alpha (T^2 + T - 2)/2 for softmax.
+    for kappa0, published in (
+        (0.3, (1 + 2 * 0.3 - 0.3**2) / 4),
+        (0.9, (1 + 2 * 0.9 - 0.9**2) / 4),
+        (1.0, 0.5),
+        (2.5, 0.5),
+    ):
+        clean, noisy, noisier = (
+            stability.interpolation_threshold(ls.Pretraining(1.0, 1.0, kappa0, delta=d)) * 10 / 2
+            for d in (0.0, 1e-13, 1e-9)
+        )
+        assert clean == pytest.approx(published, rel=1e-6)
+        assert noisy == pytest.approx(clean, rel=1e-3) and noisier == pytest.approx(clean, rel=2e-2)
+    atoms = {"law": "atoms", "weights": [0.25, 0.75], "values": [0.0, 1.0]}
+    found = stability.interpolation_threshold(ls.Pretraining(1.0, 1.0, delta=0.0, activation="identity", base=atoms))
+    assert found == pytest.approx((2 - 0.25**2) / (2 * 12), rel=1e-6)

@@ -467,6 +467,7 @@ def test_a_point_without_an_optimum_is_a_point_that_failed(tmp_path, monkeypatch
     assert len(searched) == 2  # once each: the other time they are read
     assert found["finetuning.code"].values.tolist() == [ls.Code.stalled, ls.Code.ok]
     assert np.isfinite(found["pretraining.M"]).all()
+    assert np.isnan(found["finetuning.recalibration_stderr"]).all()  # of a search: not known, which is not zero
     for name in ("finetuning.test_error", "finetuning.q_stderr", "gradient.pretraining.lam"):
         assert np.isfinite(found[name]).values.tolist() == [False, True], name
     assert sweeps.summary(found)["codes"] == {"finetuning stalled": 1}
