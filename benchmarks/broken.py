@@ -32,23 +32,31 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"alpha": 0.595088, "lam": 0.0787781, "kappa0": 1.29212, "kappa": 1.5, "delta": 1.02538, "tokens": 2},
         {"alpha": 2.01866, "lam": 0.0493883},
     ),
-    "everyday": (
-        {"alpha": 0.14, "lam": 0.015, "kappa0": 0.8, "delta": 0.7, "tokens": 2}, {"alpha": 2.6, "lam": 0.12}
-    ),
+    "everyday": ({"alpha": 0.14, "lam": 0.015, "kappa0": 0.8, "delta": 0.7, "tokens": 2}, {"alpha": 2.6, "lam": 0.12}),
     "published": (
-        {"alpha": 0.0570866, "lam": 0.01, "kappa0": 0.5, "delta": 0.5, "tokens": 2}, {"alpha": 3.0, "lam": 0.1}
+        {"alpha": 0.0570866, "lam": 0.01, "kappa0": 0.5, "delta": 0.5, "tokens": 2},
+        {"alpha": 3.0, "lam": 0.1},
     ),
     "identity T=3": (
-        {"alpha": 0.086469, "lam": 0.0056193, "kappa0": 0.915230, "kappa": 1.5, "delta": 2.794392, "tokens": 3,
-         "activation": "identity"},
+        {
+            "alpha": 0.086469,
+            "lam": 0.0056193,
+            "kappa0": 0.915230,
+            "kappa": 1.5,
+            "delta": 2.794392,
+            "tokens": 3,
+            "activation": "identity",
+        },
         {"alpha": 0.620366, "lam": 0.364091},
     ),
     "identity T=2": (
-        {"alpha": 0.1, "lam": 0.05, "delta": 1.0, "tokens": 2, "activation": "identity"}, {"alpha": 1.2, "lam": 0.3}
+        {"alpha": 0.1, "lam": 0.05, "delta": 1.0, "tokens": 2, "activation": "identity"},
+        {"alpha": 1.2, "lam": 0.3},
     ),
     "T=4": ({"alpha": 0.05, "lam": 0.005, "delta": 2.5, "tokens": 4}, {"alpha": 2.0, "lam": 0.03}),
     "identity T=4": (
-        {"alpha": 0.05, "lam": 0.02, "delta": 2.5, "tokens": 4, "activation": "identity"}, {"alpha": 0.5, "lam": 0.3}
+        {"alpha": 0.05, "lam": 0.02, "delta": 2.5, "tokens": 4, "activation": "identity"},
+        {"alpha": 0.5, "lam": 0.3},
     ),
     "T=3 few samples": ({"alpha": 0.1, "lam": 0.02, "delta": 1.0, "tokens": 3}, {"alpha": 1.0, "lam": 0.1}),
     "reused": (
@@ -60,11 +68,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lam": 0.1, "inputs": "selected", "rho": 0.03, "pool": 100.0},
     ),
     "recalibrated": (
-        {"alpha": 0.06, "lam": 0.002, "delta": 2.0, "tokens": 2}, {"alpha": 5.0, "lam": 0.1, "recalibration": "noise"}
+        {"alpha": 0.06, "lam": 0.002, "delta": 2.0, "tokens": 2},
+        {"alpha": 5.0, "lam": 0.1, "recalibration": "noise"},
     ),
     "r=2, r*=1": ({"alpha": 0.1, "lam": 0.02, "tokens": 3}, {"alpha": 3.0, "lam": 0.3, "rank": 2}),
     "identity r=2, r*=1": (
-        {"alpha": 0.1, "lam": 0.1, "tokens": 3, "activation": "identity"}, {"alpha": 3.0, "lam": 0.3, "rank": 2}
+        {"alpha": 0.1, "lam": 0.1, "tokens": 3, "activation": "identity"},
+        {"alpha": 3.0, "lam": 0.3, "rank": 2},
     ),
     # Where replica symmetry holds.
     "smooth": ({"alpha": 0.1, "lam": 0.01, "delta": 0.5, "tokens": 3}, {"alpha": 3.0, "lam": 0.05}),

@@ -341,17 +341,15 @@ def order_parameters(fine: Finetuning, order: Order, a: Averages, hold: Any = Fa
     """Second half-step, from the averages at `order`. What leaves the domain (A_i below zero) comes out as NaN;
     p'_0, which its samples may put below zero where it is small, as zero.
 
-    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of; on `hold` it stays, and it does not
-    grow beyond where a few samples would carry all weight.
+    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of; on `hold` it stays, and it does
+    not grow beyond where a few samples would carry all weight.
     """
     c, q0 = conjugates(fine, order, a), TEACHER_SIZE
     A = _precisions(fine, c, order.breaking)
     good = jnp.all(jnp.stack([jnp.all(value > 0) for value in A]))
     noise = jnp.sqrt(lifted(c.phat[0] / A[0] ** 2, NOISE_FLOOR**2))
     gaps = [high - low for low, high in zip(c.phat, c.phat[1:], strict=False)]
-    spread = tuple(
-        jnp.sqrt(lifted(gap / (A[i] * A[i + 1]), SPREAD_FLOOR**2)) for i, gap in enumerate(gaps)
-    )
+    spread = tuple(jnp.sqrt(lifted(gap / (A[i] * A[i + 1]), SPREAD_FLOOR**2)) for i, gap in enumerate(gaps))
     breaking = []
     for i, slope in enumerate(energy_slopes(fine, order, a)):
         y = order.breaking[i]

@@ -139,7 +139,7 @@ _SETTLING = 12
 _CURVED, _UPHILL = 5e-3, 0.3
 #: Residual of the other coordinates up to which a step towards a maximum is accepted.
 _ASTRAY = 5e-3
-#: Growth from which on a solution with outer coordinates repels: its Jacobian is that of a sampled map, known to so much.
+#: Growth from which on a solution with outer coordinates repels: its Jacobian is that of a sampled map, known to that.
 _REPELS = 1.1
 
 

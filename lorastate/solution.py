@@ -126,8 +126,8 @@ class Solution(eqx.Module):
     pretraining: V, M, Q, qhat, mhat, shat (order parameters and conjugates); M_down = Tr(S S*)/D with the base map of
     fine-tuning (M, unless pre-training had a task of its own); overlap = M / sqrt(Q Q0); train_loss
     (L / D^2, penalty included) and train_error (its data part); test_error, test_error_noiseless (E);
-    rank_fraction (rank of the learned map / D); replicon (of smooth nodes; stable below 1); double_well_share: where it is
-    above a thousandth the loss of pre-training has many minima, which this theory takes for one.
+    rank_fraction (rank of the learned map / D); replicon (of smooth nodes; stable below 1); double_well_share: where it
+    is above a thousandth the loss of pre-training has many minima, which this theory takes for one.
 
     finetuning: v, m, q, qhat, mhat, lhat; overlap = m / sqrt(q q0); train_loss = free_energy (L' / D, penalty included)
     and train_error; test_error (E'), test_error_frozen (E' at w = 0); effective_noise (Delta_eff); replicon (of

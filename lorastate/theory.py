@@ -168,8 +168,8 @@ def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None)
     return Solved(chosen, carry[2], carry[3].read())
 
 
-#: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two wells,
-#: if the stage before it was made.
+#: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two
+#: wells, if the stage before it was made.
 _ALWAYS, _FAILED, _WELLS, _AFTER = range(4)
 
 
@@ -790,8 +790,8 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
     return Bars(errors, jnp.max(off / (error(jax.vmap(numbers)(xs)) + _FINE)))
 
 
-#: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those of
-#: order parameters below which none has to be.
+#: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those
+#: of order parameters below which none has to be.
 _FLOOR_SHARE, _FINE = 2.0, 5e-4
 
 

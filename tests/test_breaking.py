@@ -245,7 +245,7 @@ def test_the_symmetric_solution_for_comparison(glass):
 def test_a_second_step_changes_little(glass):
     """The page: in such a glass a second step moves E' and phi by a few per mille."""
     change = ls.breaking_error(glass)
-    assert change and 0 < max(map(abs, change.values()))
+    assert change and max(map(abs, change.values())) > 0
     assert abs(change["test_error"]) < 0.02 * float(glass.test_error)
     assert abs(change["free_energy"]) < 0.01 * float(glass.free_energy)
     smooth = ls.predict(ls.Setting(ls.Pretraining(0.1, 0.1, activation="identity"), ls.Finetuning(3.0, 0.5), SMALL))
@@ -253,8 +253,8 @@ def test_a_second_step_changes_little(glass):
 
 
 def test_a_deep_glass():
-    """Minima without any overlap, which 16 samples a node cannot resolve: it is solved with more of them. With twice the
-    nodes q = 1.057(32), E' = 4.08(10), phi = 0.1956(16)."""
+    """Minima without any overlap, which 16 samples a node cannot resolve: it is solved with more of them. With twice
+    the nodes q = 1.057(32), E' = 4.08(10), phi = 0.1956(16)."""
     s = ls.Setting(
         ls.Pretraining(0.687, 0.0334, kappa0=0.30, kappa=1.5, delta=1.02, tokens=2, activation="identity"),
         ls.Finetuning(0.48, 0.036), SMALL,

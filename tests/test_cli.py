@@ -771,8 +771,15 @@ FACTS = {
     "setting": {"pretraining": {"lam": 0.1}, "finetuning": {"inputs": "fresh"}},
     "predictions": {
         "pretraining": {"test_error": 0.9, "double_well_share": 0.02},
-        "finetuning": {"test_error": 1.0, "test_error_frozen": 2.0, "overlap": 0.9, "recalibration": 1.0, "p": 0.8,
-                       "q": 1.0, "replicon": None},
+        "finetuning": {
+            "test_error": 1.0,
+            "test_error_frozen": 2.0,
+            "overlap": 0.9,
+            "recalibration": 1.0,
+            "p": 0.8,
+            "q": 1.0,
+            "replicon": None,
+        },
         "symmetry": "one-step broken",
     },
     "decomposition": {
