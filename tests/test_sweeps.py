@@ -79,15 +79,18 @@ def test_a_lane_is_the_setting_alone_and_a_failed_one_disturbs_nobody(swept):
 
 
 def test_a_lane_with_wells_among_smooth_ones():
-    """Each is searched as it is alone: the one with wells a second time, with broken symmetry."""
+    """Each is searched as it is alone: the one with wells a second time, with broken symmetry, where roundings decide
+    which samples jump on the last step."""
     base, alphas = ls.replace(setting(), "finetuning.lam", 0.5), [0.8, 6.0, 8.0]
     found = ls.sweep(base, {"finetuning.alpha": alphas}, chunk=4)
     broken = []
     for alpha in alphas:
         lane = found.sel({"finetuning.alpha": alpha})
         alone = ls.predict(ls.replace(base, "finetuning.alpha", alpha))
+        jumps = 0.1 if alone.symmetry == "one-step broken" else 0.0
         for name, value in alone.finetuning.items():
-            np.testing.assert_allclose(lane[f"finetuning.{name}"], value, rtol=1e-12, atol=1e-12)
+            near = 1e-12 + jumps * np.nan_to_num(alone.stderr("finetuning", name))
+            np.testing.assert_allclose(lane[f"finetuning.{name}"], value, rtol=1e-12, atol=near)
         broken.append(alone.symmetry)
     assert broken == ["one-step broken", "replica symmetric", "replica symmetric"]
 
