@@ -216,7 +216,7 @@ def test_a_glass_is_the_one_that_training_finds(glass):
     for name, want in (("free_energy", 2.478), ("overlap", 0.673), ("test_error", 0.676)):
         value, bar = float(glass.finetuning[name]), glass.stderr("finetuning", name)
         assert abs(value - want) < 3 * bar + 0.005 * want
-        assert bar < 0.05 * want
+        assert bar < 0.1 * want
     f = plain(glass.finetuning)
     assert 0.6 < f["p"] / f["q"] < 0.95 and 0.5 < f["breaking"] < 5
     assert abs(f["complexity"]) < 3 * glass.stderr("finetuning", "complexity") + 1e-3

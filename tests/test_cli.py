@@ -322,7 +322,9 @@ INTERRUPTED = {
 @pytest.mark.skipif(os.name != "posix", reason="signals are different there")
 @pytest.mark.parametrize("when", INTERRUPTED)
 def test_ctrl_c_while(when):
-    code = textwrap.dedent("    from lorastate import cli\n    cli._PATIENCE = 0.5\n" + INTERRUPTED[when])
+    # A process started in the background may have inherited that SIGINT is ignored.
+    heard = "    import signal\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = textwrap.dedent(heard + "    from lorastate import cli\n    cli._PATIENCE = 0.5\n" + INTERRUPTED[when])
     process = start(["-c", code + "\ncli.main()", "figure", "1"])
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
