@@ -962,9 +962,11 @@ def _symmetry_lines(summary: Mapping[str, Any]) -> str:
 
 def _depth_lines(summary: Mapping[str, Any]) -> list[str]:
     """How deep the glass is, and what a second step of breaking changes if that was asked for."""
+    from .theory import DEEP
+
     p, q = summary["finetuning"]["p"], summary["finetuning"]["q"]
     lines = []
-    if p < 0.6 * q:
+    if p < (1 - DEEP) * q:
         lines.append(f"The glass is deep (p/q = {p / q:.2g}): training has to search long to come near these minima.")
     if "breaking_error" in summary:
         change = summary["breaking_error"]

@@ -452,10 +452,7 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
 
 def start(fine: Finetuning, informative: bool = True):
     """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap."""
-    return _start(fine, 0.9 if informative else 0.05, 0.9 if informative else 0.5)
-
-
-def _start(fine: Finetuning, m: float, q: float):
+    m, q = (0.9, 0.9) if informative else (0.05, 0.5)
     like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
     return from_norm(0.3 * like, m * _along(like), q * like, TEACHER_SIZE).encode()
 

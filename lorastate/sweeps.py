@@ -237,9 +237,10 @@ def _run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, lanes: 
         chunk = _Chunk([plain[k] for k in index], mesh, lanes, None if symmetry == "rs" else deep)
         first, coarse = chunk.take(here, (first, coarse))
         found = chunk.symmetric(first, False) if symmetry == "rs" else chunk.broken(first, coarse)
-        for k, row in zip(index, chunk.rows(first, found, objective), strict=True):
-            rows[k] = row
-        here = [] if symmetry == "rs" else chunk.rough(found)
+        here = [] if symmetry == "rs" or deep else chunk.rough(found)
+        if len(here) < len(index):
+            for k, row in zip(index, chunk.rows(first, found, objective), strict=True):
+                rows[k] = row
         index = [index[k] for k in here]
     for s, row in zip(settings, rows, strict=True):
         if design.searches_scale(s):

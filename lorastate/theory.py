@@ -46,9 +46,9 @@ _MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 4096
 _PLAIN, _LORA = 2048, 4096
 #: Where symmetry is broken: nodes of fine-tuning for one that has samples inside, and nodes of a part.
 _FEWER, _BROKEN_PART = 4, 256
-#: A glass is deep where (q - p)/q is above `_DEEP`, or where no solution was found: samples at a node are then so many
+#: A glass is deep where (q - p)/q is above `DEEP`, or where no solution was found: samples at a node are then so many
 #: times more. With few the averages over minima, weighted by exp(-y f), are those of one or two samples.
-_DEEP, _MORE = 0.4, 4
+DEEP, _MORE = 0.4, 4
 
 
 class NodeSets(NamedTuple):
@@ -655,7 +655,7 @@ def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, se
     rough = ~succeeded(code)
     if search.levels:
         p, *_, q = ft.order_at(fine, best.point.x).along.norms(ft.TEACHER_SIZE)
-        rough = rough | ~(p > (1 - _DEEP) * q)
+        rough = rough | ~(p > (1 - DEEP) * q)
     else:
         rough = rough | _rough(memory, found.row[chosen])
     if fine.inputs.needs_map:
