@@ -42,7 +42,7 @@ class Method(eqx.Module):
 class FixedPoint(NamedTuple):
     """Result of `fixed_point`.
 
-    `residual` is the true one, max |F(x) - x|, undamped. `rate` is the spectral radius of dF/dx (the
+    `residual` is the true one, max |F(x) - x|, undamped (the outer coordinates of a `Map` with a weight of 0.01). `rate` is the spectral radius of dF/dx (the
     contraction rate of the plain iteration), `growth` the largest real part of its eigenvalues (>= 1 means that
     even the damped iteration is repelled) and `error` = residual |(I - J)^{-1}| bounds |x - x*| to first order, which
     `offset` (n,) = |(I - J)^{-1} (F(x) - x)| is.
@@ -139,13 +139,15 @@ _SETTLING = 12
 _CURVED, _UPHILL = 5e-3, 0.3
 #: Residual of the other coordinates up to which a step towards a maximum is accepted.
 _ASTRAY = 5e-3
+#: Weight of the outer coordinates in a residual: they sit on a flat maximum, and the others hardly depend on where.
+_FLAT = 0.01
 #: Growth from which on a solution with outer coordinates repels: its Jacobian is that of a sampled map, known to that.
 _REPELS = 1.1
 
 
-def newton_step(jac, residual, outer: int = 0, hold: Any = False):
+def newton_step(jac, residual, outer: int = 0, hold: Any = False, uphill: float = _UPHILL):
     """(I - J)^{-1} residual, (n,) or (n, k); of the last `outer` coordinates, unless they are on `hold`, towards their
-    maximum (see `Map`)."""
+    maximum (see `Map`), by `uphill` at most."""
     n = len(jac)
     gap = jnp.eye(n, dtype=jac.dtype) - jac
     if not outer:
@@ -155,7 +157,7 @@ def newton_step(jac, residual, outer: int = 0, hold: Any = False):
     direct, answer = known[:, : rhs.shape[1]], known[:, rhs.shape[1] :]
     curvature = jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer)
     slope = rhs[m:] - gap[m:, :m] @ direct
-    up = jnp.clip(slope / jnp.maximum(curvature, _CURVED)[:, None], -_UPHILL, _UPHILL)
+    up = jnp.clip(slope / jnp.maximum(curvature, _CURVED)[:, None], -uphill, uphill)
     up = jnp.where(hold, 0.0, up)
     step = jnp.concatenate([direct + answer @ up, up])
     return step if residual.ndim == 2 else step[:, 0]
@@ -211,6 +213,13 @@ def _size(v):
     return jnp.max(jnp.abs(v))
 
 
+def _misfit(fmap: Map, residual):
+    """Size of a residual F(x) - x, with little weight for the outer coordinates."""
+    if not fmap.outer:
+        return _size(residual)
+    return jnp.maximum(_size(residual[: -fmap.outer]), _FLAT * _size(residual[-fmap.outer :]))
+
+
 def _early(stage: Stage, step, residual):
     """Whether the next step is a Picard step of the beginning."""
     settling = (residual > stage.settle) & (step < stage.burn_in + _SETTLING)
@@ -221,7 +230,7 @@ def _proposed(fmap: Map, stage: Stage, s: _State):
     """The next trial, and whether it is a Picard step. The first pass evaluates at the start itself."""
     g = s.image - s.x
     newton = newton_step(s.jac, g, fmap.outer, stage.hold)
-    picard = _early(stage, s.step, _size(g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
+    picard = _early(stage, s.step, _misfit(fmap, g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
     # A Newton step in log or atanh coordinates longer than a few units means nothing: cut it.
     cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
     move = jnp.where(picard, (1.0 - stage.damping) * g, s.length * cut * newton)
@@ -240,7 +249,8 @@ def _advanced(fmap: Map, stage: Stage, s: _State) -> _State:
     first, exact = s.step < 0, jnp.asarray(stage.exact)
     trial, picard = _proposed(fmap, stage, s)
     image, memory = fmap.image(trial, s.memory, first, stage.index)
-    finite, residual, size = jnp.all(jnp.isfinite(image)), _size(image - trial), _size(s.image - s.x)
+    finite = jnp.all(jnp.isfinite(image))
+    residual, size = _misfit(fmap, image - trial), _misfit(fmap, s.image - s.x)
     less = residual < (1.0 - 1e-3 * s.length) * size
     if fmap.outer:
         # On the way up to a maximum its slope may well grow: it is the others that must not go astray.
@@ -296,7 +306,7 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
     inner = s.known[: n - fmap.outer, : n - fmap.outer]
     growth = spectral_abscissa(inner)
-    residual = _size(s.image - s.x)
+    residual = _misfit(fmap, s.image - s.x)
     below = residual < stage.floor
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
     code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)

@@ -214,7 +214,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     coarse, refined = coarse._replace(index=(few, True)), refined._replace(index=(parts, True))
     if levels:
         coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, hold=True, max_steps=40)
-        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-5), floor=1e-2, hold=True)
+        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-4), floor=1e-2, hold=True)
     if ft.spare(fine):
         # The response of spare directions overshoots, and the more so the more samples there are.
         coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
@@ -768,7 +768,7 @@ def _own_solutions(averages_at, image, solved: Solved, nodes: Nodes, replicas: i
         at = for_parts(xs, nodes)
         averages, inner = over_replicas(lambda *a: averages_at(steps, *a), nodes, at, inner, *upstream)
         averages = by_replica(averages, replicas)
-        shift = jax.vmap(lambda a, x: newton_step(solved.jacobian, image(a, x) - x, outer))(averages, xs)
+        shift = jax.vmap(lambda a, x: newton_step(solved.jacobian, image(a, x) - x, outer, uphill=0.5))(averages, xs)
         return (xs + jnp.clip(shift, -1.0, 1.0), inner), (xs, averages)
 
     start = jnp.broadcast_to(solved.point.x, (replicas, len(solved.jacobian))), solved.inner
