@@ -42,7 +42,7 @@ class Method(eqx.Module):
 class FixedPoint(NamedTuple):
     """Result of `fixed_point`.
 
-    `residual` is the true one, max |F(x) - x|, undamped (the outer coordinates of a `Map` with a weight of 0.01). `rate` is the spectral radius of dF/dx (the
+    `residual` is the true one, max |F(x) - x|, undamped (the outer coordinates of a `Map` with a weight of 0.1). `rate` is the spectral radius of dF/dx (the
     contraction rate of the plain iteration), `growth` the largest real part of its eigenvalues (>= 1 means that
     even the damped iteration is repelled) and `error` = residual |(I - J)^{-1}| bounds |x - x*| to first order, which
     `offset` (n,) = |(I - J)^{-1} (F(x) - x)| is.
@@ -140,7 +140,7 @@ _CURVED, _UPHILL = 5e-3, 0.3
 #: Residual of the other coordinates up to which a step towards a maximum is accepted.
 _ASTRAY = 5e-3
 #: Weight of the outer coordinates in a residual: they sit on a flat maximum, and the others hardly depend on where.
-_FLAT = 0.01
+_FLAT = 0.1
 #: Growth from which on a solution with outer coordinates repels: its Jacobian is that of a sampled map, known to that.
 _REPELS = 1.1
 
