@@ -25,7 +25,7 @@ def measure(row: str) -> dict[str, float]:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
     import lorastate as ls
-    from lorastate import theory
+    from lorastate.solution import theory
 
     pre = ls.Pretraining(alpha=0.1, lam=0.01, activation="identity" if row.startswith("identity") else "softmax")
     setting = ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.05))

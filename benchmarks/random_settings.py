@@ -22,7 +22,7 @@ import numpy as np
 jax.config.update("jax_enable_x64", True)
 
 import lorastate as ls  # noqa: E402
-from lorastate.setting_file import setting_from_dict, setting_to_dict  # noqa: E402
+from lorastate.setting.files import setting_from_dict, setting_to_dict  # noqa: E402
 
 NUMERICS = ls.Numerics(nodes=8192, finetuning_nodes=16384)
 NAMES = ("m", "p", "q", "overlap", "test_error", "free_energy", "breaking", "complexity", "double_well_share")

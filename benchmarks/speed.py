@@ -39,7 +39,7 @@ def identity_batch(count: int = 10_000) -> dict:
     from jax.sharding import Mesh, PartitionSpec
 
     import lorastate as ls
-    from lorastate import theory
+    from lorastate.solution import theory
 
     numerics = ls.Numerics()
     lams = jnp.geomspace(0.01, 0.5, count)

@@ -67,7 +67,7 @@ def optimum() -> None:
     from scipy.optimize import minimize, minimize_scalar
 
     import lorastate as ls
-    from lorastate import solution, theory
+    from lorastate.solution import solution, theory
 
     base = _setting(0.01, 0.3)
     paths = ("pretraining.lam", "finetuning.lam")
@@ -170,7 +170,7 @@ def _on_devices(count: int) -> float:
     from jax.sharding import Mesh, PartitionSpec
 
     import lorastate as ls
-    from lorastate import theory
+    from lorastate.solution import theory
 
     params, rest = eqx.partition(ls.Pretraining(0.1, 0.1, activation="identity"), eqx.is_array)
 
@@ -192,10 +192,11 @@ def flops() -> None:
     import jax
     import jax.numpy as jnp
 
-    from lorastate import finetuning as ft
-    from lorastate import pretraining as pt
-    from lorastate import prox, solution, theory
-    from lorastate.order import decode
+    from lorastate.evolution import finetuning as ft
+    from lorastate.evolution import pretraining as pt
+    from lorastate.evolution.order import decode
+    from lorastate.model import proximal as prox
+    from lorastate.solution import solution, theory
 
     s = _setting(nodes=16384, finetuning_nodes=65536, replicas=32)
     pre, fine = s.pretraining, s.finetuning_resolved

@@ -19,7 +19,7 @@ def main() -> None:
 
     jax.config.update("jax_enable_x64", True)
     import lorastate as ls
-    from lorastate.stability import weak_recovery_threshold
+    from lorastate.diagnosis.thresholds import weak_recovery_threshold
 
     dimensions = [int(d) for d in options.dimensions.split(",")]
     setting = ls.Setting(ls.Pretraining(0.1, 0.1, activation="identity"), ls.Finetuning(1.0, 0.5))

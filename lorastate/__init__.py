@@ -8,34 +8,35 @@ from typing import Any
 
 from ._version import __version__
 
-# Names are imported on first use, so that the command line can answer before JAX is loaded.
-_HOME = {
-    "Setting": "setting", "Pretraining": "setting", "Finetuning": "setting", "Numerics": "setting",
-    "SettingWarning": "setting", "Task": "task",
-    "load_setting": "setting_file", "replace": "setting_file", "setting_to_dict": "setting_file",
-    "setting_from_dict": "setting_file", "continuous_fields": "setting_file", "get": "setting_file",
-    "BaseLaw": "base_law", "Wishart": "base_law", "Atoms": "base_law", "PowerLaw": "base_law", "FreeSum": "base_law",
-    "Activation": "activation", "Softmax": "activation", "Identity": "activation", "Custom": "activation",
-    "Inputs": "channel", "Fresh": "channel", "Reused": "channel", "Mixed": "channel", "Selected": "channel",
-    "BayesOptimal": "channel", "FrozenMap": "channel",
-    "Recalibration": "channel", "FixedScale": "channel", "LeastNoise": "channel", "LeastError": "channel",
-    "LearnedSpectrum": "spectrum",
-    "bayes_optimal": "bayes", "bayes_optimal_pretraining": "bayes", "bayes_optimal_finetuning": "bayes",
-    "BayesPretraining": "bayes", "BayesFinetuning": "bayes", "BayesLimits": "bayes",
-    "Method": "fixed_point", "FixedPoint": "fixed_point",
-    "Solution": "solution", "predict": "solution", "PretrainingSolution": "solution", "pretrain": "solution",
-    "explain": "report", "noise_decomposition": "report",
-    "weak_recovery_threshold": "stability", "interpolation_threshold": "stability", "branches": "stability",
-    "instability_threshold": "stability", "breaking_error": "second_step",
-    "measure_mismatch": "mismatch", "find_mismatch": "mismatch", "Mismatch": "mismatch",
-    "sweep": "sweeps", "SweepInterrupted": "sweeps", "SweepIncomplete": "sweeps",
-    "gradient": "design", "optimize": "design", "Optimum": "design",
-    "sensitivities": "design", "Sensitivities": "design",
-    "sample_pretraining": "laws", "sample_finetuning": "laws",
-    "Simulation": "simulation", "simulate": "simulation", "SimulationInterrupted": "simulation",
-    "ChannelSimulation": "asymptotic",
-    "SettingError": "errors", "SolveError": "errors", "Code": "errors",
-}  # fmt: skip
+# The public names of each module. They are imported on first use, so that the command line can answer before JAX is
+# loaded.
+_NAMES = {
+    "setting.stages": "Setting Pretraining Finetuning Numerics SettingWarning",
+    "model.task": "Task",
+    "setting.files": "load_setting replace setting_to_dict setting_from_dict continuous_fields get",
+    "model.spectra.laws": "BaseLaw Wishart Atoms PowerLaw FreeSum",
+    "model.activation": "Activation Softmax Identity Custom",
+    "model.channel.inputs": (
+        "Inputs Fresh Reused Mixed Selected BayesOptimal FrozenMap Recalibration FixedScale LeastNoise LeastError"
+    ),
+    "model.spectra.learned": "LearnedSpectrum",
+    "bayes.limits": (
+        "bayes_optimal bayes_optimal_pretraining bayes_optimal_finetuning BayesPretraining BayesFinetuning BayesLimits"
+    ),
+    "math.fixed_point": "Method FixedPoint",
+    "solution.solution": "Solution predict PretrainingSolution pretrain",
+    "diagnosis.explain": "explain noise_decomposition",
+    "diagnosis.thresholds": "weak_recovery_threshold interpolation_threshold branches instability_threshold",
+    "diagnosis.second_step": "breaking_error",
+    "design.mismatch": "measure_mismatch find_mismatch Mismatch",
+    "sweeps.sweep": "sweep SweepInterrupted SweepIncomplete",
+    "design.optimize": "gradient optimize Optimum sensitivities Sensitivities",
+    "diagnosis.preactivations": "sample_pretraining sample_finetuning",
+    "simulation.simulate": "Simulation simulate SimulationInterrupted",
+    "simulation.on_channel": "ChannelSimulation",
+    "errors": "SettingError SolveError Code",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*sorted(_HOME), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -5,13 +5,15 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+_FOLDER = Path(__file__).parent
+
 
 def source_on_disk() -> str:
     """Hash of this package's source as it is on disk now; empty where there is none to read."""
     found = hashlib.sha256()
     try:
-        for path in sorted(Path(__file__).parent.glob("[!.]*.py")):
-            found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        for path in sorted(_FOLDER.rglob("[!.]*.py")):
+            found.update(path.relative_to(_FOLDER).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     except OSError:  # it is being changed
         return ""
     return found.hexdigest()

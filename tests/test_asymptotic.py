@@ -7,17 +7,20 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 
-from lorastate import _descents, asymptotic, simulation, solution  # noqa: E402
-from lorastate._descents import LoraData, descend  # noqa: E402
-from lorastate._lbfgs import minimise  # noqa: E402
-from lorastate.activation import Custom, Identity, Softmax  # noqa: E402
-from lorastate.channel import FrozenMap  # noqa: E402
 from lorastate.errors import Code, SettingError, SolveError  # noqa: E402
-from lorastate.generalization import finetuning_error, node_dimension  # noqa: E402
-from lorastate.order import from_norm  # noqa: E402
-from lorastate.quadrature import gaussian_nodes  # noqa: E402
-from lorastate.setting import Finetuning, Numerics, Pretraining, Setting  # noqa: E402
-from lorastate.simulation import simulate  # noqa: E402
+from lorastate.evolution.order import from_norm  # noqa: E402
+from lorastate.evolution.test_errors import finetuning_error, node_dimension  # noqa: E402
+from lorastate.math.lbfgs import minimise  # noqa: E402
+from lorastate.math.quadrature import gaussian_nodes  # noqa: E402
+from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
+from lorastate.model.channel.inputs import FrozenMap  # noqa: E402
+from lorastate.setting.stages import Finetuning, Numerics, Pretraining, Setting  # noqa: E402
+from lorastate.simulation import descents as _descents  # noqa: E402
+from lorastate.simulation import on_channel as asymptotic  # noqa: E402
+from lorastate.simulation import simulate as simulation  # noqa: E402
+from lorastate.simulation.descents import LoraData, descend  # noqa: E402
+from lorastate.simulation.simulate import simulate  # noqa: E402
+from lorastate.solution import solution  # noqa: E402
 
 NUMERICS = Numerics(nodes=4096, finetuning_nodes=8192, replicas=8)
 SMOOTH = Pretraining(0.1, 0.01, activation="softmax")

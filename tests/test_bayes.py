@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import bayes, theory
-from lorastate.bayes import bayes_optimal_finetuning, bayes_optimal_pretraining, mmse, weak_recovery_threshold
-from lorastate.order import decode
-from lorastate.quadrature import gaussian_nodes
-from lorastate.symmetric import complement, to_matrix
+from lorastate.bayes import limits as bayes
+from lorastate.bayes.limits import bayes_optimal_finetuning, bayes_optimal_pretraining, mmse, weak_recovery_threshold
+from lorastate.evolution.order import decode
+from lorastate.math.quadrature import gaussian_nodes
+from lorastate.math.symmetric import complement, to_matrix
+from lorastate.solution import theory
 
 
 def pre(**kw):

@@ -10,13 +10,13 @@ import pytest
 from numpy.polynomial.hermite_e import hermegauss
 
 import lorastate as ls
-from lorastate import finetuning as ft
-from lorastate import wells
-from lorastate.channel import FrozenMap
 from lorastate.errors import Code
-from lorastate.order import Order, decode
-from lorastate.prox import VectorProblem, gram
-from lorastate.quadrature import Nodes, nested_nodes
+from lorastate.evolution import finetuning as ft
+from lorastate.evolution.order import Order, decode
+from lorastate.math.quadrature import Nodes, nested_nodes
+from lorastate.model import wells
+from lorastate.model.channel.inputs import FrozenMap
+from lorastate.model.proximal import VectorProblem, gram
 
 SMALL = ls.Numerics(nodes=4096, finetuning_nodes=8192, replicas=4)
 #: A glass: noisy labels and weak ridges on two tokens (M and Q of its map are those of the published equations).

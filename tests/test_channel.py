@@ -9,12 +9,21 @@ from scipy.special import gammaincinv
 from scipy.stats import chi2
 
 import lorastate as ls
-from lorastate import design
-from lorastate.channel import BayesOptimal, Fresh, FrozenMap, Mixed, Reused, Selected, attach_quantile, quantile
-from lorastate.order import from_norm
-from lorastate.quadrature import gaussian_nodes
-from lorastate.report import noise_decomposition
-from lorastate.setting_file import continuous_fields, get, replace, setting_from_dict, setting_to_dict
+from lorastate.design import optimize as design
+from lorastate.diagnosis.explain import noise_decomposition
+from lorastate.evolution.order import from_norm
+from lorastate.math.quadrature import gaussian_nodes
+from lorastate.model.channel.inputs import (
+    BayesOptimal,
+    Fresh,
+    FrozenMap,
+    Mixed,
+    Reused,
+    Selected,
+    attach_quantile,
+    quantile,
+)
+from lorastate.setting.files import continuous_fields, get, replace, setting_from_dict, setting_to_dict
 
 SMALL = {"nodes": 512, "finetuning_nodes": 1024, "replicas": 2}
 T = 3

@@ -14,10 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from lorastate import cli, design, figures, simulation, solution
 from lorastate._version import __version__
+from lorastate.cli import main as cli
+from lorastate.design import optimize as design
 from lorastate.errors import Code, SolveError
-from lorastate.setting_file import (
+from lorastate.figures import figures
+from lorastate.setting.files import (
     continuous_fields,
     get,
     load_setting,
@@ -25,6 +27,8 @@ from lorastate.setting_file import (
     setting_from_dict,
     setting_to_dict,
 )
+from lorastate.simulation import simulate as simulation
+from lorastate.solution import solution
 
 jax.config.update("jax_enable_x64", True)
 
@@ -161,7 +165,7 @@ def test_float64_off(call, path, monkeypatch, value):
 
 def test_float64_off_in_a_fresh_process(path):
     environment = os.environ | {"JAX_ENABLE_X64": "0"}
-    words = [sys.executable, "-m", "lorastate.cli", "predict", path]
+    words = [sys.executable, "-m", "lorastate.cli.main", "predict", path]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("lorastate: float64 is switched off") and done.stderr.count("\n") == 1
@@ -234,7 +238,7 @@ def test_usage_errors(call, words):
 
 def test_help_and_version_do_not_need_jax():
     code = (
-        "import sys\nsys.modules['jax'] = None\nfrom lorastate import cli\n"
+        "import sys\nsys.modules['jax'] = None\nfrom lorastate.cli import main as cli\n"
         "assert cli.main(['--version']) == 0\n"
         "try:\n    cli.main(['--help'])\nexcept SystemExit as leaving:\n    sys.exit(leaving.code)"
     )
@@ -271,7 +275,7 @@ def test_debug_nans(path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_letters_that_stdout_has_not(tmp_path, encoding):
-    code = "from lorastate import cli; cli._run = lambda command: cli._say(str(command.out)) or 0; cli.main()"
+    code = "from lorastate.cli import main as cli; cli._run = lambda c: cli._say(str(c.out)) or 0; cli.main()"
     words = ["-c", code, "figure", "1", "--out", "r\u00e9sultats"]
     process = start(words, PYTHONIOENCODING=encoding)
     out, said = process.communicate()
@@ -324,7 +328,8 @@ INTERRUPTED = {
 def test_ctrl_c_while(when):
     # A process started in the background may have inherited that SIGINT is ignored.
     heard = "    import signal\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code = textwrap.dedent(heard + "    from lorastate import cli\n    cli._PATIENCE = 0.5\n" + INTERRUPTED[when])
+    patience = "    from lorastate.cli import main as cli\n    cli._PATIENCE = 0.5\n"
+    code = textwrap.dedent(heard + patience + INTERRUPTED[when])
     process = start(["-c", code + "\ncli.main()", "figure", "1"])
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
@@ -594,7 +599,7 @@ def test_solve_error_inside(call, path, tmp_path, monkeypatch):
 
 
 def test_broken_pipe(path):
-    words = [sys.executable, "-m", "lorastate.cli", "--version"]
+    words = [sys.executable, "-m", "lorastate.cli.main", "--version"]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
@@ -604,7 +609,7 @@ def test_broken_pipe(path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_full_disk():
-    words = [sys.executable, "-m", "lorastate.cli", "--version"]
+    words = [sys.executable, "-m", "lorastate.cli.main", "--version"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr.startswith("lorastate: input or output failed")
@@ -757,7 +762,7 @@ def test_figure(call, tmp_path, monkeypatch):
 
 
 def test_explain(call, path, monkeypatch):
-    from lorastate import report
+    from lorastate.diagnosis import explain as report
 
     asked = []
     monkeypatch.setattr(report, "explain", lambda setting, progress: asked.append(setting) or FACTS)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import finetuning as ft
-from lorastate import pretraining as pt
-from lorastate import theory
 from lorastate.errors import Code
-from lorastate.fixed_point import attach
-from lorastate.order import decode
-from lorastate.program import Program
-from lorastate.solution import solve
+from lorastate.evolution import finetuning as ft
+from lorastate.evolution import pretraining as pt
+from lorastate.evolution.order import decode
+from lorastate.math.fixed_point import attach
+from lorastate.runtime.program import Program
+from lorastate.solution import theory
+from lorastate.solution.solution import solve
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import design
-from lorastate.budget import budgets
-from lorastate.design import optimize, sensitivities
-from lorastate.setting_file import get, replace
+from lorastate.design import optimize as design
+from lorastate.design.budgets import budgets
+from lorastate.design.optimize import optimize, sensitivities
+from lorastate.setting.files import get, replace
 
 NUMERICS = ls.Numerics(512, 1024, 2)
 DATA = ("pretraining.alpha", "finetuning.alpha", "pretraining.lam", "finetuning.lam")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import figures
 from lorastate.errors import Code, SolveError
+from lorastate.figures import figures
 
 SETTING = ls.Setting(ls.Pretraining(0.1, 0.01), ls.Finetuning(3.0, 0.3))
 PATH = "pretraining.lam"
@@ -45,7 +45,7 @@ def axes():
 
 
 def test_backend_is_left_alone():
-    words = "import sys, matplotlib; matplotlib.use('svg'); import lorastate.figures"
+    words = "import sys, matplotlib; matplotlib.use('svg'); import lorastate.figures.figures"
     words += "; assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", words], check=True)
 
@@ -121,7 +121,7 @@ def test_squares_of_lowest_minima(axes, monkeypatch):
             stderr=lambda search, name: 0.01,
         )  # fmt: skip
 
-    monkeypatch.setattr("lorastate.simulation.simulate", simulate)
+    monkeypatch.setattr("lorastate.simulation.simulate.simulate", simulate)
     found = figures._squares(axes, SETTING, figures.Training(), progress=False)
     assert len(found) == 6 and found[0]["mean"] == 0.5 and {row["ridge"] for row in found} == {0.05, 1.0}
     wanted = {"stage": "finetuning", "dimension": 600, "runs": 4, "seed": 0, "starts": 4, "moves": 20}
@@ -138,7 +138,7 @@ def test_training_that_failed_is_no_square(axes):
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_where_symmetry_breaks(monkeypatch, failed):
-    from lorastate import stability
+    from lorastate.diagnosis import thresholds as stability
 
     def threshold(setting, path, low, high, rtol):
         if failed:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 jax.config.update("jax_enable_x64", True)
 
 from lorastate.errors import Code, succeeded  # noqa: E402
-from lorastate.fixed_point import (  # noqa: E402
+from lorastate.math.fixed_point import (  # noqa: E402
     Method,
     fixed_point,
     small_solve,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate.generalization import finetuning_error, node_dimension, pretraining_error, row_error
-from lorastate.order import Order
-from lorastate.quadrature import gaussian_nodes, over_replicas
+from lorastate.evolution.order import Order
+from lorastate.evolution.test_errors import finetuning_error, node_dimension, pretraining_error, row_error
+from lorastate.math.quadrature import gaussian_nodes, over_replicas
 
 LAW = (2.25, 1.33, 1.26)
 LORA = Order(0.4, 0.7, 0.5)

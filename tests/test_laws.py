@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import laws
+from lorastate.diagnosis import preactivations as laws
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
 

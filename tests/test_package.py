@@ -23,9 +23,8 @@ def test_names_and_modules_in_a_fresh_process():
     code = """if True:
         import sys, lorastate as ls
         assert "jax" not in sys.modules
-        for name in ("base_law", "figures", "laws", "budget", "setting"):
+        for name in ("model", "figures", "design", "setting"):
             assert getattr(ls, name).__name__ == f"lorastate.{name}"
-        assert ls.base_law.Wishart is ls.Wishart
         for name in dir(ls):
             getattr(ls, name)
         assert not hasattr(ls, "nothing") and not hasattr(ls, "__wrapped__")
@@ -44,7 +43,11 @@ def test_names_in_documents_and_scripts():
 
 
 def test_all_that_a_setting_is_made_of_is_exported():
-    homes = {ls.base_law: ls.BaseLaw, ls.channel: (ls.Inputs, ls.Recalibration), ls.activation: ls.Activation}
+    from lorastate.model import activation
+    from lorastate.model.channel import inputs
+    from lorastate.model.spectra import laws
+
+    homes = {laws: ls.BaseLaw, inputs: (ls.Inputs, ls.Recalibration), activation: ls.Activation}
     for module, kinds in homes.items():
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, kinds) and not name.startswith("_"):

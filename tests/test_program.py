@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import program, theory
-from lorastate.program import Program
-from lorastate.quadrature import gaussian_nodes
+from lorastate.math.quadrature import gaussian_nodes
+from lorastate.runtime import program
+from lorastate.runtime.program import Program
+from lorastate.solution import theory
 
 NUMERICS = ls.Numerics(512, 1024, 2)
 
@@ -122,7 +123,8 @@ def test_nothing_in_the_folder_is_run(folder):
         same(solve(Program(theory.solve_pretraining), 0.1), found)
     assert not Planted.ran
     # Not even a class of another package, or what is not a class of values.
-    for name in (["subprocess", "Popen"], ["lorastate.program", "Program"], ["lorastate.program", "_load"]):
+    here = "lorastate.runtime.program"
+    for name in (["subprocess", "Popen"], [here, "Program"], [here, "_load"]):
         with pytest.raises(TypeError):
             program._tree({"class": name, "fields": []})
 
@@ -196,16 +198,16 @@ def test_what_was_edited_since_it_was_imported_is_not_kept(folder, monkeypatch):
 def test_source_is_read_before_it_is_imported(tmp_path):
     """A package that is edited between its import and its first use."""
     copy = tmp_path / "lorastate"
-    shutil.copytree(Path(program.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(program.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
     code = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         import lorastate
         from lorastate._version import SOURCE, source_on_disk
         assert lorastate.__file__.startswith({str(tmp_path)!r}) and SOURCE == source_on_disk()
-        with open({str(copy / "theory.py")!r}, "a") as file:
+        with open({str(copy / "solution" / "theory.py")!r}, "a") as file:
             file.write("# edited")
-        from lorastate import program
+        from lorastate.runtime import program
         assert SOURCE in program._version() and source_on_disk() not in (SOURCE, "")
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

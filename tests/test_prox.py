@@ -11,9 +11,7 @@ from scipy.optimize import minimize
 
 jax.config.update("jax_enable_x64", True)
 
-from lorastate.activation import Custom, Identity, Softmax  # noqa: E402
-from lorastate.prox import MapProblem, VectorProblem, ldl_solve, minimise  # noqa: E402
-from lorastate.symmetric import (  # noqa: E402
+from lorastate.math.symmetric import (  # noqa: E402
     basis,
     complement,
     dimension,
@@ -21,6 +19,8 @@ from lorastate.symmetric import (  # noqa: E402
     to_coordinates,
     to_matrix,
 )
+from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
+from lorastate.model.proximal import MapProblem, VectorProblem, ldl_solve, minimise  # noqa: E402
 
 
 def rows(z):

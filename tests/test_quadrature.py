@@ -8,8 +8,7 @@ from scipy.stats import kstest
 
 jax.config.update("jax_enable_x64", True)
 
-from lorastate.channel import Fresh, FrozenMap, field_dimension  # noqa: E402
-from lorastate.quadrature import (  # noqa: E402
+from lorastate.math.quadrature import (  # noqa: E402
     Slots,
     by_replica,
     for_parts,
@@ -19,6 +18,7 @@ from lorastate.quadrature import (  # noqa: E402
     over_replicas,
     sweep,
 )
+from lorastate.model.channel.inputs import Fresh, FrozenMap, field_dimension  # noqa: E402
 
 # dimension, nodes, replicas, mirrored coordinates
 SETS = [

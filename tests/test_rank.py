@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import finetuning as ft
-from lorastate import prox, simulation, theory, wells
-from lorastate.activation import Custom, Identity, Softmax
-from lorastate.bayes import bayes_optimal_finetuning, weak_recovery_threshold
-from lorastate.channel import FrozenMap
-from lorastate.generalization import finetuning_error, node_dimension
-from lorastate.order import Order, decode, from_norm
-from lorastate.prox import VectorProblem
-from lorastate.quadrature import Nodes, gaussian_nodes
-from lorastate.stability import frozen_map
-from lorastate.symmetric import to_matrix
+from lorastate.bayes.limits import bayes_optimal_finetuning, weak_recovery_threshold
+from lorastate.diagnosis.thresholds import frozen_map
+from lorastate.evolution import finetuning as ft
+from lorastate.evolution.order import Order, decode, from_norm
+from lorastate.evolution.test_errors import finetuning_error, node_dimension
+from lorastate.math.quadrature import Nodes, gaussian_nodes
+from lorastate.math.symmetric import to_matrix
+from lorastate.model import proximal as prox
+from lorastate.model import wells
+from lorastate.model.activation import Custom, Identity, Softmax
+from lorastate.model.channel.inputs import FrozenMap
+from lorastate.model.proximal import VectorProblem
+from lorastate.simulation import simulate as simulation
+from lorastate.solution import theory
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=4096, replicas=2)
 

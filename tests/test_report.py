@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import mismatch, report
+from lorastate.design import mismatch
+from lorastate.diagnosis import explain as report
+from lorastate.diagnosis.explain import noise_decomposition
 from lorastate.errors import SolveError
-from lorastate.report import noise_decomposition
-from lorastate.setting_file import get, replace
+from lorastate.setting.files import get, replace
 
 SETTING = ls.Setting(
     ls.Pretraining(alpha=0.2, lam=0.05, activation="identity", tokens=2),

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastate.activation import Identity, Softmax
-from lorastate.channel import Mixed, Reused
-from lorastate.design import gradient
+from lorastate.design.optimize import gradient
 from lorastate.errors import SettingError
-from lorastate.setting import Finetuning, Numerics, Pretraining, Setting
-from lorastate.setting_file import (
+from lorastate.model.activation import Identity, Softmax
+from lorastate.model.channel.inputs import Mixed, Reused
+from lorastate.setting.files import (
     KEYS,
     continuous_fields,
     get,
@@ -21,6 +20,7 @@ from lorastate.setting_file import (
     setting_from_dict,
     setting_to_dict,
 )
+from lorastate.setting.stages import Finetuning, Numerics, Pretraining, Setting
 
 jax.config.update("jax_enable_x64", True)
 

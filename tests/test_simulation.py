@@ -11,12 +11,12 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 
-from lorastate import simulation  # noqa: E402
-from lorastate._lbfgs import minimise  # noqa: E402
-from lorastate.activation import Custom, Identity, Softmax  # noqa: E402
 from lorastate.errors import Code, SettingError, SolveError  # noqa: E402
-from lorastate.setting import Finetuning, Pretraining, Setting  # noqa: E402
-from lorastate.simulation import simulate  # noqa: E402
+from lorastate.math.lbfgs import minimise  # noqa: E402
+from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
+from lorastate.setting.stages import Finetuning, Pretraining, Setting  # noqa: E402
+from lorastate.simulation import simulate as simulation  # noqa: E402
+from lorastate.simulation.simulate import simulate  # noqa: E402
 
 D = 60
 NAMES = {

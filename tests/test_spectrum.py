@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorastate.base_law import Atoms, Wishart
-from lorastate.spectrum import (
+from lorastate.model.spectra.laws import Atoms, Wishart
+from lorastate.model.spectra.wishart import (
     J,
     LearnedSpectrum,
     band_nodes,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import stability
-from lorastate.setting_file import replace
+from lorastate.diagnosis import thresholds as stability
+from lorastate.setting.files import replace
 
 
 def setting(**fine):

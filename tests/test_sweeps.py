@@ -15,8 +15,11 @@ import pytest
 import xarray
 
 import lorastate as ls
-from lorastate import base_law, cli, design, sweeps
-from lorastate.setting_file import setting_to_dict
+from lorastate.cli import main as cli
+from lorastate.design import optimize as design
+from lorastate.model.spectra import laws as base_law
+from lorastate.setting.files import setting_to_dict
+from lorastate.sweeps import sweep as sweeps
 
 
 @pytest.fixture
@@ -373,7 +376,7 @@ SHARED = f"""
     if hasattr(jax.config, "jax_enable_recoverability"):
         jax.config.update("jax_enable_recoverability", True)
     import lorastate as ls
-    from lorastate import sweeps
+    from lorastate.sweeps import sweep as sweeps
     port, process, slow, out = sys.argv[1:]
     sys.path.insert(0, {os.path.dirname(__file__)!r})
     import test_sweeps as t

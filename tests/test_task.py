@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import stability
-from lorastate.base_law import Atoms, FreeSum, PowerLaw, Wishart
-from lorastate.bayes import bayes_optimal_pretraining
-from lorastate.setting_file import continuous_fields, get, load_setting, replace, setting_to_dict
+from lorastate.bayes.limits import bayes_optimal_pretraining
+from lorastate.diagnosis import thresholds as stability
+from lorastate.model.spectra.laws import Atoms, FreeSum, PowerLaw, Wishart
+from lorastate.setting.files import continuous_fields, get, load_setting, replace, setting_to_dict
 
 NUMERICS = ls.Numerics(512, 1024, 2)
 RELATED = {"a": 0.9, "c": 0.5, "kappa_perp": 0.7}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import program, theory
-from lorastate.order import decode
-from lorastate.setting_file import continuous_fields, get
+from lorastate.evolution.order import decode
+from lorastate.runtime import program
+from lorastate.setting.files import continuous_fields, get
+from lorastate.solution import theory
 
 # The same sizes as in test_cli and test_documents: what is compiled for one serves the others.
 SMALL = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}

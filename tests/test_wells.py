@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate import finetuning as ft
-from lorastate import prox, wells
-from lorastate.channel import FrozenMap
-from lorastate.order import Order
-from lorastate.quadrature import nested_nodes
+from lorastate.evolution import finetuning as ft
+from lorastate.evolution.order import Order
+from lorastate.math.quadrature import nested_nodes
+from lorastate.model import proximal as prox
+from lorastate.model import wells
+from lorastate.model.channel.inputs import FrozenMap
 
 # Noisy labels and a weak ridge: many nodes have several wells.
 FINE = ls.Setting(ls.Pretraining(0.1, 0.003, delta=2.0), ls.Finetuning(3.0, 0.05)).finetuning_resolved

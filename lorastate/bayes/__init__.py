@@ -1,0 +1,1 @@
+"""Bayes-optimal limits of both stages."""

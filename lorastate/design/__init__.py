@@ -1,0 +1,1 @@
+"""Gradients of predictions by every input, and descent over any of them under budgets."""

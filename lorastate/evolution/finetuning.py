@@ -1,0 +1,491 @@
+"""Fine-tuning: state evolution of the LoRA update w in R^{D x r} on the frozen map, in k steps of symmetry breaking.
+
+The minima of L' have norm q = w_a^T w_a/D, overlap m = w_a^T w*/D with the teacher and overlaps p_0 < ... < p_k = q
+with each other; 0 = y_0 < y_1 < ... < y_k. k = 0 is replica symmetry, one minimum up to w -> -w (arXiv:2606.05899).
+With s_i = p'_i - p'_{i-1}, A_k = l' + 2 lam', A_{i-1} = A_i - y_i s_i, y_{k+1} = 0 and, for every direction,
+
+    phi = [ q' v + sum_i (y_i - y_{i+1}) p'_i p_i + 2 m' m - l' q ]/2 + alpha' c
+          + sum_{i>=1} log(A_{i-1}/A_i)/(2 y_i) - (m'^2 q0 + p'_0)/(2 A_0)
+
+    c = E f_0(omega),   f_{i-1}(x) = -(1/y_i) log E_z exp(-y_i f_i(x + sqrt(p_i - p_{i-1}) z))
+    f_k(x) = min_chi [ ||sigma(Z_W + chi chi^T) - sigma(Y0 + chi* chi*^T)||_F^2 + Tr d v^-1 d^T / 2 ],   d = chi - x
+
+Stationarity. With g = df_k/dx = (x - chi)/v, <.>_i the average over z_i weighted by exp(-y_i f_i), g_i = <g>_{i+1..k},
+
+    q' = p'_k     p'_i = alpha' E |g_i|^2     m' = -alpha' dc/dm     l' = alpha' E <div g>
+    v = 1/A_k     m = m' q0/A_0     p_0 = (m'^2 q0 + p'_0)/A_0^2     p_i = p_{i-1} + s_i/(A_i A_{i-1})     dphi/dy_i = 0
+
+Gaussian integration by parts gives these forms from the derivatives of c in v, m, p_i and q. Both have first
+derivatives of f alone, which is continuous; in these the terms of either sign and size 1/(p_i - p_{i-1}), which
+cancel in the others, do not appear, so that p_i -> p_{i-1} is harmless.
+
+m = w^T w*/D is r x r*, q = w^T w/D and v are r x r. The loss knows w w^T alone, so w may be turned by any O in O(r),
+and the teacher w* in R^{D x r*}, whose entries are N(0, q0), by any in O(r*). Up to that a solution is as symmetric as
+it can be: with k = min(r, r*),
+
+    m = mu [1_k 0]     q = diag(q_1 1_k, q_2 1_(r - k))     v = diag(v_1 1_k, v_2 1_(r - k))
+
+k directions follow the teacher's alike, and where r > r* the others are spare and alike too, each kind with its own
+p_i. `Order` holds these numbers: as for rank one, or pairs where some are spare.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..math.fixed_point import Map
+from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
+from ..model import wells
+from ..model.channel.inputs import Fields, FrozenMap, field_dimension
+from ..model.proximal import VectorProblem, gram
+from ..model.wells import Wells, debiased
+from ..setting.stages import Finetuning
+from .order import (
+    NOISE_FLOOR,
+    RESPONSE_FLOOR,
+    SPREAD_FLOOR,
+    Order,
+    decode,
+    directions,
+    from_norm,
+    lifted,
+    matched,
+    per_row,
+    student_field,
+)
+
+#: Size of the LoRA teacher: entries of w* are N(0, q0).
+TEACHER_SIZE = 1.0
+
+
+class Conjugates(NamedTuple):
+    """p'_0, ..., p'_k = q' (a tuple), m', l' of fine-tuning, numbers or pairs as in `Order`."""
+
+    phat: tuple
+    mhat: Any
+    lhat: Any
+
+    @property
+    def qhat(self):
+        """q'."""
+        return self.phat[-1]
+
+
+class Draws(NamedTuple):
+    """Samples that the fine-tuning expectation runs over, node-last; `weight` sums to one.
+
+    `teacher` is chi* (r* T, N), `noise` the independent standard field g (r T, N) of omega = (m/q0) chi* + noise g;
+    `inner`, of every level of symmetry breaking: z (r T, s, N), s samples at every node.
+    """
+
+    fields: Fields
+    teacher: Any
+    noise: Any
+    weight: Any
+    inner: tuple
+
+
+def spare(fine: Finetuning) -> bool:
+    """Whether there are directions that the teacher has not: order parameters are then pairs."""
+    return fine.rank > fine.teacher_rank
+
+
+def order_at(fine: Finetuning, x) -> Order:
+    """The order parameters at the solver's coordinates."""
+    return decode(x, spare(fine))
+
+
+def node_dimension(fine: Finetuning) -> int:
+    """Gaussian dimensions: chi*, g, and what the channel needs."""
+    return mirrored(fine)[1] + fine.inputs.dimension(fine.tokens, fine.activation.forgets_shift)
+
+
+def mirrored(fine: Finetuning) -> tuple[int, int]:
+    """Where the coordinates of g, which mirror images negate, begin and end: those of chi* come first."""
+    assert fine.tokens is not None
+    return fine.teacher_rank * fine.tokens, (fine.teacher_rank + fine.rank) * fine.tokens
+
+
+def node_order(fine: Finetuning) -> tuple[int, ...]:
+    """Which coordinate of the sequence each coordinate of the nodes takes: chi* and g alternate, token by token, and so
+    do the fields of the channel. The integrand depends most on how these go together."""
+    begin, end = mirrored(fine)
+    assert fine.tokens is not None
+    rest = node_dimension(fine) - end
+    field = field_dimension(fine.tokens, fine.activation.forgets_shift, 1)
+    groups = [begin, end - begin] + (rest // field * [field] if rest % field == 0 else [rest])
+    lora = [(0, k, group) for group in (0, 1) for k in range(groups[group])]
+    channel = [(1, k, group) for group, size in enumerate(groups[2:]) for k in range(size)]
+    keys = lora + channel
+    place = {key: n for n, key in enumerate(sorted(keys))}
+    return tuple(place[key] for key in keys)
+
+
+def prepare(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Nodes:
+    """The nodes (all replicas) with what the channel has to search for at them; no derivative."""
+    return nodes._replace(found=over_replicas(lambda n: _found(fine, frozen, n), nodes._replace(found=None)))
+
+
+def refresh_nodes(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Nodes:
+    """The nodes of one replica, prepared for a map very near this one, brought up to date."""
+    return nodes._replace(found=_found(fine, frozen, nodes, nodes.found))
+
+
+def _found(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, previous: Any = None):
+    # The channel's coordinates are the same on a node and on its mirror image: one half is searched.
+    x = nodes.normal[mirrored(fine)[1] :, : nodes.normal.shape[1] // 2]
+    fine, frozen = jax.lax.stop_gradient((fine, frozen))
+    return fine.inputs.search(frozen, fine.tokens, fine.activation.forgets_shift, x, previous)
+
+
+def draws(fine: Finetuning, frozen: FrozenMap, nodes: Nodes) -> Draws:
+    """Plain draws from the nodes: chi* first, then g, then the channel's coordinates; once for each of its parts."""
+    begin, end = mirrored(fine)
+    x, shares = nodes.normal, fine.inputs.shares
+    found = None if nodes.found is None else jnp.concatenate([nodes.found, nodes.found], -1)
+    y0, zw = fine.inputs.fields(frozen, fine.delta, fine.tokens, fine.activation.forgets_shift, x[end:], found)
+    teacher = jnp.sqrt(TEACHER_SIZE) * x[:begin]
+    parts = [(teacher, x[begin:end], share * nodes.weight) for share in shares]
+    inner = tuple(jnp.concatenate([z] * len(shares), -1) for z in nodes.inner)
+    teacher, noise, weight = (jnp.concatenate(p, -1) for p in zip(*parts, strict=True))
+    return Draws(Fields(y0, fine.scale(frozen) * zw), teacher, noise, weight, inner)
+
+
+def label(fine: Finetuning, d: Draws):
+    """sigma(Y') with Y' = Y0 + chi* chi*^T."""
+    return fine.activation(d.fields.y0 + gram(d.teacher, len(d.fields.y0)))
+
+
+def student(order: Order, d: Draws):
+    """omega = (m/q0) chi* + noise g at the draws: covariance [[q0, m], [m, p_0]] with chi*."""
+    base, scale = student_field(order, d.teacher, len(d.noise), TEACHER_SIZE)
+    return base + scale * d.noise
+
+
+def samples(order: Order, d: Draws):
+    """x = omega + sum_i spread_i z_i, (r T, s_k ... s_1 N): nodes last, before them the samples of the first level."""
+    rows = len(d.noise)
+    x = student(order, d)
+    for spread, z in zip(order.spread, d.inner, strict=False):
+        step = per_row(spread, len(d.teacher), rows)
+        # (rows, s_i, [s_{i-1}, ...,] N): the new axis comes before those that are there.
+        z = z.reshape(rows, z.shape[1], *(1,) * (x.ndim - 2), z.shape[2])
+        x = x[:, None] + step.reshape(-1, *(1,) * (z.ndim - 1)) * z if jnp.ndim(step) else x[:, None] + step * z
+    return x.reshape(rows, -1)
+
+
+def inner_problem(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
+    """The inner problem at the nodes, x = omega."""
+    v = per_row(order.response, len(d.teacher), len(d.noise))
+    return VectorProblem(fine.activation, d.fields.zw, student(order, d), label(fine, d), v)
+
+
+def sampled_problem(fine: Finetuning, order: Order, d: Draws) -> VectorProblem:
+    """The inner problem at all samples of all nodes."""
+    problem = inner_problem(fine, order, d)
+    return wells.tiled(problem, samples(order, d)) if order.levels else problem
+
+
+# ---- the two half-steps ----------------------------------------------------------------------------------------
+
+
+class Averages(NamedTuple):
+    """What the equations need of the nodes (one part, or a mean): c; E g_0 . chi*; E <div g>; E |g_i|^2, i = 0..k;
+    E <f_i> - f_{i-1}, i = 1..k; the share of samples with two wells. Sums over the rows of a direction's kind."""
+
+    potential: Any
+    teacher: Any
+    divergence: Any
+    squares: tuple
+    gains: tuple
+    two_wells: Any
+
+
+def averages(fine: Finetuning, order: Order, d: Draws, found: Wells) -> Averages:
+    """The averages over one part of the nodes, whose inner minimisers are `found`."""
+    rows, k, n = len(d.noise), order.levels, d.weight.shape[-1]
+    kinds = _kinds(fine, rows, len(d.teacher))
+    problem = sampled_problem(fine, order, d)
+    low = wells.lowest(problem, found)
+    shape = (*(z.shape[1] for z in reversed(d.inner[:k])), n)
+
+    def lower(h):
+        return low.pick([h((problem.omega - u) / problem.v) for u in low.u]).reshape(-1, *shape)
+
+    f, g = low.depth.reshape(shape), lower(lambda force: force)
+    # Of every level that is done, from the innermost on: |g_i|^2 and g_i . z_i by kind, and <f_i> - f_{i-1}.
+    squares, pulls, gains = [lower(lambda force: kinds @ force**2)], [], []
+    two = wells.share(found).reshape(1, *shape)
+    for z, y in zip(reversed(d.inner[:k]), reversed(order.breaking), strict=True):
+        z = z.reshape(rows, z.shape[1], *(1,) * (f.ndim - 2), n)
+        known = [g, two, f[None], jnp.tensordot(kinds, g * z, 1), *squares, *pulls, *gains]
+        free, (g, two, mean_f, pull, *rest), square = _level(y, kinds, f, known)
+        done = len(squares)
+        squares, pulls = [*rest[:done], square], [*rest[done : 2 * done - 1], pull]
+        gains, f = [*rest[2 * done - 1 :], mean_f - free], free
+
+    def mean(a):
+        return jnp.sum(d.weight * a, -1)
+
+    squares = [mean(a) for a in reversed(squares)]
+    pulls = [mean(kinds @ (g * d.noise)), *(mean(a) for a in reversed(pulls))]
+    divergence = _divergence(order, squares, pulls)
+    kind = (lambda a: a) if spare(fine) else (lambda a: a[0])
+    return Averages(
+        mean(f), kind(mean(kinds @ (g * matched(d.teacher, rows)))), kind(divergence), tuple(map(kind, squares)),
+        tuple(mean(a)[0] for a in reversed(gains)), mean(two)[0],
+    )  # fmt: skip
+
+
+def _kinds(fine: Finetuning, rows: int, along: int) -> np.ndarray:
+    """(1, rows), or (2, rows) with spare directions: which rows are summed over for each kind of direction."""
+    if not spare(fine):
+        return np.ones((1, rows))
+    first = np.arange(rows) < along
+    return np.stack([1.0 * first, 1.0 * ~first])
+
+
+def _level(y, kinds, f, known):
+    """One step of breaking, over the axis of its samples: f_{i-1}, averages of all that is `known` (g_i first), and
+    |g_{i-1}|^2 by kind.
+
+    Samples are two halves of the same kind; what a few samples do to nonlinear functions of averages is taken away.
+    """
+    count = f.shape[0]
+    low = jax.lax.stop_gradient(jnp.min(f, 0))
+    weight = jnp.exp(-y * (f - low)).reshape(2, count // 2, *f.shape[1:])
+    halves = weight.mean(1)
+    whole = halves.mean(0)
+
+    def average(a):
+        """Of all samples, (rows, ...), and of each half, (2, rows, ...)."""
+        parts = (weight * a.reshape(len(a), 2, count // 2, *a.shape[2:])).mean(2)
+        return parts.mean(1) / whole, jnp.moveaxis(parts / halves, 1, 0)
+
+    def size(g):
+        return jnp.tensordot(kinds, g**2, 1)
+
+    found = [average(a) for a in known]
+    free = debiased(low - jnp.log(whole) / y, low - jnp.log(halves) / y)
+    square = debiased(size(found[0][0]), jnp.stack([size(g) for g in found[0][1]]))
+    return free, [debiased(*pair) for pair in found], square
+
+
+def _divergence(order: Order, squares, pulls):
+    """E <div g>, from E g_i . z_i = s_i (E <div g> - R_i) of every level i, where N_i = E |g_i|^2 and
+    R_i = y_i N_i + sum_{j>i} y_j (N_j - N_{j-1}) (s_0 the noise, z_0 the g of omega, y_0 = 0): together they weigh as
+    their parts of x do."""
+    sizes = [jnp.atleast_1d(s) for s in (order.noise, *order.spread)]
+    y = (0.0, *order.breaking)
+    total, weight = 0.0, 0.0
+    for i, size in enumerate(sizes):
+        rest = y[i] * squares[i] if i else 0.0
+        for j in range(i + 1, len(sizes)):
+            rest = rest + y[j] * (squares[j] - squares[j - 1])
+        total, weight = total + size * (pulls[i] + size * rest), weight + size**2
+    return total / weight
+
+
+def conjugates(fine: Finetuning, order: Order, a: Averages) -> Conjugates:
+    """First half-step: (p'_i, m', l') of every direction from the averages."""
+    each = fine.alpha / directions(fine.rank, fine.teacher_rank)
+    first = a.divergence
+    for y, low, high in zip(order.breaking, a.squares, a.squares[1:], strict=False):
+        first = first - y * (high - low)  # E div g_0
+    mhat = -each / TEACHER_SIZE * (a.teacher - order.overlap * first)
+    return Conjugates(tuple(each * s for s in a.squares), mhat, each * a.divergence)
+
+
+def _precisions(fine: Finetuning, c: Conjugates, breaking) -> list:
+    """[A_0, ..., A_k]."""
+    out = [c.lhat + 2 * fine.lam]
+    for i in reversed(range(len(breaking))):
+        out.insert(0, out[0] - breaking[i] * (c.phat[i + 1] - c.phat[i]))
+    return out
+
+
+def _prior(fine: Finetuning, order: Order, c: Conjugates, breaking):
+    """phi without alpha' c, the breaking parameters given apart."""
+    q0, p, y = TEACHER_SIZE, order.norms(TEACHER_SIZE), (0.0, *breaking, 0.0)
+    A = _precisions(fine, c, breaking)
+    work = c.qhat * order.response + 2 * c.mhat * order.overlap - c.lhat * p[-1]
+    for i, overlap in enumerate(p):
+        work = work + (y[i] - y[i + 1]) * c.phat[i] * overlap
+    total = work / 2 - (c.mhat**2 * q0 + c.phat[0]) / (2 * A[0])
+    for i in range(1, len(A)):
+        total = total + jnp.log(A[i - 1] / A[i]) / (2 * y[i])
+    return jnp.sum(directions(fine.rank, fine.teacher_rank) * total)
+
+
+def free_energy(fine: Finetuning, order: Order, a: Averages):
+    """phi, per D: the training loss, penalty included."""
+    return _prior(fine, order, conjugates(fine, order, a), order.breaking) + fine.alpha * a.potential
+
+
+def energy_slopes(fine: Finetuning, order: Order, a: Averages) -> tuple:
+    """d phi / d y_i at fixed order parameters and conjugates; y_i^2 times that is the complexity of minima."""
+    c = conjugates(fine, order, a)
+    prior = jax.grad(lambda y: _prior(fine, order, c, y))(order.breaking)
+    return tuple(p + fine.alpha * k / y for p, k, y in zip(prior, a.gains, order.breaking, strict=True))
+
+
+#: Largest y times the standard deviation of f over the samples.
+_DEEPEST = 2.0
+
+
+def order_parameters(fine: Finetuning, order: Order, a: Averages, hold: Any = False) -> Order:
+    """Second half-step, from the averages at `order`. What leaves the domain (A_i below zero) comes out as NaN;
+    p'_0, which its samples may put below zero where it is small, as zero.
+
+    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of; on `hold` it stays, and it does
+    not grow beyond where a few samples would carry all weight.
+    """
+    c, q0 = conjugates(fine, order, a), TEACHER_SIZE
+    A = _precisions(fine, c, order.breaking)
+    good = jnp.all(jnp.stack([jnp.all(value > 0) for value in A]))
+    noise = jnp.sqrt(lifted(c.phat[0] / A[0] ** 2, NOISE_FLOOR**2))
+    gaps = [high - low for low, high in zip(c.phat, c.phat[1:], strict=False)]
+    spread = tuple(jnp.sqrt(lifted(gap / (A[i] * A[i + 1]), SPREAD_FLOOR**2)) for i, gap in enumerate(gaps))
+    breaking = []
+    for i, slope in enumerate(energy_slopes(fine, order, a)):
+        y = order.breaking[i]
+        relative = slope * y / (fine.alpha * jnp.abs(a.gains[i]) + 1e-30)
+        scale = jnp.sqrt(jnp.sum(order.spread[i] ** 2 * a.squares[i + 1]))
+        relative = jnp.where(y * scale < _DEEPEST, relative, jnp.minimum(relative, 0.0))
+        breaking.append(jnp.where(hold, y, y * jnp.exp(_STEP * jnp.tanh(relative / _STEP))))
+    new = Order(lifted(1 / A[-1], RESPONSE_FLOOR), c.mhat * q0 / A[0], noise, spread, tuple(breaking))
+    return jax.tree_util.tree_map(lambda v: jnp.where(good, v, jnp.nan), new)
+
+
+#: Scale on which d phi / dy, in units of its parts, moves log y.
+_STEP = 0.5
+
+
+# ---- the map ---------------------------------------------------------------------------------------------------
+
+
+def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: Wells, cold: Any = True) -> Wells:
+    """Inner minimisers of one part; unless `cold` the descents start at the previous ones."""
+    d = draws(fine, frozen, nodes)
+    problem, guess = inner_problem(fine, order, d), matched(d.teacher, len(d.noise))
+    if len(previous.u) == 1:
+        return wells.locate_alone(problem, guess, previous, cold)
+    return wells.locate(problem, samples(order, d), guess, previous, cold)
+
+
+def refresh_inner(fine, frozen, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
+    """Inner minimisers of one part at order parameters very near those that they were found for."""
+    return wells.polish(sampled_problem(fine, order, draws(fine, frozen, nodes)), found, steps)
+
+
+def averages_of(fine, frozen, order: Order, nodes: Nodes, found: Wells) -> Averages:
+    """`averages` from one part of the nodes."""
+    return in_blocks(lambda n, w: averages(fine, order, draws(fine, frozen, n), w), nodes, found)
+
+
+def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, Wells]):
+    """One sweep of state evolution in the solver's coordinates; `const` holds the inner minimisers at x."""
+    fine, frozen = args
+    order = order_at(fine, x)
+    a = mean(over_replicas(lambda n, w: averages_of(fine, frozen, order, n, w), *const))
+    return order_parameters(fine, order, a).encode()
+
+
+class Memory(NamedTuple):
+    """What the solver carries from step to step, of every part: inner minimisers and the averages there."""
+
+    found: Wells
+    averages: Averages
+
+
+def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = False) -> Memory:
+    """Placeholder for all parts, to be filled by the first evaluation; with `alone` for one well at every node."""
+    r, _, n = nodes.normal.shape
+    assert fine.tokens is not None
+    n, samples = n * len(fine.inputs.shares), 1
+    for z in nodes.inner[:levels]:
+        samples = samples * z.shape[2]
+    kind = jnp.zeros((r, 2) if spare(fine) else (r,))
+    number = jnp.zeros(r)
+    nothing = Averages(number, kind, kind, (kind,) * (levels + 1), (number,) * levels, number)
+    return Memory(wells.nothing(r, fine.rank * fine.tokens, n, samples, alone), nothing)
+
+
+def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
+    """The same sweep for the solver: finds the inner minimisers and remembers them from step to step. The index of a
+    `Stage` is (number of parts, whether y is on hold)."""
+
+    def image(x, memory, cold, index):
+        order, (count, hold) = order_at(fine, x), index
+
+        def one(n, previous):
+            found = locate_inner(fine, frozen, order, n, previous.found, cold)
+            a = averages_of(fine, frozen, order, n, found)
+            return a, Memory(found, a)
+
+        a, memory = sweep(one, nodes, memory, count)
+        return order_parameters(fine, order, a, hold).encode(), memory
+
+    def jacobian(x, memory, index):
+        count, hold = index
+
+        def plain(x):
+            order = order_at(fine, x)
+
+            def at(n, m):
+                return averages_of(fine, frozen, order, n, m.found), m
+
+            a, _ = sweep(at, nodes, memory, count, write=False)
+            return order_parameters(fine, order, a, hold).encode()
+
+        return jax.jacfwd(plain)(x)
+
+    return Map(image, jacobian, Slots.commit, levels)
+
+
+# ---- starts ----------------------------------------------------------------------------------------------------
+
+
+def start(fine: Finetuning, informative: bool = True):
+    """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap."""
+    m, q = (0.9, 0.9) if informative else (0.05, 0.5)
+    like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
+    return from_norm(0.3 * like, m * _along(like), q * like, TEACHER_SIZE).encode()
+
+
+def broken_start(fine: Finetuning, x, informative: bool = True):
+    """A start with one step of breaking, of the response and norm of the replica-symmetric point `x` where that is
+    anything like a solution: most or almost none of w known, minima that differ by a tenth of it, and y where that
+    begins to matter."""
+    like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
+    order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine)))
+    v, q = (jnp.clip(a, 0.1, 2.0) * like for a in (order.response, order.norm(TEACHER_SIZE)))
+    m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
+    spread = jnp.sqrt(0.1 * q)
+    # |g|^2 is about q / (v^2 alpha').
+    scale = jnp.sqrt(jnp.sum(spread**2 * q / v**2) / fine.alpha)
+    return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (0.5 / scale,)).encode()
+
+
+def pushed(fine: Finetuning, x):
+    """The same response and norms with half of the largest overlap."""
+    order = order_at(fine, x)
+    p = order.norms(TEACHER_SIZE)[0]
+    m = 0.5 * jnp.sqrt(_along(p) * TEACHER_SIZE)
+    return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE)).encode()
+
+
+def apart(fine: Finetuning, x, other):
+    """How far two solutions are apart in m and q."""
+    a, b = (order_at(fine, v) for v in (x, other))
+    gaps = a.overlap - b.overlap, a.norm(TEACHER_SIZE) - b.norm(TEACHER_SIZE)
+    return jnp.stack([jnp.max(jnp.abs(gap)) for gap in gaps])
+
+
+def _along(value):
+    """A number as it is; a pair without its second entry, that of the spare directions."""
+    return value if jnp.ndim(value) == 0 else value * jnp.array([1.0, 0.0])

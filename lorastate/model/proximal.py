@@ -1,0 +1,344 @@
+"""The inner minimisation (proximal step) at every quadrature node, and its implicit derivative.
+
+Both stages minimise, node by node, a smooth function of a few unknowns u in R^n:
+
+    pre-training   u = coordinates of Z in Sym_T :  ||sigma(Z) - t||^2 + ||Z - Omega||_F^2 / (4 V)
+    fine-tuning    u = chi in R^{T x r}          :  ||sigma(Z_W + chi chi^T) - t||^2 + ||chi - omega||^2 / (2 v)
+
+A problem is a pytree with a method `terms(u) -> (f, g, H)`; arrays are node-last. The search (`locate`) and the
+derivative of what it finds (`attach_minimum`) are kept apart: searches need loops, derivatives do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from ..math.symmetric import hessian_to_coordinates, to_coordinates, to_matrix
+from ..runtime.program import platform
+from .activation import Activation
+
+
+class MapProblem(NamedTuple):
+    """Pre-training proximal step: nodes `omega`, `target` (T, T, N), response `V`."""
+
+    activation: Activation
+    omega: Any
+    target: Any
+    V: Any
+
+    def take(self, index):
+        """The same problem on a subset of the nodes."""
+        return self._replace(omega=self.omega[..., index], target=self.target[..., index])
+
+    @jax.jit
+    def terms(self, u):
+        f, g, h = self.activation.loss_terms(to_matrix(u), self.target)
+        d = u - to_coordinates(self.omega)
+        n = u.shape[0]
+        hess = hessian_to_coordinates(h) + jnp.eye(n)[:, :, None] / (2 * self.V)
+        return f + jnp.sum(d * d, 0) / (4 * self.V), to_coordinates(g) + d / (2 * self.V), hess
+
+
+def columns(u, tokens: int):
+    """The r columns (T, N) of chi in R^{T x r} from its coordinates u (r T, N), which hold one after the other."""
+    return [u[k : k + tokens] for k in range(0, len(u), tokens)]
+
+
+def gram(u, tokens: int):
+    """chi chi^T, (T, T, N)."""
+    return functools.reduce(operator.add, (c[:, None] * c[None, :] for c in columns(u, tokens)))
+
+
+class VectorProblem(NamedTuple):
+    """Fine-tuning proximal step: frozen `zw`, `target` (T, T, N), `omega` (r T, N) as `columns` reads it, and the
+    response `v`, one number or one per coordinate, (r T, 1)."""
+
+    activation: Activation
+    zw: Any
+    omega: Any
+    target: Any
+    v: Any
+
+    def take(self, index):
+        """The same problem on a subset of the nodes."""
+        return self._replace(zw=self.zw[..., index], omega=self.omega[..., index], target=self.target[..., index])
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of chi."""
+        return len(self.omega) // len(self.zw)
+
+    @jax.jit
+    def terms(self, u):
+        t = len(self.zw)
+        f, g, h = self.activation.loss_terms(self.zw + gram(u, t), self.target)
+        s = g + jnp.swapaxes(g, 0, 1)
+        d = u - self.omega
+        chi = columns(u, t)
+        grad = jnp.concatenate([jnp.sum(s * c[None], 1) for c in chi]) + d / self.v
+        rows = [[_curvature(h, a, b) + s if a is b else _curvature(h, a, b) for b in chi[: k + 1]]
+                for k, a in enumerate(chi)]  # fmt: skip
+        upper = [[jnp.swapaxes(rows[l][k], 0, 1) for l in range(k + 1, len(chi))] for k in range(len(chi))]
+        hess = jnp.concatenate([jnp.concatenate(a + b, 1) for a, b in zip(rows, upper, strict=True)])
+        hess = hess + jnp.eye(len(u))[:, :, None] / jnp.asarray(self.v)[..., None]
+        return f + jnp.sum(d * d / self.v, 0) / 2, grad, hess
+
+
+def _curvature(h, a, b):
+    """d^2 f / da db (T, T, N) through Z + a a^T + b b^T, from the Hessian `h` of f in Z; the columns may be the same.
+
+    dZ_ij = da_i a_j + a_i da_j, so a row Hessian H_i enters as a^T H_i b, b_i H_i a and a_i b_i H_i.
+    """
+    if h.ndim == 5:
+        ha, hb = (jnp.sum(h * u[None, None, None, :], 3) for u in (a, b))
+        cross = jnp.einsum("ijkn,in->jkn", hb, a) + jnp.einsum("klin,kn->iln", ha, b)
+        return jnp.einsum("ijkn,jn->ikn", hb, a) + cross + jnp.einsum("ijkln,in,kn->jln", h, a, b)
+    ha, hb = (jnp.sum(h * u[None, None], 2) for u in (a, b))
+    eye = jnp.eye(len(a))[:, :, None]
+    cross = jnp.swapaxes(a[:, None] * hb, 0, 1) + b[:, None] * ha
+    return jnp.sum(h * (a * b)[:, None, None], 0) + eye * jnp.sum(hb * a[None], 1) + cross
+
+
+@jax.jit
+def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
+    """Solves (H + shift) x = g at every node by an unrolled L D L^T; no LAPACK call.
+
+    H (n, n, N) symmetric, g (n, N). Pivots d become max(|d|, floor), so that with `floor > 0` the matrix is
+    positive definite and -x a descent direction even where H is not (Gill and Murray's modification).
+    Returns x (n, N) and the smallest original pivot (N,), negative where H + shift is indefinite.
+    """
+    n = h.shape[0]
+    low = [[h[i, j] + shift if i == j else h[i, j] for j in range(i + 1)] for i in range(n)]
+    inverse, original = [], []
+    for k in range(n):
+        d = low[k][k]
+        original.append(d)
+        inverse.append(1.0 / jnp.maximum(jnp.abs(d), floor))
+        for i in range(k + 1, n):
+            raw = low[i][k]
+            for j in range(k + 1, i):
+                low[i][j] = low[i][j] - raw * low[j][k]
+            low[i][k] = raw * inverse[k]
+            low[i][i] = low[i][i] - raw * low[i][k]
+    x = [g[i] for i in range(n)]
+    for i in range(n):
+        for k in range(i):
+            x[i] = x[i] - low[i][k] * x[k]
+    x = [xi * inv for xi, inv in zip(x, inverse, strict=True)]
+    for i in reversed(range(n)):
+        for k in range(i + 1, n):
+            x[i] = x[i] - low[k][i] * x[k]
+    smallest = original[0]
+    for d in original[1:]:
+        smallest = jnp.minimum(smallest, d)
+    return jnp.stack(x), smallest
+
+
+class _State(NamedTuple):
+    trial: Any
+    u: Any
+    f: Any
+    g: Any
+    h: Any
+    mu: Any
+    done: Any
+    step: Any
+
+
+#: Relative length of a pure Newton step after which a node has converged: the error is of the order of its square.
+_LAST = 1e-7
+
+
+def _newton(problem, start, limit, over):
+    """Damped Newton at all nodes at once; a node that has converged, or is `over` from the start, is left alone.
+
+    Every pass evaluates at the trial points and makes the next step. The last step of a node is so short that there is
+    nothing to gain from an evaluation after it.
+    """
+    tiny = 1e-12
+
+    def cond(s):
+        return (s.step < limit) & ~jnp.all(s.done)
+
+    def body(s):
+        f, g, h = problem.terms(s.trial)
+        size = _length(s.trial - s.u, s.u)
+        good = ((f <= s.f + tiny * (1.0 + jnp.abs(f))) | (size < 1e-10)) & ~s.done
+        mu = jnp.where(good, jnp.where(s.mu < 1e-2, 0.0, 0.1 * s.mu), jnp.maximum(4.0 * s.mu, 0.3))
+        u, f, g, h = (jnp.where(good, a, b) for a, b in zip((s.trial, f, g, h), (s.u, s.f, s.g, s.h), strict=True))
+        scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(u.shape[0])])), 0)
+        x, _ = ldl_solve(h, g, mu * scale, 1e-3 * scale)
+        last = good & (mu == 0.0) & (_length(x, u) < _LAST)
+        u = jnp.where(last, u - x, u)
+        return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, mu, s.done | last, s.step + 1)
+
+    n, nodes = start.shape
+    far = jnp.full((nodes,), jnp.inf, start.dtype)
+    eye = jnp.broadcast_to(jnp.eye(n, dtype=start.dtype)[:, :, None], (n, n, nodes))
+    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.zeros_like(far), over, 0)
+    out = jax.lax.while_loop(cond, body, first)
+    return out.u, out.f, out.done
+
+
+def _length(x, u):
+    """Largest entry of a step `x` from `u`, in units of 1 + the largest of `u`."""
+    return jnp.max(jnp.abs(x), 0) / (1.0 + jnp.max(jnp.abs(u), 0))
+
+
+#: Newton steps of a group of nodes on its first visit; nodes that need more are visited a second time.
+_FIRST = 5
+
+
+def _group(nodes: int) -> int:
+    """Nodes that descend together: on a CPU few, so that their matrices stay in the first-level cache."""
+    return min(nodes, 128) if platform() == "cpu" else nodes
+
+
+class _Work(NamedTuple):
+    u: Any
+    f: Any
+    done: Any
+    closed: Any  # had all the steps that it may have
+    round: Any
+
+
+def locate(problem, start, max_steps: int = 150, asked: Any = None):
+    """Local minimiser reached from `start` (n, N) by a monotone damped Newton descent; carries no derivative.
+
+    Returns `(u, f, converged)`: u (n, N), the minimum f (N,) and a flag per node. Nodes that are not `asked` (N,) for
+    are passed over: they stay where they are, at infinite f.
+    """
+    problem, start = jax.lax.stop_gradient((problem, start))
+    nodes = start.shape[1]
+    group = _group(nodes)
+    if asked is None:
+        order, visits, over = jnp.arange(nodes), -(-nodes // group), jnp.zeros((nodes,), bool)
+    else:
+        order, over = jnp.nonzero(asked, size=nodes, fill_value=0)[0], ~asked
+        visits = -(-jnp.sum(asked) // group)
+
+    # A few per cent of the nodes need many more steps than the rest: they are left over from the first visits and
+    # gathered into groups of their own, so that they do not hold the others. One compiled loop serves both visits.
+    def cond(s):
+        return (s.round < 2 * visits) & ((s.round < visits) | ~jnp.all(s.done | s.closed))
+
+    def body(s):
+        first = s.round < visits
+        index = jax.lax.cond(
+            first,
+            lambda: order[jnp.minimum(s.round * group + jnp.arange(group), nodes - 1)],
+            lambda: jnp.nonzero(~(s.done | s.closed), size=group, fill_value=nodes - 1)[0],
+        )
+        limit = jnp.where(first, min(_FIRST, max_steps), max_steps)
+        u, f, done = _newton(problem.take(index), s.u[:, index], limit, s.done[index])
+        return _Work(
+            s.u.at[:, index].set(u),
+            s.f.at[index].set(jnp.where(s.done[index], s.f[index], f)),
+            s.done.at[index].set(done),
+            s.closed.at[index].set(~first),
+            s.round + 1,
+        )
+
+    far = jnp.full((nodes,), jnp.inf, start.dtype)
+    out = jax.lax.while_loop(cond, body, _Work(start, far, over, jnp.zeros((nodes,), bool), 0))
+    return out.u, out.f, out.done if asked is None else out.done & asked
+
+
+def reflected(problem, u):
+    """chi (1 - 2 c c^T), as deep a well of the loss as chi: c the direction in which chi and omega agree least.
+
+    -chi for rank one. `problem` is a `VectorProblem`.
+    """
+    if problem.rank == 1:
+        return -u
+    chi, omega = (jnp.stack(columns(a, len(problem.zw))) for a in (u, problem.omega / problem.v))
+    agree = jnp.einsum("ktn,ltn->kln", chi, omega)
+    c = softest(agree + jnp.swapaxes(agree, 0, 1))
+    return (chi - 2 * c[:, None] * jnp.einsum("kn,ktn->tn", c, chi)).reshape(u.shape)
+
+
+def softest(h):
+    """Eigenvector (n, N) of the smallest eigenvalue of every H (n, n, N), by repeated squaring of (bound - H)."""
+    n = h.shape[0]
+    eye = jnp.eye(n)[:, :, None]
+    a = eye * jnp.sqrt(jnp.sum(h * h, (0, 1)) + 1e-300) - h
+
+    def square(_, a):
+        a = jnp.einsum("abn,bcn->acn", a, a)
+        return a / jnp.sqrt(jnp.sum(a * a, (0, 1)))
+
+    a = jax.lax.fori_loop(0, 20, square, a)
+    # All columns are multiples of the eigenvector now: take the longest.
+    size = jnp.sum(a * a, 0)
+    v = jnp.take_along_axis(a, jnp.argmax(size, 0)[None, None], 1)[:, 0]
+    return v / jnp.sqrt(jnp.sum(v * v, 0))
+
+
+def locate_lowest(problem, starts):
+    """The lowest (n, N) of the local minimisers that `locate` reaches from several starts; carries no derivative."""
+    # lax.map, not many calls: the descent is compiled once.
+    u, f, _ = jax.lax.map(lambda start: locate(problem, start), jax.lax.stop_gradient(jnp.stack(starts)))
+    return jnp.take_along_axis(u, jnp.nanargmin(f, 0)[None, None], 0)[0]
+
+
+@jax.custom_jvp
+def attach_minimum(problem, u):
+    """Returns the minimiser `u` (n, N) of `problem` and gives it its derivative, du = -H^{-1} d(grad).
+
+    The implicit function theorem; differentiable to any order in every leaf of `problem`.
+    """
+    return u
+
+
+def _attach_minimum_jvp(primals, tangents):
+    problem, u = primals
+    u = attach_minimum(problem, u)
+    # Only what has a tangent is differentiated: omega and the response alone, where order parameters move.
+    moves = jax.tree_util.tree_map(lambda t: not _is_zero(t), tangents[0], is_leaf=_is_zero)
+    moving, still = eqx.partition(problem, moves)
+    velocity = eqx.filter(tangents[0], moves, is_leaf=_is_zero)
+    if not jax.tree_util.tree_leaves(velocity):
+        return u, jnp.zeros_like(u)
+    dg = jax.jvp(lambda p: eqx.combine(p, still).terms(u)[1], (moving,), (velocity,))[1]
+    return u, -ldl_solve(problem.terms(u)[2], dg)[0]
+
+
+def _is_zero(t) -> bool:
+    return isinstance(t, SymbolicZero)
+
+
+attach_minimum.defjvp(_attach_minimum_jvp, symbolic_zeros=True)
+
+
+def minimise(problem, start, max_steps: int = 150):
+    """`locate` and `attach_minimum`: `(u, f, converged)`, differentiable in every leaf of `problem`, not in `start`."""
+    u, _, done = locate(problem, start, max_steps)
+    u = attach_minimum(problem, u)
+    return u, problem.terms(u)[0], done
+
+
+def polish(problem, u, steps: Any = 3):
+    """A few Newton steps, each cut to 0.3, towards a minimiser that is near `u` already; carries no derivative."""
+
+    problem, u = jax.lax.stop_gradient((problem, u))
+    nodes = u.shape[1]
+    group = _group(nodes)
+
+    def block(k, u):
+        index = jnp.minimum(k * group + jnp.arange(group), nodes - 1)
+        part = problem.take(index)
+
+        def body(_, u):
+            _, g, h = part.terms(u)
+            return u - jnp.clip(ldl_solve(h, g)[0], -0.3, 0.3)
+
+        return u.at[:, index].set(jax.lax.fori_loop(0, steps, body, u[:, index]))
+
+    return jax.lax.fori_loop(0, -(-nodes // group), block, u)

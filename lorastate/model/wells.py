@@ -1,0 +1,252 @@
+"""The two lowest wells of the inner problem at every node, and averages of what jumps between them.
+
+The inner problem of a node, min_u of a loss of u plus a quadratic pull to a point x, may have several minima. The
+lowest, f(x), is continuous, but its minimiser jumps where two wells are equally deep. First derivatives of averages of
+f need no more than the minimiser (the envelope theorem); derivatives of averages of anything else, h, have a term from
+the surface where it jumps,
+
+    d E h / d theta = E [dh / d theta] + E [(h_1 - h_2) delta(f_2 - f_1) d(f_2 - f_1) / d theta],
+
+1 and 2 the two lowest wells. `pick` returns h of the lower well and differentiates by this formula, with a narrow
+kernel for delta: all derivatives, whatever theta is, then see the jumps.
+
+The same two halves as everywhere: `locate` finds (loops, no derivative), `lowest` differentiates (no loops).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import proximal as prox
+from .proximal import attach_minimum
+
+
+class Wells(NamedTuple):
+    """The two lowest wells found at every sample: u (2, m, s N), the second equal to the first where there is only one;
+    flags `two` and `ok` (s N,), the latter whether any descent converged. No derivative.
+
+    `anchors` (S, m, N): where descents from many starts have ended at the node itself, the `loss` (S, N) there, and
+    which of them each sample was `tried` from (_ANCHORS, s N). Where no node should have two wells there is room for
+    one alone, u (1, m, N), and `two` says where that may be wrong.
+    """
+
+    u: Any
+    two: Any
+    ok: Any
+    anchors: Any = None
+    loss: Any = None
+    tried: Any = None
+
+
+def nothing(parts: int, unknowns: int, nodes: int, samples: int = 1, alone: bool = False) -> Wells:
+    """Placeholder for all parts, to be filled by `locate`, or with `alone` by `locate_alone`."""
+    flags = jnp.zeros((parts, samples * nodes), bool)
+    found = Wells(jnp.zeros((parts, 1 if alone else 2, unknowns, samples * nodes)), flags, flags)
+    if alone:
+        return found
+    starts = len(_many_starts(jnp.zeros((unknowns, 1)), jnp.zeros((unknowns, 1))))
+    anchors, tried = jnp.zeros((parts, starts, unknowns, nodes)), jnp.zeros((parts, _ANCHORS, samples * nodes), int)
+    return found._replace(anchors=anchors, loss=jnp.zeros((parts, starts, nodes)), tried=tried)
+
+
+def lost(wells: Wells):
+    """Share of nodes where no descent converged."""
+    return 1 - jnp.mean(1.0 * wells.ok)
+
+
+#: Depths that count as equal, and minimisers that count as one.
+_LEVEL, _SAME = 1e-9, 1e-4
+
+
+class _Pair(NamedTuple):
+    """The two lowest distinct wells so far, a and b (m, N), with their depths, infinite where there is none."""
+
+    a: Any
+    b: Any
+    fa: Any
+    fb: Any
+
+    def meet(self, u, f):
+        # A well that is reached again, only a rounding lower, is not a second one.
+        lower, apart = f < self.fa - _LEVEL, jnp.max(jnp.abs(u - self.a), 0) > _SAME
+        second = ~lower & (f < self.fb) & apart
+        b = jnp.where(lower & apart, self.a, jnp.where(second, u, self.b))
+        fb = jnp.where(lower & apart, self.fa, jnp.where(second, f, self.fb))
+        return _Pair(jnp.where(lower, u, self.a), b, jnp.where(lower, f, self.fa), fb)
+
+    def wells(self) -> Wells:
+        two = jnp.isfinite(self.fb)
+        return Wells(jnp.stack([self.a, jnp.where(two, self.b, self.a)]), two, jnp.isfinite(self.fa))
+
+
+def descend(problem, starts, asked=None, count: Any = None) -> Wells:
+    """The two lowest distinct wells that descents from the first `count` (default: all) of `starts` (S, m, N) reach;
+    `asked` (S, N): at which nodes each is made."""
+    problem, starts = jax.lax.stop_gradient((problem, starts))
+    asked = jnp.ones((len(starts), starts.shape[-1]), bool) if asked is None else asked
+
+    def one(k, pair):
+        u, f, ok = prox.locate(problem, starts[k], asked=asked[k])
+        return pair.meet(u, jnp.where(ok, f, jnp.inf))
+
+    none = jnp.full(starts.shape[-1:], jnp.inf)
+    first = _Pair(starts[0], starts[0], none, none)
+    return jax.lax.fori_loop(0, len(starts) if count is None else count, one, first).wells()
+
+
+def polish(problem, wells: Wells, steps: Any = 3) -> Wells:
+    """Both wells after a very small change of the problem: a few Newton steps and no search."""
+    u = jnp.stack([prox.polish(problem, u, steps) for u in wells.u])
+    return wells._replace(u=u if len(u) == 1 else u.at[1].set(jnp.where(wells.two, u[1], u[0])))
+
+
+#: Reach of the descents that start on the axes: a row of softmax is settled by one token, and wells lie there.
+_REACH = 2.0
+
+
+def _many_starts(omega, guess):
+    """Starts of a thorough search (S, m, N): the point itself, +- a guess, both sides of every axis."""
+    m, n = omega.shape
+    axes = [jnp.broadcast_to(side * e[:, None], (m, n)) for e in _REACH * np.eye(m) for side in (1, -1)]
+    return jnp.stack([omega, guess, -guess, *axes])
+
+
+#: Anchors that are tried at a sample.
+_ANCHORS = 3
+
+
+def locate(problem, x, guess, previous: Wells, cold) -> Wells:
+    """The two lowest wells at the points x (m, s N), s samples of every node of `problem` (samples first).
+
+    A `cold` search looks for the anchors of every node anew. At a sample it descends from x and from the anchors, or
+    mirror images of some, that promise to be lowest there. Otherwise both wells are followed from where they were, and
+    anchors are tried where others promise most than did before.
+    """
+    problem, x, guess = jax.lax.stop_gradient((problem, x, guess))
+    (m, n), cold = problem.omega.shape, jnp.asarray(cold)
+
+    def anchor(start_old):
+        start, old, old_loss = start_old
+        u, f, ok = prox.locate(problem, start, asked=jnp.broadcast_to(cold, (n,)))
+        pull = jnp.sum((u - problem.omega) ** 2 / problem.v, 0) / 2
+        return jnp.where(cold, u, old), jnp.where(cold, jnp.where(ok, f - pull, jnp.inf), old_loss)
+
+    anchors, loss = jax.lax.map(anchor, (_many_starts(problem.omega, guess), previous.anchors, previous.loss))
+    both = jnp.concatenate([anchors, jax.lax.map(lambda a: prox.reflected(problem, a), anchors)])
+    stiff = jnp.broadcast_to(1 / jnp.asarray(problem.v), (m, 1))[..., None]
+    points = x.reshape(m, -1, n)
+
+    def cost(a_loss):
+        """Loss of an anchor with its pull to x: an upper bound of the depth of its well there."""
+        a, loss = a_loss
+        return loss + jnp.sum(stiff * (a[:, None] - points) ** 2, 0) / 2
+
+    costs = jax.lax.map(cost, (both, jnp.concatenate([loss, loss])))
+
+    def best(costs):
+        index = jnp.argmin(costs, 0)  # (s, N)
+        return index.reshape(-1), jnp.moveaxis(jnp.take_along_axis(both, index[:, None], 0), 0, 1)
+
+    tried, places = [], []
+    for _ in range(_ANCHORS):
+        index, place = best(costs)
+        tried.append(index)
+        places.append(place.reshape(m, -1))
+        costs = jnp.where(jnp.max(jnp.abs(both[:, :, None] - place), 1) > 100 * _SAME, costs, jnp.inf)
+    tried = jnp.stack(tried)
+    new = cold | ~jnp.any(tried[:, None] == previous.tried, 1)
+    starts = jnp.stack([jnp.where(cold, x, previous.u[0]), previous.u[1], *places])
+    asked = jnp.stack([jnp.ones_like(previous.two), ~cold & previous.two, *new])
+    found = descend(tiled(problem, x), starts, asked)
+    return found._replace(anchors=anchors, loss=loss, tried=tried)
+
+
+#: Of so many nodes `locate_alone` searches one thoroughly.
+_LOOKED_AT = 16
+
+
+def locate_alone(problem, guess, previous: Wells, cold) -> Wells:
+    """One well at every node of `problem`, from its omega or, unless `cold`, from where it was. If `cold`, a second one
+    is looked for at a few nodes, from many starts."""
+    problem, guess = jax.lax.stop_gradient((problem, guess))
+    u, _, ok = prox.locate(problem, jnp.where(cold, problem.omega, previous.u[0]))
+    some = jnp.arange(max(len(ok) // _LOOKED_AT, 1))
+
+    def look():
+        few = problem.take(some)
+        return previous.two.at[some].set(descend(few, _many_starts(few.omega, guess[:, some])).two)
+
+    return Wells(u[None], jax.lax.cond(cold, look, lambda: previous.two), ok)
+
+
+def share(wells: Wells):
+    """For every node of one part, what it adds to the share of nodes with two wells."""
+    looked_at = _LOOKED_AT if len(wells.u) == 1 and wells.two.shape[-1] >= _LOOKED_AT else 1
+    return 1.0 * wells.two * looked_at
+
+
+def tiled(problem, x):
+    """The problem on every sample x (m, s N) of its nodes."""
+    count = x.shape[-1] // problem.omega.shape[-1]
+
+    def repeat(a):
+        return jnp.tile(a, (1,) * (a.ndim - 1) + (count,))
+
+    return problem._replace(zw=repeat(problem.zw), target=repeat(problem.target), omega=x)
+
+
+#: Width of the kernel that stands for delta, in mean distances between the depths of two wells: a Gaussian times
+#: 1.5 - x^2/2, exact for cubic functions.
+_WIDTH = 0.1
+
+
+class Lowest(NamedTuple):
+    """Minimisers of the wells (m, N) with their derivatives, depths f (N,), and which nodes have two."""
+
+    u: list
+    f: list
+    two: Any
+
+    @property
+    def depth(self):
+        """f of the lower well."""
+        return self.f[0] if len(self.f) == 1 else jnp.where(self.f[0] <= self.f[1], *self.f)
+
+    def pick(self, h):
+        """h of the lower well, from the list of `h` at all; see the module for its derivative."""
+        if len(h) == 1:
+            return h[0]
+        gap = self.f[1] - self.f[0]
+        known = jax.lax.stop_gradient(jnp.where(self.two, jnp.abs(gap), 0.0))
+        width = _WIDTH * jnp.sum(known) / jnp.maximum(jnp.sum(self.two), 1) + 1e-12
+        return _pick(jnp.where(self.two, gap, jnp.inf), width, *h)
+
+
+def lowest(problem, wells: Wells) -> Lowest:
+    """The wells with derivatives."""
+    u = [attach_minimum(problem, u) for u in wells.u]
+    return Lowest(u, [problem.terms(a)[0] for a in u], wells.two)
+
+
+@jax.custom_jvp
+def _pick(gap, width, a, b):
+    return jnp.where(gap >= 0, a, b)
+
+
+@_pick.defjvp
+def _pick_jvp(primals, tangents):
+    gap, width, a, b = primals
+    two = jnp.isfinite(gap)
+    near = jnp.where(two, gap, 0.0) / width
+    kernel = jnp.where(two, (1.5 - near**2 / 2) * jnp.exp(-(near**2) / 2) / (width * np.sqrt(2 * np.pi)), 0.0)
+    change = jnp.where(two, tangents[0], 0.0)
+    return _pick(gap, width, a, b), _pick(gap, width, *tangents[2:]) + (a - b) * (kernel * change)
+
+
+def debiased(average, halves):
+    """2 f(all samples) - the mean of f(each half): free of what falls as 1 / samples in a nonlinear f."""
+    return 2 * average - halves.mean(0)

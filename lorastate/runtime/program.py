@@ -1,0 +1,351 @@
+"""Compiled programs: `jit` with the compiler's options that suit each, kept on disk traced; calls on several cores."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from .._version import SOURCE, source_on_disk
+from ..errors import is_concrete
+
+#: How the names of this package's modules begin.
+_PACKAGE = __name__.partition(".")[0] + "."
+
+#: On a CPU, less optimisation compiles a fifth faster and runs as fast; without fusion emitters compilation takes half
+#: of its time and memory, and what is compiled runs slower by a third.
+_USUAL = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
+_QUICK = {**_USUAL, "xla_cpu_use_fusion_emitters": False}
+
+
+@functools.cache
+def _options(backend: str, quick: bool) -> dict:
+    """The options, if this version of the compiler has them."""
+    options = _QUICK if quick else _USUAL
+    if backend != "cpu":
+        return {}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+def platform(arrays: Iterable[Any] = ()) -> str:
+    """What JAX computes on, by the name that exported programs have ("cpu", "cuda"): where an array is bound to, else
+    the default device, else the default backend."""
+    bound = [a for a in arrays if isinstance(a, jax.Array) and a.committed]
+    config: Any = jax.config
+    device = next(iter(bound[0].devices())) if bound else config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return jax.export.default_export_platform() if name == jax.default_backend() else name
+
+
+class Program:
+    """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU.
+
+    Where JAX has a compilation cache on disk the traced program is kept there too: a second start neither traces nor
+    lowers it, which takes longer than reading what was compiled. That is for functions of this package whose static
+    arguments say in words what they are; everything else is jitted as usual.
+    """
+
+    def __init__(self, f: Callable, quick: bool = False):
+        functools.update_wrapper(self, f)
+        self._f, self._quick = f, quick
+        self._jitted: dict[str, Any] = {}
+        self._kept: dict[Any, Any] = {}
+
+    def __call__(self, *args):
+        with jax.debug_nans(False), jax.debug_infs(False):  # what is undefined is NaN
+            return self._call(*args)
+
+    def _call(self, *args):
+        # Options belong to the outermost jit: inside another one there is none to be had.
+        # (What is made of nothing inside one is a tracer, even where all arguments are known.)
+        if not all(map(is_concrete, (*jax.tree_util.tree_leaves(args), jnp.zeros(())))):
+            return self._jit("inner", {})(*args)
+        leaves, treedef = jax.tree_util.tree_flatten(args)
+        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+        backend = platform(arrays)
+        options = _options(backend, self._quick)
+        folder = _folder()
+        if folder is not None and self._ours():
+            shapes = tuple((a.shape, str(a.dtype)) for a in arrays)
+            still = tuple(None if eqx.is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+            key = (treedef, shapes, still, backend, folder, _version())
+            if key not in self._kept:
+                known = all(map(_known, args))
+                self._kept[key] = self._keep(folder, backend, options, leaves, treedef, shapes) if known else None
+            if self._kept[key] is not None:
+                run, outcome = self._kept[key]
+                try:
+                    return _filled(outcome, run(*arrays))
+                except Exception:  # not for this machine; an error of the program itself comes again below
+                    self._kept[key] = None
+        return self._jit(backend, options)(*args)
+
+    def _jit(self, name: str, options: dict):
+        if name not in self._jitted:
+            jit: Any = eqx.filter_jit
+            self._jitted[name] = jit(self._f, compiler_options=options)
+        return self._jitted[name]
+
+    def _ours(self) -> bool:
+        """Whether the function is one of this package, found under its name: then its source says what it does."""
+        f: Any = self._f
+        found = getattr(sys.modules.get(f.__module__), f.__qualname__, None)
+        return f.__module__.startswith(_PACKAGE) and (found is f or getattr(found, "_f", None) is f)
+
+    def _keep(self, folder: Path, backend: str, options: dict, leaves: list, treedef, shapes):
+        """(compiled function of the arrays, outcome with places for its results), from disk if it is there; None where
+        the arguments are not such that a later start could know them again."""
+        still = [None if eqx.is_array(leaf) else leaf for leaf in leaves]
+        words = f"{treedef} {still}"
+        plain = all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in still)
+        one_device = all(len(a.devices()) == 1 for a in leaves if isinstance(a, jax.Array))
+        if not (plain and one_device) or "0x" in words or "<" in words:
+            return None
+        name = f"{self._f.__module__}.{self._f.__qualname__}"
+        path = folder / hashlib.sha256(f"{_version()} {name} {backend} {words} {shapes}".encode()).hexdigest()
+        try:
+            exported, outcome = _read(path)
+        except Exception:  # not there, or not readable: it is made anew
+            try:
+                _write(path, *self._export(backend, leaves, treedef))
+                exported, outcome = _read(path)  # what a later start will see
+            except Exception:  # a folder that cannot be written, a program that cannot be exported
+                return None
+        return jax.jit(exported.call, compiler_options=options), outcome
+
+    def _export(self, backend: str, leaves: list, treedef):
+        is_array = [eqx.is_array(leaf) for leaf in leaves]
+        outcomes = []
+
+        def flat(*arrays):
+            given = iter(arrays)
+            full = [next(given) if is_it else leaf for leaf, is_it in zip(leaves, is_array, strict=True)]
+            out, out_def = jax.tree_util.tree_flatten(self._f(*jax.tree_util.tree_unflatten(treedef, full)))
+            places = [_Place() if eqx.is_array(leaf) else leaf for leaf in out]
+            outcomes.append(jax.tree_util.tree_unflatten(out_def, places))
+            return [leaf for leaf in out if eqx.is_array(leaf)]
+
+        # Weak types do not survive on disk: results would be given another name the second time.
+        given = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves if eqx.is_array(leaf)]
+        exported = jax.export.export(jax.jit(flat), platforms=[backend])(*given)
+        return exported, outcomes[-1]
+
+
+def _known(tree) -> bool:
+    """Whether every node of the tree is of a class of Python or of this package, whose source is part of `_version`."""
+    if tree is None or jax.tree_util.all_leaves([tree]):
+        return True
+    module = type(tree).__module__
+    if module != "builtins" and not module.startswith(_PACKAGE):
+        return False
+    return all(map(_known, jax.tree_util.default_registry.flatten_one_level(tree)[0]))
+
+
+# ---- what is kept on disk --------------------------------------------------------------------------------------
+
+
+class _Place:
+    """Where an array of the results belongs."""
+
+
+def _filled(outcome, arrays):
+    given = iter(arrays)
+    return jax.tree_util.tree_map(lambda leaf: next(given) if isinstance(leaf, _Place) else leaf, outcome)
+
+
+def _words(tree) -> Any:
+    """A tree of this package's classes and Python's, with places for its arrays, as JSON has it; else `TypeError`."""
+    if tree is None or type(tree) in (bool, int, float, str):
+        return tree
+    if isinstance(tree, _Place):
+        return {"place": True}
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [_words(item) for item in tree]}
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: _words(item) for key, item in tree.items()}}
+    kind = type(tree)
+    if _class(kind.__module__, kind.__qualname__) is kind:
+        return {
+            "class": [kind.__module__, kind.__qualname__],
+            "fields": [_words(getattr(tree, f)) for f in _fields(kind)],
+        }
+    raise TypeError(f"{kind} has no description")
+
+
+def _tree(words) -> Any:
+    """The tree that `_words` describes. Nothing is run for it: no class makes anything but its fields."""
+    if not isinstance(words, dict):
+        return words
+    if "class" in words:
+        kind, parts = _class(*words["class"]), [_tree(item) for item in words["fields"]]
+        if issubclass(kind, tuple):
+            return tuple.__new__(kind, parts)
+        made = object.__new__(kind)
+        for name, part in zip(_fields(kind), parts, strict=True):
+            object.__setattr__(made, name, part)
+        return made
+    ((kind, content),) = words.items()
+    if kind == "dict":
+        return {key: _tree(item) for key, item in content.items()}
+    return _Place() if kind == "place" else {"list": list, "tuple": tuple}[kind](map(_tree, content))
+
+
+def _class(module: str, name: str) -> type:
+    """A named tuple or equinox module of this package."""
+    kind: Any = getattr(sys.modules.get(module), name, None)
+    ours = module.startswith(_PACKAGE) and isinstance(kind, type)
+    if not ours or not (issubclass(kind, eqx.Module) or hasattr(kind, "_fields")):
+        raise TypeError(f"{module}.{name} is not a class of this package")
+    return kind
+
+
+def _fields(kind: Any) -> Iterable[str]:
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else kind._fields
+
+
+def _folder() -> Path | None:
+    """Where programs are kept: beside what JAX has compiled."""
+    config: Any = jax.config
+    cache = config.jax_compilation_cache_dir
+    if not SOURCE or not cache or "://" in str(cache) or config.jax_disable_jit:
+        return None
+    return Path(cache) / "lorastate-programs"
+
+
+_VERSIONS = *map(version, ("jax", "jaxlib", "equinox")), sys.version
+
+
+def _version() -> str:
+    """What a traced program depends on beside its arguments: this package's source, the versions below, float64."""
+    config: Any = jax.config
+    return f"{SOURCE} {_VERSIONS} {config.jax_enable_x64, config.jax_default_matmul_precision}"
+
+
+def kept_arrays(words: str, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """`make()`, kept beside the programs under a name that `words`, which say in full what it is, determine."""
+    folder = _folder()
+    if folder is None:
+        return make()
+    path = folder.with_name("lorastate-nodes") / hashlib.sha256(f"{_version()} {words}".encode()).hexdigest()
+    try:
+        data = io.BytesIO(_load(path))
+        return tuple(np.load(data) for _ in range(int(np.load(data))))
+    except Exception:  # not there, or not readable: it is made anew
+        arrays = make()
+    data = io.BytesIO()
+    for array in (np.array(len(arrays)), *arrays):
+        np.save(data, array)
+    with contextlib.suppress(OSError):  # a folder that cannot be written
+        _store(path, data.getvalue())
+    return arrays
+
+
+def _read(path: Path):
+    words, program = _load(path).split(b"\n", 1)
+    return jax.export.deserialize(bytearray(program)), _tree(json.loads(words))
+
+
+def _write(path: Path, exported, outcome) -> None:
+    _store(path, json.dumps(_words(outcome)).encode() + b"\n" + bytes(exported.serialize()))
+
+
+#: Bytes that a folder may hold: several versions of the package, some hundred kinds of setting each.
+_MOST = 2**28
+
+
+def alone(folder: Path) -> bool:
+    """Whether nobody else may write there: what is kept is run."""
+    status = folder.stat()
+    return os.name != "posix" or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def _load(path: Path) -> bytes:
+    """What `_store` has written; an `OSError` if it is not there, not whole, or not safe."""
+    if not alone(path.parent):
+        raise PermissionError(f"others may write to {path.parent}")
+    data = path.read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise OSError(f"{path} is damaged")
+    with contextlib.suppress(OSError):
+        os.utime(path)  # the oldest is what was not used for longest
+    return data[32:]
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Whole or not at all, for other processes may be reading; the oldest files make room.
+
+    Nothing where the source has been edited since it was imported: a later start would take this for its result.
+    """
+    if source_on_disk() != SOURCE:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not alone(path.parent):
+        raise PermissionError(f"others may write to {path.parent}")
+    handle, part = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(hashlib.sha256(data).digest() + data)
+    os.replace(part, path)
+    make_room(path.parent, _MOST)
+
+
+def make_room(folder: Path, most: int) -> None:
+    """Removes the oldest files of a folder, so that the others have no more bytes than `most`."""
+    found = []
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process has made room
+            status = file.stat()
+            if file.is_file():
+                found.append((-status.st_mtime, status.st_size, file))
+    size = 0
+    for _, bytes_, file in sorted(found):
+        size += bytes_
+        if size > most:
+            file.unlink(missing_ok=True)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
+    """`f` of every value, in their order, on up to four cores: a solve on a CPU keeps one of them busy.
+
+    The first call is made alone, since it may compile what the others share.
+    """
+    first, *others = values
+    yield f(first)
+    config: Any = jax.config
+    device = config.jax_default_device
+
+    def there(value):
+        with jax.default_device(device):  # which other threads do not see
+            return f(value)
+
+    pool = ThreadPoolExecutor(min(cores(), 4))
+    try:
+        for call in [pool.submit(there, value) for value in others]:
+            yield call.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

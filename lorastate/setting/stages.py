@@ -1,0 +1,395 @@
+"""Settings: the physical inputs of both stages, validated, as pytrees whose continuous fields are leaves."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+
+from ..errors import SettingError, is_concrete, require_float64
+from ..model.activation import Activation, Custom, Identity, Softmax
+from ..model.channel.inputs import CHANNELS, RECALIBRATIONS, FixedScale, Fresh, Inputs, Moments, Recalibration, homes
+from ..model.spectra.laws import Atoms, BaseLaw, PowerLaw, Wishart
+from ..model.task import Task
+from ..validation import real, whole
+
+_WHY_LAM = (
+    "lam > 0; zero is not allowed because below the interpolation threshold the response V grows without bound "
+    "as lam -> 0 (take a small positive value instead)"
+)
+
+
+def as_activation(stage: str, value: Any, beta: Any = None, unsaid: Any = 1.0) -> Activation:
+    """An `Activation` from one, from the name "softmax" or "identity", or from a callable on T x T matrices.
+
+    The beta of a softmax that is given by name alone is `unsaid`.
+    """
+    if isinstance(value, str) and value == "softmax":
+        value, beta = Softmax(unsaid if beta is None else real(f"{stage}.beta", beta, "beta > 0", 0.0)), None
+    if beta is not None:
+        why = (
+            f"has no meaning for the {value} activation; allowed: leave it out"
+            if isinstance(value, str)
+            else "stands beside an activation that has its own numbers; allowed: one of them"
+        )
+        raise SettingError(f"{stage}.beta = {beta!r} {why}")
+    if isinstance(value, Activation):
+        if isinstance(value, Softmax) and (value.beta is not None or unsaid is not None):
+            real(f"{stage}.beta", value.beta, "beta > 0", 0.0)
+        return value
+    if isinstance(value, str) and value == "identity":
+        return Identity()
+    if callable(value):
+        return Custom(value)
+    raise SettingError(
+        f'{stage}.activation = {value!r} is unknown; allowed: "softmax", "identity" (or a callable in Python)'
+    )
+
+
+class Pretraining(eqx.Module):
+    """Pre-training of the attention layer, S = W W^T / sqrt(P D) with L(W) of arXiv:2606.05899.
+
+    `alpha` = N / D^2 (samples), `kappa0` = P0 / D (teacher rank), `kappa` = P / D (student width), `delta` = variance
+    of the label noise, `lam` = ridge on W. `activation` is "softmax" (with `beta`), "identity", an `Activation` or
+    a callable; `tokens` T is static. `task` is another base map to pre-train on than the one that fine-tuning needs (a
+    `Task`, or a mapping of its fields). `base` is the law of the eigenvalues of S* where that is not Wishart: a
+    `lorastate.model.spectra.laws.BaseLaw`, or a mapping {"law": "atoms", "weights", "values"} or {"law": "power_law",
+    "exponent", "low", "high"}; kappa0 then plays no part. Raises `SettingError` on anything out of range.
+    """
+
+    alpha: Any
+    lam: Any
+    kappa0: Any = 1.0
+    kappa: Any = 1.0
+    delta: Any = 0.5
+    activation: Any = "softmax"
+    tokens: int = eqx.field(static=True, default=3)
+    task: Task | None = None
+    base: BaseLaw | None = None
+
+    def __init__(
+        self, alpha, lam, kappa0=None, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None, task=None,
+        base=None,
+    ):  # fmt: skip
+        require_float64()
+        self.alpha = real("pretraining.alpha", alpha, "alpha > 0", 0.0)
+        self.lam = real("pretraining.lam", lam, _WHY_LAM, 0.0)
+        self.base = as_base(base)
+        if self.base is not None and kappa0 is not None:
+            raise SettingError(
+                f"pretraining.kappa0 = {kappa0!r} has no meaning beside pretraining.base; allowed: one of them"
+            )
+        self.kappa0 = real("pretraining.kappa0", 1.0 if kappa0 is None else kappa0, "kappa0 > 0", 0.0)
+        self.kappa = real("pretraining.kappa", kappa, "kappa > 0", 0.0)
+        self.delta = real("pretraining.delta", delta, "delta >= 0", 0.0, closed=True)
+        self.activation = as_activation("pretraining", activation, beta)
+        self.tokens = whole("pretraining.tokens", tokens, 2, 8)
+        self.task = as_task(task)
+
+    @property
+    def downstream_law(self) -> BaseLaw:
+        """Law of S*, the base map that the labels of fine-tuning are made of."""
+        return Wishart(self.kappa0) if self.base is None else self.base
+
+    @property
+    def law(self) -> BaseLaw:
+        """Law of the base map that pre-training learns: S*, or S_pre = a S* + c S_perp with a `task`."""
+        return self.downstream_law if self.task is None else self.task.law(self.downstream_law)
+
+    @property
+    def Q0(self):
+        """Tr(S^2)/D of the base map that pre-training learns; without a task 1 + kappa0."""
+        return self.law.second_moment
+
+    @property
+    def downstream_Q0(self):
+        """Tr(S*^2)/D, the size of the base map that fine-tuning needs: 1 + kappa0 unless it has another law."""
+        return self.downstream_law.second_moment
+
+    @property
+    def common(self):
+        """Tr(S* S_pre)/D; without a task Tr(S*^2)/D."""
+        return self.downstream_Q0 if self.task is None else self.task.common(self.downstream_law)
+
+    @property
+    def label_size(self):
+        """Q0 + delta/2: entry variance of the noisy label pre-activation Y, in units of (1 + delta_ab)."""
+        return self.Q0 + self.delta / 2
+
+
+def as_task(value: Any) -> Task | None:
+    """A `Task` from one, from a mapping of its fields, or None."""
+    if value is None or isinstance(value, Task):
+        return value
+    if not isinstance(value, Mapping):
+        raise SettingError(f"pretraining.task = {value!r} is not a task; allowed: a, c and kappa_perp")
+    for key in value:
+        if key not in ("a", "c", "kappa_perp"):
+            raise SettingError(f"pretraining.task.{key} is unknown; allowed: a, c, kappa_perp")
+    return Task(**value)
+
+
+#: Laws of the base map that settings files know, by name.
+BASE_LAWS: dict[str, type[BaseLaw]] = {"atoms": Atoms, "power_law": PowerLaw}
+#: Their keys.
+BASE_KEYS = {"atoms": ("weights", "values"), "power_law": ("exponent", "low", "high")}
+
+
+def as_base(value: Any) -> BaseLaw | None:
+    """A base law from one, from a mapping of its name and parameters, or None for the Wishart law of kappa0."""
+    if value is None or isinstance(value, BaseLaw):
+        return value
+    known = ", ".join(f'"{name}"' for name in BASE_LAWS)
+    if not isinstance(value, Mapping):
+        raise SettingError(
+            f"pretraining.base = {value!r} is not a law; allowed: law = one of {known}, with its parameters"
+        )
+    given = {key: v for key, v in value.items() if key != "law"}
+    name = value.get("law")
+    if name not in BASE_LAWS:
+        raise SettingError(f"pretraining.base.law = {name!r} is unknown; allowed: {known}")
+    for key in given:
+        if key not in BASE_KEYS[name]:
+            raise SettingError(
+                f'pretraining.base.{key} has no meaning for "{name}"; allowed: {", ".join(BASE_KEYS[name])}'
+            )
+    for key in BASE_KEYS[name]:
+        if key not in given:
+            raise SettingError(f'pretraining.base.{key} is missing; allowed: {", ".join(BASE_KEYS[name])} for "{name}"')
+    return BASE_LAWS[name](**given)
+
+
+#: Largest rank of a LoRA update and of its teacher: the inner problem has r T unknowns.
+MAX_RANK = 4
+
+
+class SettingWarning(UserWarning):
+    """A setting that is accepted, with something in it replaced."""
+
+
+class Finetuning(eqx.Module):
+    """LoRA update w w^T of rank r on the frozen map, with labels from a teacher w* w*^T of rank r*.
+
+    `rank` r and `teacher_rank` r* (static, 1 to 4) are independent: w in R^{D x r}, w* in R^{D x r*} with entries
+    N(0, 1), so that the teacher's update has r* directions of the same size whatever r* is.
+
+    `alpha` = N' / D (samples: a sample ratio, not LoRA's `lora_alpha`), `lam` = ridge on w, `delta` = variance of the
+    label noise. `delta`, `activation` and `tokens` left at None follow the pre-training ones
+    (`Setting.finetuning_resolved`), and so does the beta of a softmax that is given by name alone.
+
+    `inputs` = where the fine-tuning inputs come from: an `Inputs` object, or its name with its options beside it:
+    "fresh"; "reused" (`label_noise` "same" or "fresh"); "mixed" (`reused_fraction`, `label_noise`); "selected" (`rho`,
+    `pool`, `score` "frobenius" or "without_shift"; alpha is then rho pool); "bayes_optimal". `recalibration` = the
+    factor b on the frozen map, or "noise" (the b that minimises Delta_eff) or "error" (the b that minimises E').
+    """
+
+    alpha: Any
+    lam: Any
+    delta: Any = None
+    activation: Any = None
+    tokens: Any = eqx.field(static=True, default=None)
+    inputs: Inputs = Fresh()
+    recalibration: Recalibration = FixedScale(1.0)
+    rank: int = eqx.field(static=True, default=1)
+    teacher_rank: int = eqx.field(static=True, default=1)
+
+    def __init__(
+        self, alpha=None, lam=None, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None,
+        recalibration: Any = 1.0, rank: Any = 1, teacher_rank: Any = 1, **options,
+    ):  # fmt: skip
+        require_float64()
+        self.inputs = as_inputs(inputs, options)
+        follows = getattr(self.inputs, "alpha", None)
+        if follows is not None:
+            if alpha is not None and _differ(alpha, follows):
+                warnings.warn(
+                    f"finetuning.alpha = {float(alpha):g} is replaced by rho * pool = {float(follows):g}, "
+                    "which it is on selected inputs",
+                    SettingWarning,
+                    stacklevel=2,
+                )
+            alpha = follows
+        self.alpha = real("finetuning.alpha", alpha, "alpha > 0", 0.0)
+        self.lam = real("finetuning.lam", lam, _WHY_LAM.split(";")[0] + "; zero is not allowed because "
+                        "the response v = 1/(l' + 2 lam') then has no bound", 0.0)  # fmt: skip
+        self.delta = None if delta is None else real("finetuning.delta", delta, "delta >= 0", 0.0, closed=True)
+        if activation is None and beta is not None:
+            raise SettingError(f"finetuning.beta = {beta!r} needs an activation; allowed: with softmax only")
+        self.activation = None if activation is None else as_activation("finetuning", activation, beta, unsaid=None)
+        self.tokens = None if tokens is None else whole("finetuning.tokens", tokens, 2, 8)
+        self.recalibration = _as_recalibration(recalibration)
+        self.rank = whole("finetuning.rank", rank, 1, MAX_RANK)
+        self.teacher_rank = whole("finetuning.teacher_rank", teacher_rank, 1, MAX_RANK)
+
+    @property
+    def follows_beta(self) -> bool:
+        """Whether the beta of a softmax is that of pre-training."""
+        return self.activation is None or (isinstance(self.activation, Softmax) and self.activation.beta is None)
+
+    @property
+    def _drops(self) -> bool:
+        return self.activation.forgets_shift
+
+    def moments(self, frozen) -> Moments:
+        """Second moments of (Y0, Z_W) on the fine-tuning inputs, before recalibration."""
+        return self.inputs.moments(frozen, self.delta, self.tokens, self._drops)
+
+    def scale(self, frozen):
+        """b, the factor on the frozen map."""
+        return self.recalibration.factor(self.moments(frozen))
+
+    def effective_noise(self, frozen):
+        """Delta_eff, the variance of Y0 - b Z_W on the fine-tuning inputs."""
+        return self.moments(frozen).effective_noise(self.scale(frozen))
+
+
+def _differ(given, follows) -> bool:
+    try:
+        known = is_concrete(given) and is_concrete(follows)
+        return known and abs(float(given) - float(follows)) > 1e-9 * abs(float(follows))
+    except (TypeError, ValueError):
+        return False
+
+
+def as_inputs(inputs: Any, options: Mapping[str, Any]) -> Inputs:
+    """`Inputs` from one, or from its name and options."""
+    given = {key: value for key, value in options.items() if value is not None}
+    known = {key for kind in CHANNELS.values() for key in kind.options}
+    for key in options:
+        if key not in known:
+            raise TypeError(f"Finetuning got an unexpected keyword argument {key!r}")
+    if isinstance(inputs, Inputs):
+        for key in given:
+            raise SettingError(
+                f"finetuning.{key} = {given[key]!r} stands beside inputs that have their own; allowed: one of them"
+            )
+        return inputs
+    if not isinstance(inputs, str) or inputs not in CHANNELS:
+        allowed = ", ".join(f'"{kind}"' for kind in CHANNELS)
+        raise SettingError(f"finetuning.inputs = {inputs!r} is unknown; allowed: {allowed}")
+    kind = CHANNELS[inputs]
+    for key in given:
+        if key not in kind.options:
+            raise SettingError(
+                f'finetuning.{key} = {given[key]!r} has no meaning on "{inputs}" inputs; allowed: on {homes(key)} ones'
+            )
+    for key in kind.numbers:
+        if key not in given:
+            raise SettingError(f'finetuning.{key} is missing; allowed: {_MISSING[key]}, which "{inputs}" inputs need')
+    return kind(**given)
+
+
+_MISSING = {"reused_fraction": "0 to 1", "rho": "0 < rho <= 1", "pool": "pool > 0 (inputs in the pool / D)"}
+
+
+def _as_recalibration(value: Any) -> Recalibration:
+    if isinstance(value, Recalibration):
+        return value
+    if isinstance(value, str):
+        if value in RECALIBRATIONS:
+            return RECALIBRATIONS[value]()
+        raise SettingError(f'finetuning.recalibration = {value!r} is unknown; allowed: a number >= 0, "noise", "error"')
+    return FixedScale(real("finetuning.recalibration", value, 'a number >= 0, "noise", "error"', 0.0, closed=True))
+
+
+#: What may be assumed of the minima of fine-tuning (see `Numerics`).
+SYMMETRIES = ("auto", "rs", "1rsb")
+
+
+class Numerics(eqx.Module):
+    """How the theory is evaluated (static).
+
+    `nodes`: quadrature nodes of pre-training, split over `replicas` independent scrambles (a power of two each), whose
+    spread is the error bar: it is known to 1 / sqrt(2 replicas - 2) of itself, and large replicas have small errors;
+    `finetuning_nodes`: the same for fine-tuning (default 4 x `nodes`); `seed` of the scrambles; `tolerance` on the true
+    residual; `max_steps` of the fixed-point solver. `symmetry` of fine-tuning: "auto" (replica symmetric where that is
+    stable, one step of breaking elsewhere), "rs" or "1rsb" throughout; with one step a quarter of the nodes has
+    `samples` each inside (a power of two).
+    """
+
+    nodes: int = eqx.field(static=True, default=16384)
+    finetuning_nodes: int = eqx.field(static=True, default=65536)
+    replicas: int = eqx.field(static=True, default=8)
+    seed: int = eqx.field(static=True, default=0)
+    tolerance: float = eqx.field(static=True, default=1e-10)
+    max_steps: int = eqx.field(static=True, default=200)
+    samples: int = eqx.field(static=True, default=16)
+    symmetry: str = eqx.field(static=True, default="auto")
+
+    def __init__(
+        self, nodes=16384, finetuning_nodes=None, replicas=8, seed=0, tolerance=1e-10, max_steps=200, samples=16,
+        symmetry="auto",
+    ):  # fmt: skip
+        self.nodes = whole("numerics.nodes", nodes, 256, 2**22)
+        finetuning_nodes = 4 * nodes if finetuning_nodes is None else finetuning_nodes
+        self.finetuning_nodes = whole("numerics.finetuning_nodes", finetuning_nodes, 256, 2**22)
+        self.replicas = whole("numerics.replicas", replicas, 2, 64)
+        self.seed = whole("numerics.seed", seed, 0, 2**31 - 1)
+        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+            raise SettingError(f"numerics.tolerance = {tolerance!r} is not a number; allowed: 1e-13 to 1e-3")
+        if not 1e-13 <= tolerance <= 1e-3:
+            raise SettingError(f"numerics.tolerance = {tolerance!r} is out of range; allowed: 1e-13 to 1e-3")
+        self.tolerance = float(tolerance)
+        self.max_steps = whole("numerics.max_steps", max_steps, 1, 10**6)
+        self.samples = whole("numerics.samples", samples, 4, 1024)
+        if self.samples & (self.samples - 1):
+            raise SettingError(f"numerics.samples = {samples} is out of range; allowed: a power of two, 4 to 1024")
+        if symmetry not in SYMMETRIES:
+            allowed = ", ".join(f'"{name}"' for name in SYMMETRIES)
+            raise SettingError(f"numerics.symmetry = {symmetry!r} is unknown; allowed: {allowed}")
+        self.symmetry = symmetry
+        for name in ("nodes", "finetuning_nodes"):
+            per = getattr(self, name) / self.replicas
+            if per < 32 or math.log2(per) % 1:
+                raise SettingError(
+                    f"numerics.{name} = {getattr(self, name)} is out of range; allowed: numerics.replicas "
+                    f"(= {self.replicas}) times a power of two >= 32"
+                )
+
+    @property
+    def without_seed(self) -> Numerics:
+        """The same with seed 0: once the nodes are drawn, the seed must not cause another compilation."""
+        return self.changed(seed=0)
+
+    def changed(self, **fields: Any) -> Numerics:
+        """The same with some fields changed."""
+        names = ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps", "samples", "symmetry")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names} | fields
+        return Numerics(**given)
+
+
+class Setting(eqx.Module):
+    """Everything that one prediction needs: both stages and the numerics."""
+
+    pretraining: Pretraining
+    finetuning: Finetuning
+    numerics: Numerics = Numerics()
+
+    @property
+    def finetuning_activation(self) -> Activation:
+        """The activation of fine-tuning, with what it takes over from pre-training."""
+        first, own = self.pretraining.activation, self.finetuning.activation
+        if own is not None and not self.finetuning.follows_beta:
+            return own
+        return first if own is None or isinstance(first, Softmax) else Softmax()
+
+    @property
+    def finetuning_resolved(self) -> Finetuning:
+        """The fine-tuning stage with `delta`, `activation` and `tokens` filled in from pre-training."""
+        pre, fine = self.pretraining, self.finetuning
+        resolved = Finetuning(
+            fine.alpha,
+            fine.lam,
+            delta=pre.delta if fine.delta is None else fine.delta,
+            activation=self.finetuning_activation,
+            tokens=pre.tokens if fine.tokens is None else fine.tokens,
+            inputs=fine.inputs.after(pre),
+            recalibration=fine.recalibration,
+            rank=fine.rank,
+            teacher_rank=fine.teacher_rank,
+        )
+        resolved.inputs.check(pre, resolved)
+        return resolved

@@ -1,0 +1,1 @@
+"""From a setting to every prediction with its error bar: search, description, status."""

@@ -1,0 +1,392 @@
+"""Solutions: every prediction of one setting as a documented property, with its quadrature error and status."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..bayes.limits import BayesLimits, bayes_optimal
+from ..errors import Code, SolveError, is_concrete, require_float64, succeeded
+from ..math.fixed_point import nan_slope
+from ..model.channel.inputs import FrozenMap, LeastError
+from ..model.spectra.learned import LearnedSpectrum
+from ..runtime.program import Program
+from ..setting.stages import Finetuning, Numerics, Pretraining, Setting
+from . import theory
+
+_SUMMARY = {
+    "pretraining": ("V", "M", "Q", "M_down", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
+                    "rank_fraction", "replicon", "double_well_share"),
+    "finetuning": ("v", "m", "p", "q", "v_spare", "p_spare", "q_spare", "overlap", "train_loss", "test_error",
+                   "test_error_frozen", "effective_noise", "recalibration", "free_energy", "replicon",
+                   "double_well_share", "breaking", "complexity"),
+}  # fmt: skip
+
+
+# Several programs, not one: the compiler's memory grows with the size of a program, and gradients share the searches.
+_describe_pretraining = Program(theory.describe_pretraining, quick=True)
+_describe_finetuning = Program(theory.describe_finetuning, quick=True)
+_quadrature_errors = Program(theory.quadrature_errors, quick=True), Program(theory.quadrature_errors)
+_map_errors = Program(theory.map_errors, quick=True)
+_solve_pretraining = Program(theory.solve_pretraining, quick=True), Program(theory.solve_pretraining)
+_solve_symmetric = Program(theory.solve_symmetric, quick=True), Program(theory.solve_symmetric)
+_solve_broken = Program(theory.solve_broken, quick=True), Program(theory.solve_broken)
+
+#: Nodes times solves from which on a slower compilation pays, and the solves that a single one stands for.
+_MUCH, _SOLVES = 2**20, 16
+
+
+def by_work(programs: tuple[Program, Program], nodes: int, solves: int = _SOLVES) -> Program:
+    """Which of two programs of a search, the one faster to compile or the one faster to run, for so much work."""
+    return programs[nodes * solves > _MUCH]
+
+
+def _solve_first(pre: Pretraining, numerics: Numerics, nodes: theory.NodeSets) -> theory.FirstStage:
+    """Pre-training, `numerics` without its seed."""
+    solved = by_work(_solve_pretraining, 4 * numerics.nodes)(pre, numerics, nodes.pretraining)
+    return _describe_pretraining(pre, theory.NodeSets(nodes.pretraining, None, nodes.pretraining_test, None), solved)
+
+
+def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
+    """Both stages without derivatives, compiled once per kind of setting: `(nodes, FirstStage, SecondStage)`.
+
+    The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
+    with one step of symmetry breaking, in a deep glass once more with more samples, or, if `numerics.symmetry` asks for
+    it, with nodes that have two wells. Outside of transformations only: there is nothing to look at inside.
+    """
+    nodes, still = theory.node_sets(pre, fine, numerics), numerics.without_seed
+    first = _solve_first(pre, still, nodes)
+    given = pre, fine, first, still
+    second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, True)
+    if numerics.symmetry == "rs":
+        if bool(jnp.any(second.solved.inner.two)) or not succeeded(int(second.solved.point.code)):
+            second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, False)
+    elif bool(second.rough) or numerics.symmetry == "1rsb":
+        coarse, work = second.coarse, numerics.finetuning_nodes * numerics.samples // 4
+        for deep in (False, True):
+            nodes = theory.with_broken(nodes, fine, numerics, deep)
+            second = by_work(_solve_broken, work)(*given, nodes.broken, coarse)
+            if not bool(second.rough):
+                break
+    return nodes, first, second
+
+
+def _answer(pre, fine, numerics, nodes, first, second):
+    """(values, errors, status) of both stages and the branches, with the codes that quadrature errors decide."""
+    out = _describe_finetuning(pre, fine, nodes, first, second)
+    bars = by_work(_quadrature_errors, numerics.finetuning_nodes)(pre, fine, numerics, nodes, out)
+    bars = dict(zip(("pretraining", "finetuning"), bars, strict=True))
+    values = {"pretraining": out.pretraining, "finetuning": out.finetuning}
+    status = {stage: theory.final_status(out.status[stage], bars[stage]) for stage in bars}
+    return values, {stage: b.errors for stage, b in bars.items()}, status, out.branches
+
+
+def _traced_answer(pre, fine, numerics):
+    """`_answer` inside a transformation, where both searches have to be there: NaN where the solve failed, since nobody
+    can look at the code."""
+    nodes = theory.with_broken(theory.node_sets(pre, fine, numerics), fine, numerics)
+    numerics = numerics.without_seed
+    first = _solve_first(pre, numerics, nodes)
+    second = _solve_symmetric[0](pre, fine, first, numerics, nodes.finetuning, numerics.symmetry != "rs")
+
+    def symmetric():
+        return _answer(pre, fine, numerics, nodes, first, second)
+
+    def broken():
+        found = _solve_broken[0](pre, fine, first, numerics, nodes.broken, second.coarse)
+        point = found.solved.point
+        code = jnp.where(found.rough & succeeded(point.code), int(Code.deep_glass), point.code)
+        found = found._replace(solved=found.solved._replace(point=point._replace(code=code)))
+        return _answer(pre, fine, numerics, nodes, first, found)
+
+    if numerics.symmetry == "auto":
+        values, errors, status, branches = jax.lax.cond(second.rough, broken, symmetric)
+    else:
+        values, errors, status, branches = symmetric() if numerics.symmetry == "rs" else broken()
+    good = {stage: succeeded(status[stage]["code"]) for stage in status}
+    values = {stage: _lost(v, good[stage]) for stage, v in values.items()}
+    return values, errors, status, branches
+
+
+def _lost(values, good):
+    """The values, NaN with NaN slopes where a solve has failed."""
+    # Added: a choice between two values would have no slope on the other.
+    return jax.tree_util.tree_map(lambda v: nan_slope(v, good) + jnp.where(good, 0.0, jnp.nan), values)
+
+
+class Solution(eqx.Module):
+    """Theory of one `setting`. `pretraining` and `finetuning` hold every prediction by name.
+
+    pretraining: V, M, Q, qhat, mhat, shat (order parameters and conjugates); M_down = Tr(S S*)/D with the base map of
+    fine-tuning (M, unless pre-training had a task of its own); overlap = M / sqrt(Q Q0); train_loss
+    (L / D^2, penalty included) and train_error (its data part); test_error, test_error_noiseless (E);
+    rank_fraction (rank of the learned map / D); replicon (of smooth nodes; stable below 1); double_well_share: where it
+    is above a thousandth the loss of pre-training has many minima, which this theory takes for one.
+
+    finetuning: v, m, q, qhat, mhat, lhat; overlap = m / sqrt(q q0); train_loss = free_energy (L' / D, penalty included)
+    and train_error; test_error (E'), test_error_frozen (E' at w = 0); effective_noise (Delta_eff); replicon (of
+    smooth nodes); double_well_share (share of nodes whose inner problem has two minima).
+
+    For higher ranks v, m, q, ... are the entries of the matrices (`lora_matrices`) in the directions along the
+    teacher's and, for r > r*, v_spare, q_spare, qhat_spare, lhat_spare those in the others; overlap = ||m||_F /
+    sqrt(||q||_F ||q0||_F). Where two or more directions have no overlap (spare ones, or all at m = 0) `replicon` is
+    never below one: they are free to turn among themselves.
+
+    All are scalars and differentiable in the setting's fields. `NaN` means undefined (the overlap of a zero map).
+    """
+
+    setting: Setting
+    pretraining: dict[str, Any]
+    finetuning: dict[str, Any]
+    errors: dict[str, dict[str, Any]]
+    status: dict[str, dict[str, Any]]
+    branches: theory.Branches
+
+    @property
+    def test_error(self):
+        """E' = E || sigma(Z_W + omega omega^T) - sigma(Y0 + chi* chi*^T) ||_F^2 on fresh inputs, noisy labels."""
+        return self.finetuning["test_error"]
+
+    @property
+    def effective_noise(self):
+        """Delta_eff = Var(Y0 - b Z_W) on the fine-tuning inputs: all that LoRA sees of pre-training for the identity.
+
+        Fresh inputs: delta'/2 + Q0 - 2 b M + b^2 Q. For softmax on reused inputs, the formula of the identity.
+        """
+        return self.finetuning["effective_noise"]
+
+    @property
+    def overlap(self):
+        """o_w = m / sqrt(q q0), the cosine of w and w*.
+
+        For higher ranks ||m||_F / sqrt(||q||_F ||q0||_F), the root of the cosine of w w^T and w* w*^T: with r < r* at
+        most (r / r*)^(1/4).
+        """
+        return self.finetuning["overlap"]
+
+    @property
+    def lora_matrices(self) -> dict[str, Any]:
+        """m = w^T w*/D (r, r*), q = w^T w/D (r, r) and v (r, r), with w and w* turned so that they are diagonal."""
+        fine, p = self.setting.finetuning, self.finetuning
+        k = min(fine.rank, fine.teacher_rank)
+
+        def diagonal(name):
+            return jnp.diag(jnp.stack([p[name]] * k + [p.get(f"{name}_spare")] * (fine.rank - k)))
+
+        return {"m": p["m"] * jnp.eye(fine.rank, fine.teacher_rank), "q": diagonal("q"), "v": diagonal("v")}
+
+    @property
+    def map_overlap(self):
+        """O_W = M / sqrt(Q Q0), the cosine of the learned and the teacher map."""
+        return self.pretraining["overlap"]
+
+    @property
+    def free_energy(self):
+        """phi at the fixed point: training loss of fine-tuning per D, penalty included."""
+        return self.finetuning["free_energy"]
+
+    @property
+    def spectrum(self) -> LearnedSpectrum:
+        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps) (with a task: of S_pre): atom, density."""
+        return _spectrum(self.setting.pretraining, self.pretraining)
+
+    @property
+    def symmetry(self) -> str:
+        """Phase of fine-tuning: "replica symmetric" (one minimum, up to w -> -w) or "one-step broken" (many, whose
+        overlap is p < q). Decided by the theory: symmetric where all nodes but a few have one well and `replicon` < 1.
+        """
+        return "one-step broken" if bool(self.finetuning["broken"]) else "replica symmetric"
+
+    @functools.cached_property
+    def rs(self) -> dict[str, Any]:
+        """E', o_w and phi of the replica-symmetric solution, and its code, for comparison where symmetry is broken and
+        it is unstable. The numbers are None where that solve failed, which is no failure of the theory."""
+        asked = self.setting.numerics.changed(symmetry="rs")
+        found = predict(Setting(self.setting.pretraining, self.setting.finetuning, asked), throw=False)
+        names = ("test_error", "overlap", "free_energy")
+        values = {n: _plain(found.finetuning[n]) if found.ok else None for n in names}
+        return {**values, "code": found.code("finetuning").name}
+
+    @functools.cached_property
+    def bayes_optimal(self) -> BayesLimits:
+        """The best that any estimator can do with the same data, on fresh inputs: E_BO, E'_BO and the overlaps."""
+        return bayes_optimal(self.setting)
+
+    def stderr(self, stage: str, name: str) -> float:
+        """Quadrature standard error of a prediction, e.g. `stderr("finetuning", "test_error")`."""
+        return float(self.errors[stage][name])
+
+    def code(self, stage: str) -> Code:
+        """Result code of a stage."""
+        return Code(int(self.status[stage]["code"]))
+
+    @property
+    def ok(self) -> bool:
+        """Whether both stages were solved."""
+        return all(self.code(s) is Code.ok for s in self.status)
+
+    def require_ok(self) -> None:
+        """Raises `SolveError` for the first stage that failed."""
+        for stage in ("pretraining", "finetuning"):
+            code = self.code(stage)
+            if code is not Code.ok:
+                detail = f"residual {float(self.status[stage]['residual']):.2e}"
+                if code is Code.too_narrow:
+                    rank = float(self.pretraining["rank_fraction"])
+                    kappa = float(self.setting.pretraining.kappa)
+                    detail = f"kappa = {kappa:g}, allowed: at least the rank fraction {rank:.6g}"
+                raise SolveError(stage, code, detail)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined, and of a
+        stage that failed."""
+        values = {"pretraining": self.pretraining, "finetuning": self.finetuning}
+        good = {s: self.code(s) is Code.ok for s in values}
+        names = {s: [n for n in some if n in values[s]] for s, some in _SUMMARY.items()}
+        out: dict[str, Any] = {
+            s: {n: _plain(values[s][n]) if good[s] else None for n in some} for s, some in names.items()
+        }
+        out["quadrature_error"] = {
+            s: {n: _plain(self.errors[s][n]) if good[s] else None for n in some} for s, some in names.items()
+        }
+        out["symmetry"] = self.symmetry if good["finetuning"] else None
+        out["status"] = {
+            s: {
+                "code": self.code(s).name,
+                "residual": _plain(self.status[s]["residual"]),
+                "steps": int(self.status[s]["steps"]),
+            }
+            for s in ("pretraining", "finetuning")
+        }
+        return out
+
+
+def _spectrum(pre: Pretraining, values) -> LearnedSpectrum:
+    mhat, lam = values["mhat"], pre.lam * pre.kappa**0.5
+    return LearnedSpectrum(mhat / values["shat"], values["qhat"] ** 0.5 / mhat, 2 * lam / mhat, pre.law)
+
+
+def _plain(value) -> float | None:
+    x = float(np.asarray(value))
+    return x if math.isfinite(x) else None
+
+
+def predict(setting: Setting, throw: bool = True) -> Solution:
+    """Solves both stages of `setting` and predicts everything.
+
+    Raises `SolveError` when a solve failed, unless `throw` is False (then read `Solution.ok` and `Solution.code`).
+    Compiled once per kind of setting (tokens, activations, numerics); under jit, vmap and grad nothing is raised
+    and a failed solve gives NaN, values and derivatives.
+    """
+    require_float64()
+    asked = setting
+    if isinstance(setting.finetuning.recalibration, LeastError):
+        from ..design.optimize import with_best_scale  # which predicts at every step of its search
+
+        setting = with_best_scale(setting)
+    pre, fine, numerics = setting.pretraining, setting.finetuning_resolved, setting.numerics
+    known = all(map(is_concrete, (*jax.tree_util.tree_leaves((pre, fine)), jnp.zeros(()))))
+    if known:
+        nodes, first, second = solve(pre, fine, numerics)
+        answer = _answer(pre, fine, numerics.without_seed, nodes, first, second)
+    else:
+        answer = _traced_answer(pre, fine, numerics)
+    values, errors, status, branches = answer
+    if setting is not asked:
+        errors["finetuning"]["recalibration"] = jnp.asarray(jnp.nan)  # of the search: not known
+    solution = Solution(asked, values["pretraining"], values["finetuning"], errors, status, branches)
+    if throw and known:
+        solution.require_ok()
+    return solution
+
+
+# ---- pre-training alone ----------------------------------------------------------------------------------------
+
+
+class PretrainingSolution(eqx.Module):
+    """Theory of pre-training alone, for whoever needs the learned map and not what is made of it.
+
+    `values` are the predictions that `Solution.pretraining` has, by the same names, and `errors` their quadrature
+    standard errors (zero where closed forms need no nodes); all are differentiable in the fields of `pretraining`. `x`
+    are the order parameters in the solver's coordinates, from which `frozen` makes the map that fine-tuning sees.
+    Inside a transformation (jit, vmap, grad) the values of a failed solve are NaN; outside they are what was reached,
+    and `require_ok` raises.
+    """
+
+    pretraining: Pretraining
+    values: dict[str, Any]
+    errors: dict[str, Any]
+    status: dict[str, Any]
+    x: Any
+
+    @property
+    def spectrum(self) -> LearnedSpectrum:
+        """Law of the learned map's eigenvalues, eta ReLU(S* + delta Z - eps) (with a task: of S_pre)."""
+        return _spectrum(self.pretraining, self.values)
+
+    def frozen(self, fine: Finetuning) -> FrozenMap:
+        """The frozen map that a fine-tuning stage (of `Setting.finetuning_resolved`) is built on."""
+        return theory.frozen_at(self.pretraining, fine, self.x)
+
+    def stderr(self, name: str) -> float:
+        """Quadrature standard error of a prediction, e.g. `stderr("test_error")`."""
+        return float(self.errors[name])
+
+    @property
+    def code(self) -> Code:
+        """How the solve ended."""
+        return Code(int(self.status["code"]))
+
+    @property
+    def ok(self) -> bool:
+        """Whether the stage was solved."""
+        return bool(succeeded(self.code))
+
+    def require_ok(self) -> None:
+        """Raises `SolveError` if the solve failed."""
+        if not self.ok:
+            detail = f"residual {float(self.status['residual']):.2e}"
+            if self.code is Code.too_narrow:
+                kappa, rank = float(self.pretraining.kappa), float(self.values["rank_fraction"])
+                detail = f"kappa = {kappa:g}, allowed: at least the rank fraction {rank:.6g}"
+            raise SolveError("pretraining", self.code, detail)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON, as `Solution.summary` has them for this stage."""
+        names, stage = _SUMMARY["pretraining"], "pretraining"
+        residual, steps = _plain(self.status["residual"]), int(self.status["steps"])
+        status = {"code": self.code.name, "residual": residual, "steps": steps}
+        return {
+            stage: {n: _plain(self.values[n]) for n in names},
+            "quadrature_error": {stage: {n: _plain(self.errors[n]) for n in names}},
+            "status": {stage: status},
+        }
+
+
+def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: bool = True) -> PretrainingSolution:
+    """Solves pre-training alone and predicts everything about it.
+
+    Raises `SolveError` when the solve failed, unless `throw` is False (then read `ok` and `code`). Under jit, vmap and
+    grad nothing is raised: the values of a failed solve are NaN there, and so are their derivatives.
+    """
+    require_float64()
+    pre, numerics = pretraining, Numerics() if numerics is None else numerics
+    nodes, still = theory.map_node_sets(pre, numerics), numerics.without_seed
+    sets = theory.NodeSets(nodes[0], None, nodes[1], None)
+    first = _solve_first(pre, still, sets)
+    bars, _ = _map_errors(pre, still, sets, first.values, first.solved)
+    status = theory.final_status(first.status, bars)
+    values, x = first.values, first.x
+    known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
+    if not known:
+        values, x = _lost((values, x), succeeded(status["code"]))
+    solution = PretrainingSolution(pre, values, bars.errors, status, x)
+    if throw and known:
+        solution.require_ok()
+    return solution
