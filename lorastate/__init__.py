@@ -14,7 +14,8 @@ _NAMES = {
     "setting.stages": "Setting Pretraining Finetuning Numerics SettingWarning",
     "model.task": "Task",
     "setting.files": "load_setting replace setting_to_dict setting_from_dict continuous_fields get",
-    "model.spectra.laws": "BaseLaw Wishart Atoms PowerLaw FreeSum",
+    "model.spectra.base": "BaseLaw",
+    "model.spectra.laws": "Wishart Atoms PowerLaw FreeSum",
     "model.activation": "Activation Softmax Identity Custom",
     "model.channel.inputs": (
         "Inputs Fresh Reused Mixed Selected BayesOptimal FrozenMap Recalibration FixedScale LeastNoise LeastError"
@@ -30,7 +31,8 @@ _NAMES = {
     "diagnosis.second_step": "breaking_error",
     "design.mismatch": "measure_mismatch find_mismatch Mismatch",
     "sweeps.sweep": "sweep SweepInterrupted SweepIncomplete",
-    "design.optimize": "gradient optimize Optimum sensitivities Sensitivities",
+    "solution.gradients": "gradient",
+    "design.optimize": "optimize Optimum sensitivities Sensitivities",
     "diagnosis.preactivations": "sample_pretraining sample_finetuning",
     "simulation.simulate": "Simulation simulate SimulationInterrupted",
     "simulation.on_channel": "ChannelSimulation",

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lorastate.model.spectra.laws import Atoms, Wishart
+from lorastate.model.spectra.learned import LearnedSpectrum
 from lorastate.model.spectra.wishart import (
     J,
-    LearnedSpectrum,
     band_nodes,
     bands_quadrature,
     density,

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from .laws import BaseLaw, Wishart
-from .wishart import as_array, prepare
+from .base import BaseLaw
+from .elementwise import as_array, prepare
+from .laws import Wishart
 
 
 def _as_law(value: Any) -> BaseLaw:

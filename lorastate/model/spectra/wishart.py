@@ -1,4 +1,4 @@
-"""Spectral law of the noisy base teacher, ``mu_delta = law of S* + delta * semicircle``.
+"""Closed forms of one Wishart teacher: the law ``mu_delta = law of S* + delta * semicircle``.
 
 ``S* = W* W*^T / sqrt(P0 D)`` is Wishart of rank ratio ``kappa0 = P0 / D``, the semicircle has
 variance 1. R-transforms add, so the Stieltjes transform g solves the cubic ``z(g) = x``,
@@ -14,7 +14,6 @@ float64: in float32 the roots near a band edge carry three digits.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +21,14 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-
-def prepare(*args: ArrayLike) -> tuple[Array, ...]:
-    """Broadcast to one shape and one floating dtype."""
-    dtype = jnp.result_type(float, *args)
-    return tuple(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in args)))
-
-
-def limit(delta: Array) -> Array:
-    """delta, or what is as good as its limit 0+."""
-    return jnp.maximum(delta, 1e-8)
+from .elementwise import density_of, limit, prepare
+from .rules import BandNodes, double_exponential, pairs_across
 
 
 def _prepare_law(*args: ArrayLike) -> tuple[Array, ...]:
     """`prepare` of arguments the last two of which are delta and kappa0."""
     *rest, delta, kappa0 = prepare(*args)
     return *rest, limit(delta), jnp.maximum(kappa0, 1e-14)
-
-
-def density_of(g: Array, delta: ArrayLike) -> Array:
-    """``-Im g / pi``; infinite at delta = 0 where an atom or a hard edge is."""
-    rho = -jnp.imag(g) / jnp.pi
-    return jnp.where((jnp.asarray(delta) == 0) & (rho > 1e4), jnp.inf, rho)
-
-
-def as_array(value: ArrayLike) -> Array:
-    return prepare(value)[0]
 
 
 def _isolated_root(e1: Array, e2: Array, e3: Array) -> Array:
@@ -257,14 +238,6 @@ def edges(delta: ArrayLike, kappa0: ArrayLike) -> Array:
     return jnp.where(gap[..., None], x, one)
 
 
-class BandNodes(NamedTuple):
-    """Quadrature nodes ``x``, weights ``w`` of mu_delta and ``density`` at the nodes, (..., 2n)."""
-
-    x: Array
-    w: Array
-    density: Array
-
-
 def _band_ends(delta: Array, kappa0: Array) -> tuple[Array, Array, Array]:
     """``t`` at the lower and upper ends of the bands, (..., 2) each, and whether there are two.
 
@@ -339,9 +312,7 @@ def pair_response(delta: ArrayLike, eps: ArrayLike, kappa0: ArrayLike, n: int = 
     t_in = jnp.log(s * k / (d2 * ((s - jnp.real(g)) ** 2 + jnp.imag(g) ** 2)))
     t_c = jnp.where(inside, t_in, jnp.where(e <= x0, t0, t1))
     offset = jnp.clip(e, x0, x1) - e
-    tau, step = np.linspace(-3, 3, n, retstep=True)  # the rule's end weights are 1e-13 there
-    slope = step * np.pi * np.cosh(tau) / (2 * np.cosh(np.pi / 2 * np.sinh(tau))) ** 2
-    phi, dphi = jnp.asarray([1 / (1 + np.exp(-np.pi * np.sinh(tau))), slope], t_c.dtype)
+    phi, dphi = jnp.asarray(double_exponential(n), t_c.dtype)
     exists = gap[..., None] | (jnp.arange(2) == 0)
 
     def side(t_end: Array) -> tuple[Array, Array]:
@@ -357,8 +328,5 @@ def pair_response(delta: ArrayLike, eps: ArrayLike, kappa0: ArrayLike, n: int = 
         flat = (*delta.shape, 2 * n)
         return dist.reshape(flat), weight.reshape(flat)
 
-    (u, wu), (v, wv) = side(t1), side(t0)
-    total = u[..., :, None] + v[..., None, :]
-    share = u[..., :, None] / jnp.where(total > 0, total, 1.0)
-    mixed = jnp.einsum("...i,...j,...ij->...", wu, wv, share * share)
+    mixed = pairs_across(side(t1), side(t0))
     return (1 - _mass_below(eps, delta, kappa0)) ** 2 + 2 * mixed
