@@ -21,9 +21,9 @@ _NAMES = {
         "Inputs Fresh Reused Mixed Selected BayesOptimal FrozenMap Recalibration FixedScale LeastNoise LeastError"
     ),
     "model.spectra.learned": "LearnedSpectrum",
-    "bayes.limits": (
-        "bayes_optimal bayes_optimal_pretraining bayes_optimal_finetuning BayesPretraining BayesFinetuning BayesLimits"
-    ),
+    "bayes.pretraining": "bayes_optimal_pretraining BayesPretraining",
+    "bayes.finetuning": "bayes_optimal_finetuning BayesFinetuning",
+    "bayes.limits": "bayes_optimal BayesLimits",
     "math.fixed_point": "Method FixedPoint",
     "solution.solution": "Solution predict PretrainingSolution pretrain",
     "diagnosis.explain": "explain noise_decomposition",
@@ -34,8 +34,9 @@ _NAMES = {
     "solution.gradients": "gradient",
     "design.optimize": "optimize Optimum sensitivities Sensitivities",
     "diagnosis.preactivations": "sample_pretraining sample_finetuning",
-    "simulation.simulate": "Simulation simulate SimulationInterrupted",
-    "simulation.on_channel": "ChannelSimulation",
+    "simulation.simulate": "simulate",
+    "simulation.result": "Simulation SimulationInterrupted",
+    "simulation.channel_result": "ChannelSimulation",
     "errors": "SettingError SolveError Code",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

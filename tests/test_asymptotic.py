@@ -16,9 +16,12 @@ from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
 from lorastate.model.channel.inputs import FrozenMap  # noqa: E402
 from lorastate.setting.stages import Finetuning, Numerics, Pretraining, Setting  # noqa: E402
 from lorastate.simulation import descents as _descents  # noqa: E402
-from lorastate.simulation import on_channel as asymptotic  # noqa: E402
-from lorastate.simulation import simulate as simulation  # noqa: E402
+from lorastate.simulation import losses, on_channel, samples, searches  # noqa: E402
+from lorastate.simulation.channel_draws import draw, draw_fields  # noqa: E402
 from lorastate.simulation.descents import LoraData, descend  # noqa: E402
+from lorastate.simulation.overlap_errors import overlap_error, overlap_matrices  # noqa: E402
+from lorastate.simulation.result import SimulationInterrupted  # noqa: E402
+from lorastate.simulation.searches import SEARCHES  # noqa: E402
 from lorastate.simulation.simulate import simulate  # noqa: E402
 from lorastate.solution import solution  # noqa: E402
 
@@ -51,7 +54,7 @@ def test_smooth_setting_agrees_with_theory(smooth):
     assert smooth.stderr("deep", "test_error") < 0.004
     assert smooth.samples == 600 and smooth.seeds == tuple((0, run) for run in range(8))
     # One minimum: all searches end in it.
-    for search in asymptotic.SEARCHES:
+    for search in SEARCHES:
         assert smooth.converged(search).all()
         np.testing.assert_allclose(smooth.searches[search]["train_loss"], smooth.lowest["train_loss"], rtol=1e-5)
     assert smooth.worse_starts["count"] == 0 and smooth.verdict is None
@@ -91,7 +94,7 @@ CHANNELS = [
 def test_moments_of_the_drawn_channel(options):
     fine = Setting(LINEAR, Finetuning(**{"alpha": 3.0, "lam": 0.1, **options}), NUMERICS).finetuning_resolved
     frozen, n = solution.pretrain(LINEAR, NUMERICS).frozen(fine), 40_000
-    fields = asymptotic.draw_fields(jax.random.key(5), fine, frozen, n)
+    fields = draw_fields(jax.random.key(5), fine, frozen, n)
     assert fields.y0.shape == fields.zw.shape == (3, 3, n)
     unit = np.where(np.eye(3), 2.0, 1.0)
     pairs = {"yy": (fields.y0, fields.y0), "yz": (fields.y0, fields.zw), "zz": (fields.zw, fields.zw)}
@@ -102,7 +105,7 @@ def test_moments_of_the_drawn_channel(options):
 def test_every_input_of_a_mixture_belongs_to_one_part():
     fine = Setting(LINEAR, Finetuning(3.0, 0.1, inputs="mixed", reused_fraction=0.3)).finetuning_resolved
     frozen, n = solution.pretrain(LINEAR, NUMERICS).frozen(fine), 20_000
-    fields = asymptotic.draw_fields(jax.random.key(0), fine, frozen, n)
+    fields = draw_fields(jax.random.key(0), fine, frozen, n)
     gap = np.asarray((fields.y0 - fields.zw)[0, 1] ** 2)
     many = round(0.7 * n)
     kinds = (Finetuning(3.0, 0.1), Finetuning(3.0, 0.1, inputs="reused"))
@@ -115,10 +118,10 @@ def test_the_problem_that_is_drawn():
     fine = Setting(LINEAR, Finetuning(3.0, 0.1, teacher_rank=2, recalibration=0.5)).finetuning_resolved
     frozen = solution.pretrain(LINEAR, NUMERICS).frozen(fine)
     key, D, n = jax.random.key(1), 50, 150
-    teacher, data = asymptotic._draw(key, fine, frozen, D, n)
+    teacher, data = draw(key, fine, frozen, D, n)
     np.testing.assert_allclose(teacher.T @ teacher, D * np.eye(2), atol=1e-10)
     assert data.inputs.shape == (3 * n, D) and np.std(data.inputs) == pytest.approx(D**-0.5, rel=0.02)
-    fields = asymptotic.draw_fields(simulation._key(key, "channel"), fine, frozen, n)
+    fields = draw_fields(samples.stream(key, "channel"), fine, frozen, n)
     np.testing.assert_allclose(data.frozen, 0.5 * fields.zw)
     chi = np.asarray(data.inputs @ teacher).reshape(3, n, 2)  # already over sqrt(D)
     label = fields.y0 + np.einsum("ank,bnk->abn", chi, chi)
@@ -134,21 +137,21 @@ def test_descents_are_those_of_the_plain_loss(activation, rank):
     keys = jax.random.split(jax.random.key(1), 4)
     N, T, D, lam = 60, 3, 20, 0.3
     inputs, starts = jax.random.normal(keys[0], (N, T, D)), jax.random.normal(keys[1], (3, D, rank))
-    frozen = simulation.label_noise(keys[2], 1.0, T, N)
-    target = activation(frozen + simulation.lora_update(inputs, jax.random.normal(keys[3], (D, rank))))
+    frozen = samples.label_noise(keys[2], 1.0, T, N)
+    target = activation(frozen + samples.lora_update(inputs, jax.random.normal(keys[3], (D, rank))))
     rows = jnp.moveaxis(inputs, 1, 0).reshape(T * N, D) / np.sqrt(D)
     found = descend(starts, LoraData(rows, frozen, target, lam, activation), tolerance=1e-8)
     plain = (inputs, frozen, target, lam, activation)
     assert found.codes == (Code.ok,) * 3 and found.w.shape == starts.shape
     for w, loss, start in zip(found.w, found.loss, starts, strict=True):
-        assert float(simulation.finetuning_loss(w, plain)) == pytest.approx(loss, rel=1e-12)
-        slope = jax.grad(simulation.finetuning_loss)(w, plain)
+        assert float(losses.finetuning_loss(w, plain)) == pytest.approx(loss, rel=1e-12)
+        slope = jax.grad(losses.finetuning_loss)(w, plain)
         assert (
             np.linalg.norm(slope) * np.linalg.norm(w) <= 1.01e-8 * max(1.0, np.sqrt(w.size) / np.linalg.norm(w)) * loss
         )
-        assert loss < float(simulation.finetuning_loss(start, plain))
+        assert loss < float(losses.finetuning_loss(start, plain))
     # From the same start to the same minimum as the other implementation, or below.
-    other = minimise(simulation.finetuning_loss, starts[0], plain, tolerance=1e-8)
+    other = minimise(losses.finetuning_loss, starts[0], plain, tolerance=1e-8)
     assert found.loss[0] < other.value * (1 + 1e-3)
 
 
@@ -166,8 +169,8 @@ GLASS = Pretraining(0.1, 0.01, delta=3.0, activation="softmax")
 
 def test_deep_search_in_a_glass():
     found = trained(GLASS, Finetuning(3.0, 0.05), moves=4)
-    loss = {search: found.searches[search]["train_loss"] for search in asymptotic.SEARCHES}
-    for search in asymptotic.SEARCHES:
+    loss = {search: found.searches[search]["train_loss"] for search in SEARCHES}
+    for search in SEARCHES:
         assert (loss["deep"] <= loss[search]).all()
     assert (loss["deep_random"] <= loss["random"]).all()
     np.testing.assert_allclose(loss["random"], found.random_loss.min(1), rtol=1e-12)
@@ -189,7 +192,7 @@ def _drawn_error(fine, frozen, m, q, n=200_000):
     keys = jax.random.split(jax.random.key(3), 3)
     r, k, t = *m.shape, fine.tokens
     size = frozen.Q0 + fine.delta / 2
-    one, two = (simulation.label_noise(key, 1.0, t, n) for key in keys[:2])
+    one, two = (samples.label_noise(key, 1.0, t, n) for key in keys[:2])
     y0 = np.sqrt(size) * one
     zw = frozen.overlap / size * y0 + np.sqrt(frozen.norm - frozen.overlap**2 / size) * two
     law = np.block([[np.eye(k), m.T], [m, q]])
@@ -208,7 +211,7 @@ def test_error_follows_from_the_overlaps(activation, ranks):
     q = m @ m.T + root @ root.T
     d = node_dimension(activation, 3, ranks)
     nodes = jax.tree_util.tree_map(lambda a: a[0], gaussian_nodes(d, 2**15, 1, 0, ())) if d else None
-    error = float(asymptotic.overlap_error(fine, frozen, m, q, nodes))
+    error = float(overlap_error(fine, frozen, m, q, nodes))
     assert error == pytest.approx(_drawn_error(fine, frozen, m, q), rel=0.015)
     # The theory's own formula where the matrices are as it has them.
     m, q = 0.6 * np.eye(*ranks), 0.8 * np.eye(ranks[0])
@@ -217,12 +220,12 @@ def test_error_follows_from_the_overlaps(activation, ranks):
     else:
         order = from_norm(1.0, 0.6, 0.8, 1.0)
     theory = finetuning_error(activation, 3, 2.25, 1.3, 1.2, order, nodes, ranks)
-    assert float(asymptotic.overlap_error(fine, frozen, m, q, nodes)) == pytest.approx(float(theory), rel=1e-9)
+    assert float(overlap_error(fine, frozen, m, q, nodes)) == pytest.approx(float(theory), rel=1e-9)
 
 
 def test_error_does_not_depend_on_how_the_update_is_written():
     w, teacher = np.random.default_rng(1).normal(size=(2, 1, 30, 2))
-    turned = asymptotic._overlap_matrices(np.concatenate([w, -w[:, :, ::-1]]), teacher[0])
+    turned = overlap_matrices(np.concatenate([w, -w[:, :, ::-1]]), teacher[0])
     m, q = turned
     np.testing.assert_allclose(m[0], m[1], atol=1e-12)
     np.testing.assert_allclose(np.abs(q[0]), np.abs(q[1]), atol=1e-12)
@@ -261,7 +264,7 @@ def test_higher_ranks_have_their_spare_directions():
 
 
 def test_interrupt_keeps_the_finished_runs(monkeypatch):
-    real, count = asymptotic._one_run, []
+    real, count = on_channel._one_run, []
 
     def one_run(*args):
         count.append(1)
@@ -269,18 +272,18 @@ def test_interrupt_keeps_the_finished_runs(monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(asymptotic, "_one_run", one_run)
-    with pytest.raises(simulation.SimulationInterrupted) as stop:
+    monkeypatch.setattr(on_channel, "_one_run", one_run)
+    with pytest.raises(SimulationInterrupted) as stop:
         trained(LINEAR, Finetuning(3.0, 0.3), dimension=40, runs=5)
     assert stop.value.finished.random_loss.shape == (2, 2)
-    monkeypatch.setattr(asymptotic, "_one_run", lambda *_: one_run())
+    monkeypatch.setattr(on_channel, "_one_run", lambda *_: one_run())
     with pytest.raises(KeyboardInterrupt) as stop:
         trained(LINEAR, Finetuning(3.0, 0.3), dimension=40, runs=5)
     assert type(stop.value) is KeyboardInterrupt
 
 
 def test_minima_that_are_none_are_marked(monkeypatch):
-    monkeypatch.setattr(asymptotic, "descend", lambda *a: descend(*a, max_steps=2))
+    monkeypatch.setattr(searches, "descend", lambda *a: descend(*a, max_steps=2))
     found = trained(LINEAR, Finetuning(3.0, 0.3), dimension=40, runs=2)
     assert set(found.codes["random"]) == {Code.max_steps}
     with pytest.raises(SolveError, match=r"finetuning: max_steps .* random search, in runs \[0, 1\] of 2"):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate.bayes import limits as bayes
-from lorastate.bayes.limits import bayes_optimal_finetuning, bayes_optimal_pretraining, mmse, weak_recovery_threshold
+from lorastate.bayes import finetuning, posterior
+from lorastate.bayes.finetuning import bayes_optimal_finetuning, weak_recovery_threshold
+from lorastate.bayes.limits import _error, _posterior_error
+from lorastate.bayes.pretraining import bayes_optimal_pretraining, mmse
 from lorastate.evolution.order import decode
 from lorastate.math.quadrature import gaussian_nodes
 from lorastate.math.symmetric import complement, to_matrix
@@ -148,8 +150,8 @@ def test_posterior_averages_against_a_grid(q, shift):
     e = complement(t, shift)
     x = np.random.default_rng(0).normal(size=(2 * t + len(e), 12))
     key, weight = jax.random.key(1), np.full(draws, 1 / draws)
-    posterior = jax.jit(lambda x: bayes._posterior(s, noise, x, weight, key, t, shift))
-    got = [[float(v) for v in posterior(np.repeat(x[:, [k]], draws, 1))] for k in range(12)]
+    sampled = jax.jit(lambda x: posterior.averages(s, noise, x, weight, key, t, shift))
+    got = [[float(v) for v in sampled(np.repeat(x[:, [k]], draws, 1))] for k in range(12)]
     axis = np.linspace(-6, 6, 601)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"))  # of chi
     project = np.eye(4) - (np.full((4, 4), 0.25) if shift else 0)
@@ -209,8 +211,8 @@ def test_bayes_optimal_identity_error():
     # Two draws from the posterior differ by what the closed form says.
     sigma, noise, q, norm = ls.Identity(), 0.4, 0.7, 1.3
     nodes = gaussian_nodes(18, 2**15, 8, 2)
-    got = np.asarray(bayes._posterior_error(sigma, norm, noise, q, nodes, 3, True))
-    want, _ = bayes._error(sigma, 3, norm, noise, q)
+    got = np.asarray(_posterior_error(sigma, norm, noise, q, nodes, 3, True))
+    want, _ = _error(sigma, 3, norm, noise, q)
     assert np.mean(got) == pytest.approx(want, abs=5 * float(np.std(got)) / 8**0.5)
     assert want == pytest.approx(4 / 3 * (noise + 1 - q**2))
 
@@ -266,6 +268,6 @@ def test_without_solution_there_is_an_error(monkeypatch):
     def lost(log_s, noise, nodes, tokens, shift, count):
         return np.full(8, 1e9 if float(log_s) > -1 else 1e9 * 2), np.zeros(8)
 
-    monkeypatch.setattr(bayes, "_response", lost)
+    monkeypatch.setattr(finetuning, "response", lost)
     with pytest.raises(ls.SolveError, match="no q solves"):
         known(1.0, 0.5)

@@ -15,7 +15,7 @@ from lorastate.errors import Code, SettingError, SolveError  # noqa: E402
 from lorastate.math.lbfgs import minimise  # noqa: E402
 from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
 from lorastate.setting.stages import Finetuning, Pretraining, Setting  # noqa: E402
-from lorastate.simulation import simulate as simulation  # noqa: E402
+from lorastate.simulation import losses, samples, sizes, two_stages  # noqa: E402
 from lorastate.simulation.simulate import simulate  # noqa: E402
 
 D = 60
@@ -139,8 +139,8 @@ def test_labels_have_the_law_of_the_model():
     keys = jax.random.split(jax.random.key(3), 3)
     factor = jax.random.normal(keys[0], (40, 20))
     base, N, delta = factor @ factor.T / np.sqrt(20 * 40), 20_000, 0.7
-    clean = simulation._draw_batch(keys[1], keys[2], base, 0.0, 3, N)
-    noisy = simulation._draw_batch(keys[1], keys[2], base, delta, 3, N)
+    clean = samples.draw_batch(keys[1], keys[2], base, 0.0, 3, N)
+    noisy = samples.draw_batch(keys[1], keys[2], base, delta, 3, N)
     assert noisy.inputs.shape == (N, 3, 40) and noisy.labels.shape == (3, 3, N)
     np.testing.assert_array_equal(clean.inputs, noisy.inputs)
     one = np.asarray(clean.inputs[7])
@@ -160,8 +160,8 @@ def test_labels_have_the_law_of_the_model():
 def test_both_routes_to_the_preactivation_agree(width):
     keys = jax.random.split(jax.random.key(0), 2)
     inputs, W = jax.random.normal(keys[0], (5, 3, 12)), jax.random.normal(keys[1], (12, width))
-    direct = simulation.preactivation(inputs, W @ W.T / np.sqrt(12 * width))
-    np.testing.assert_allclose(simulation.factor_preactivation(inputs, W), direct, rtol=1e-12, atol=1e-12)
+    direct = samples.preactivation(inputs, W @ W.T / np.sqrt(12 * width))
+    np.testing.assert_allclose(samples.factor_preactivation(inputs, W), direct, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", [Softmax(1.5), Identity(), Custom(jnp.tanh)], ids=lambda a: a.name)
@@ -170,11 +170,11 @@ def test_gradients_are_those_of_finite_differences(activation, width):
     keys = jax.random.split(jax.random.key(1), 6)
     inputs = jax.random.normal(keys[0], (11, 3, 8))
     W, w = jax.random.normal(keys[1], (8, width)), jax.random.normal(keys[2], (8,))
-    target = activation(simulation.label_noise(keys[3], 1.0, 3, 11))
-    frozen = simulation.factor_preactivation(inputs, W)
+    target = activation(samples.label_noise(keys[3], 1.0, 3, 11))
+    frozen = samples.factor_preactivation(inputs, W)
     cases = [
-        (simulation.pretraining_loss, W, (inputs, target, 0.3, activation)),
-        (simulation.finetuning_loss, w, (inputs, frozen, target, 0.3, activation)),
+        (losses.pretraining_loss, W, (inputs, target, 0.3, activation)),
+        (losses.finetuning_loss, w, (inputs, frozen, target, 0.3, activation)),
     ]
     for loss, x, data in cases:
         direction = jax.random.normal(keys[4], x.shape)
@@ -187,7 +187,7 @@ def test_gradients_are_those_of_finite_differences(activation, width):
 def test_losses_by_their_definition():
     keys = jax.random.split(jax.random.key(2), 4)
     x, W, w = (jax.random.normal(k, s) for k, s in zip(keys, [(4, 2, 6), (6, 3), (6,)], strict=False))
-    target = simulation.label_noise(keys[3], 1.0, 2, 4)
+    target = samples.label_noise(keys[3], 1.0, 2, 4)
     S = W @ W.T / np.sqrt(18)
     total = lora = 0.0
     for mu in range(4):
@@ -195,10 +195,10 @@ def test_losses_by_their_definition():
         chi = x[mu] @ w / np.sqrt(6)
         total += np.sum((z / 2 - target[:, :, mu]) ** 2)
         lora += np.sum(((z + np.outer(chi, chi)) / 2 - target[:, :, mu]) ** 2)
-    got = simulation.pretraining_loss(W, (x, target, 0.3, Identity()))
+    got = losses.pretraining_loss(W, (x, target, 0.3, Identity()))
     assert float(got) == pytest.approx(float(total + 0.3 * jnp.sum(W**2)) / 36)
-    frozen = simulation.preactivation(x, S)
-    got = simulation.finetuning_loss(w, (x, frozen, target, 0.3, Identity()))
+    frozen = samples.preactivation(x, S)
+    got = losses.finetuning_loss(w, (x, frozen, target, 0.3, Identity()))
     assert float(got) == pytest.approx(float(lora + 0.3 * jnp.sum(w**2)) / 6)
 
 
@@ -244,7 +244,7 @@ def test_a_training_that_is_not_finite_is_marked_and_never_averaged():
 
 
 def test_a_training_that_ran_out_of_steps_keeps_its_numbers(softmax, monkeypatch):
-    monkeypatch.setattr(simulation, "minimise", functools.partial(minimise, max_steps=3))
+    monkeypatch.setattr(two_stages, "minimise", functools.partial(minimise, max_steps=3))
     result = simulate(softmax.setting, dimension=D, runs=1, test_samples=10_000)
     assert result.codes == {"pretraining": (Code.max_steps,), "finetuning": (Code.upstream,)}
     assert result.steps["pretraining"].tolist() == [3]
@@ -257,7 +257,7 @@ def test_interrupt_passes_through(softmax, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulation, "minimise", interrupted)
+    monkeypatch.setattr(two_stages, "minimise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         simulate(softmax.setting, dimension=D, runs=2, test_samples=10_000, progress=True)
 
@@ -319,14 +319,14 @@ def test_bad_settings_are_refused_by_name(softmax):
 
 
 def test_unknown_inputs_are_refused(monkeypatch):
-    monkeypatch.setattr(simulation, "_BATCHES", {})
+    monkeypatch.setattr(two_stages, "BATCHES", {})
     with pytest.raises(SettingError, match=r"finetuning.inputs = .* cannot be simulated"):
         simulate(setting("identity", 0.1))
 
 
 def test_data_are_kept_only_where_asked_for_and_counted(monkeypatch):
     pre, fine = Pretraining(0.05, 0.1, activation="identity", tokens=2), Finetuning(1.0, 0.5)
-    small, train, worlds = Setting(pre, fine), simulation._train_map, []
+    small, train, worlds = Setting(pre, fine), two_stages._train_map, []
 
     def watched(*args):
         gc.collect()
@@ -335,7 +335,7 @@ def test_data_are_kept_only_where_asked_for_and_counted(monkeypatch):
         worlds.append(weakref.ref(found.world.pretraining.inputs))
         return found
 
-    monkeypatch.setattr(simulation, "_train_map", watched)
+    monkeypatch.setattr(two_stages, "_train_map", watched)
     options = dict(dimension=20, starts=1, test_samples=100)
     keeps = False
     simulate(small, runs=3, **options)
@@ -344,7 +344,7 @@ def test_data_are_kept_only_where_asked_for_and_counted(monkeypatch):
     assert len(memory) == 3
     # What one run needs fits; what three leave, or two beside those that are there, does not.
     one = 24 * 0.05 * 2 * 20**3 + 400 * 20**2
-    monkeypatch.setattr(simulation, "_MEMORY", int(one) + 8000)
+    monkeypatch.setattr(sizes, "MEMORY", int(one) + 8000)
     simulate(small, runs=3, **options)
     simulate(small, runs=1, memory={}, **options)
     for runs, kept in ((3, {}), (1, memory)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate.bayes.limits import bayes_optimal_pretraining
+from lorastate.bayes.pretraining import bayes_optimal_pretraining
 from lorastate.diagnosis import thresholds as stability
 from lorastate.model.spectra.laws import Atoms, FreeSum, PowerLaw, Wishart
 from lorastate.setting.files import continuous_fields, get, load_setting, replace, setting_to_dict

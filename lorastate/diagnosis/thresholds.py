@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..bayes.limits import bayes_optimal_pretraining, root_between
-from ..bayes.limits import weak_recovery_threshold as bayes_threshold
+from ..bayes.finetuning import root_between
+from ..bayes.finetuning import weak_recovery_threshold as bayes_threshold
+from ..bayes.pretraining import bayes_optimal_pretraining
 from ..errors import Code, SettingError, SolveError, require_float64, succeeded
 from ..evolution.order import Order, from_norm
 from ..model.activation import revealed

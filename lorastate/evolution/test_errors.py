@@ -72,8 +72,8 @@ def finetuning_error(
             m, q = (per_row(v, begin, end - begin) for v in (lora.overlap, lora.norm(1.0)))
             update = (sizes[0], jnp.sum(m * matched(chi, rank) * omega, 0), jnp.sum(q * omega**2, 0))
         return row_error(activation, t, law, update, sizes, fields, nodes.weight)
-    y, z = _fields(activation, t, law, fields)
-    return _distance(activation, y + gram(chi, t), z + gram(omega, t), nodes.weight)
+    y, z = joint_fields(activation, t, law, fields)
+    return mean_square_distance(activation, y + gram(chi, t), z + gram(omega, t), nodes.weight)
 
 
 def pretraining_error(activation: Activation, tokens: int, label_size, overlap, norm, nodes: Any):
@@ -83,14 +83,17 @@ def pretraining_error(activation: Activation, tokens: int, label_size, overlap, 
         return (1 + 1 / tokens) * (label_size - 2 * overlap + norm)
     if activation.rowwise:
         return row_error(activation, tokens, law, (0.0, 0.0, 0.0), (0.0, 0.0), nodes.normal[2:], nodes.weight)
-    return _distance(activation, *_fields(activation, tokens, law, nodes.normal[2 * tokens :]), nodes.weight)
+    return mean_square_distance(
+        activation, *joint_fields(activation, tokens, law, nodes.normal[2 * tokens :]), nodes.weight
+    )
 
 
-def _distance(activation: Any, y, z, weight):
+def mean_square_distance(activation: Any, y, z, weight):
+    """E || sigma(z) - sigma(y) ||_F^2 over the nodes, y and z (T, T, N)."""
     return jnp.sum(weight * jnp.sum((activation(z) - activation(y)) ** 2, (0, 1)))
 
 
-def _fields(activation, tokens: int, law, normal):
+def joint_fields(activation, tokens: int, law, normal):
     """Y0 and Z_W, (T, T, N), with covariance [[size, M], [M, Q]] x (1 + delta_ab), from the normal nodes."""
     one, two = standard_fields(normal, tokens, activation.forgets_shift)
     a, b, c = _root_of(*law)

@@ -177,7 +177,7 @@ class BayesOptimal(Fresh):
         revealed(pre.activation, pre.tokens)
 
     def freeze(self, pre, order, downstream=None):
-        from ...bayes.limits import bayes_optimal_pretraining
+        from ...bayes.pretraining import bayes_optimal_pretraining
 
         best = bayes_optimal_pretraining(pre)
         Q = jnp.where(succeeded(best.code), best.Q_down, jnp.nan)

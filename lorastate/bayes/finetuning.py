@@ -1,0 +1,175 @@
+"""The Bayes-optimal limit of fine-tuning on fresh inputs: the best that any estimator can do with its data.
+
+With Delta_eff = Delta'/2 + Q0 - Q and s = 1 - q, averages over the posterior of the update (`posterior`) close the
+equations
+
+    q' = alpha' E |<chi> - omega|^2 / s^2,    q = q'/(1 + q')
+
+Among the stable solutions the one of largest free entropy counts,
+
+    (r - log(1 + r))/2 - r q/2 + alpha' E log E_xi exp(-||P(R - chi chi^T)||^2 / (4 Delta_eff)),    r = q/(1 - q)
+
+The teacher of the update has rank one; the rank of the update plays no part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import brentq
+
+from ..errors import Code, SettingError, SolveError, require_float64
+from ..model.activation import Activation, Custom
+from ..setting.stages import Finetuning
+from .posterior import REPLICAS, posterior_nodes, response
+
+_CLEAR = 0.3  # distance of log s from its image from which on one replica tells the sign
+_NOISELESS = 1e-12  # Delta_eff below which q no longer depends on it
+
+
+class BayesFinetuning(NamedTuple):
+    """`q` = E <w>.w*/D, `overlap` = sqrt(q), `effective_noise` Delta_eff, and the standard error of q."""
+
+    q: float
+    overlap: float
+    effective_noise: float
+    q_stderr: float
+
+
+def known_shift(activation: Activation) -> bool:
+    """Whether the activation hides the common shift of the label, where it is known what it hides."""
+    if isinstance(activation, Custom):
+        raise SettingError(
+            "the Bayes-optimal limit of an activation of your own is not known; allowed: softmax and identity"
+        )
+    return activation.forgets_shift
+
+
+def require_rank_one(fine: Finetuning) -> None:
+    """A `SettingError` for a teacher of higher rank."""
+    if fine.teacher_rank > 1:
+        raise SettingError(
+            f"finetuning.teacher_rank = {fine.teacher_rank} is too high for the Bayes-optimal limit; allowed: 1"
+        )
+
+
+# ---- the equation of log s -------------------------------------------------------------------------------------
+
+
+class _Equation:
+    """log s and its image, at one alpha' and Delta_eff; the averages at each log s are made once."""
+
+    def __init__(self, fine: Finetuning, alpha: float, noise: float):
+        t, shift = fine.tokens, known_shift(fine.activation)
+        self.alpha, self.noise, self.tokens = alpha, noise, t
+        self._given = jnp.asarray(noise), posterior_nodes(t, shift), t, shift
+        self._kept: dict[tuple[float, int], list[np.ndarray]] = {}
+
+    def respond(self, log_s: float, count: int = REPLICAS):
+        """(q'/alpha', E log Z) of every replica, NaN from replica `count` on."""
+        return response(jnp.asarray(log_s), *self._given, jnp.asarray(count))
+
+    def averages(self, log_s: float, count: int = REPLICAS) -> list[np.ndarray]:
+        """(q'/alpha', E log Z) of the first `count` replicas, (count,) each."""
+        if (log_s, count) not in self._kept:
+            self._kept[log_s, count] = [np.asarray(v)[:count] for v in self.respond(log_s, count)]
+        return self._kept[log_s, count]
+
+    def excess(self, log_s: float, count: int = REPLICAS) -> float:
+        """Distance of log s to its image, log s = -log(1 + q')."""
+        return -float(np.log1p(self.alpha * np.mean(self.averages(float(log_s), count)[0]))) - float(log_s)
+
+    def height(self, log_s: float) -> float:
+        """`excess`, of one replica where that tells its sign."""
+        rough = self.excess(log_s, 1)
+        return rough if abs(rough) > _CLEAR else self.excess(log_s)
+
+    def entropy(self, log_s: float) -> float:
+        """The free entropy at a solution, where r = q' and log(1 + r) = -log s."""
+        q = -np.expm1(log_s)
+        return (q + log_s) / 2 + self.alpha * float(np.mean(self.averages(log_s)[1]))
+
+    def solutions(self) -> list[float]:
+        """Every stable one: there the new s passes s from above; q = 0 is one if it does so at the end."""
+        # No estimator knows more than the Fisher information, q' <= alpha' T (T+1) / noise: the image is larger there.
+        low = -np.log1p(self.alpha * self.tokens * (self.tokens + 1) / self.noise) - 0.5
+        ends = np.log1p(-np.array([0.5, 0.3, 0.15, 0.05, 0.01, 1e-3]))
+        grid = np.concatenate([np.linspace(low, ends[0], max(10, round(ends[0] - low)), endpoint=False), ends])
+        heights = [self.height(x) for x in grid[:-1]] + [self.excess(grid[-1])]
+        found = [
+            _closed_in(self.excess, float(a), float(b))
+            for a, b, up, down in zip(grid, grid[1:], heights, heights[1:], strict=False)
+            if up > 0 >= down
+        ]
+        return [*found, 0.0] if heights[-1] > 0 else found
+
+    def spread(self, log_s: float) -> float:
+        """Standard error of log s at a solution, from the replicas."""
+        h = 1e-3
+        slope = (self.excess(log_s + h, 1) - self.excess(log_s - h, 1)) / (2 * h)
+        images = np.log1p(self.alpha * self.averages(log_s)[0])
+        return float(np.std(images, ddof=1) / np.sqrt(REPLICAS)) / abs(slope)
+
+
+def root_between(f, a: float, b: float, xtol: float = 1e-10) -> float:
+    """Root of a function that changes sign between a and b."""
+    found: Any = brentq(f, a, b, xtol=xtol)
+    return float(found)
+
+
+def _closed_in(excess, a: float, b: float) -> float:
+    """Root of `excess(x)` between a and b: that of one replica first, from there a few secant steps with all."""
+
+    def rough(x):
+        return excess(x, 1)
+
+    if rough(a) > 0 >= rough(b):
+        x = root_between(rough, a, b, 1e-6)
+        f, slope = excess(x), (rough(x + 1e-3) - rough(x - 1e-3)) / 2e-3
+        for _ in range(6):
+            step = -f / slope
+            if not a <= x + step <= b:
+                break
+            x, before = x + step, f
+            if abs(step) < 1e-10:
+                return x
+            f = excess(x)
+            slope = (f - before) / step if f != before else slope
+    return root_between(excess, a, b)
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------
+
+
+def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesFinetuning:
+    """Bayes-optimal limit of `fine` on fresh inputs with this Delta_eff (`lam` plays no part).
+
+    `fine` with tokens and activation filled in (`Setting.finetuning_resolved`). Outside of JAX transformations only.
+    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift, and for a
+    teacher of higher rank; `SolveError` where no solution can be told from the errors of the averages.
+    """
+    require_float64()
+    require_rank_one(fine)
+    given = max(float(effective_noise), 0.0)
+    equation = _Equation(fine, float(fine.alpha), max(given, _NOISELESS))
+    solutions = equation.solutions()
+    if not solutions:
+        raise SolveError("bayes_optimal", Code.stalled, f"no q solves the equations at alpha' = {equation.alpha:g}")
+    best = max(solutions, key=equation.entropy) if len(solutions) > 1 else solutions[0]
+    if best == 0.0:
+        return BayesFinetuning(0.0, 0.0, given, 0.0)
+    q = -float(np.expm1(best))
+    return BayesFinetuning(q, float(np.sqrt(q)), given, (1 - q) * equation.spread(best))
+
+
+def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
+    """alpha'_c of the Bayes-optimal estimator: below it q = 0 is stable, and no better than nothing.
+
+    q' is proportional to alpha' at given q, so that alpha'_c = lim q / (q'/alpha') as q -> 0; no search is needed.
+    """
+    require_float64()
+    require_rank_one(fine)
+    q, equation = 1e-3, _Equation(fine, 1.0, max(float(effective_noise), _NOISELESS))
+    return q / float(jnp.mean(equation.respond(np.log1p(-q))[0]))

@@ -1,0 +1,79 @@
+"""The Bayes-optimal limit of pre-training: the best that any estimator can do with its data.
+
+With the signal-to-noise of a free matrix S* observed through N = alpha D^2 noisy quadratic forms,
+
+    delta^2 = (Delta/2 + Q0 - Q) / (alpha n_eff),   Q = Q0 - MMSE(delta^2)
+    MMSE(s) = s - (4 pi^2 / 3) s^2 int rho_s(x)^3 dx,   rho_s the density of S* + sqrt(s) Z
+
+n_eff = T (T+1) for the identity and T (T+1) - 2 for softmax, which hides the common shift of Z (arXiv:2509.24914). The
+noise is inside the activation, so the label reveals Y up to that and the formula is exact. No nodes: the integral is
+a spectral quadrature on each band.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import require_float64
+from ..math.fixed_point import Method, fixed_point
+from ..model.activation import revealed
+from ..model.spectra.base import BaseLaw
+from ..model.spectra.laws import Wishart
+from ..setting.stages import Pretraining
+
+_SMALL = 1e-8  # delta^2 at which the noiseless problem is tested for perfect recovery
+
+
+class BayesPretraining(NamedTuple):
+    """`Q` = Tr(S_BO^2)/D = Tr(S_BO S*)/D, `overlap` = sqrt(Q / Q0) and `delta2`, the variance delta^2 of the
+    equivalent noise on S*; `code` of the solve (`lorastate.errors.Code`). With a task all this is about S_pre;
+    `Q_down` is that of the best estimate of the S* of fine-tuning (Q without a task)."""
+
+    Q: Any
+    overlap: Any
+    delta2: Any
+    code: Any
+    Q_down: Any
+
+
+def mmse(s, law: BaseLaw | Any):
+    """Minimal mean square error, per D, of S of that law (a number: Wishart) observed through S + sqrt(s) Z."""
+    law = law if isinstance(law, BaseLaw) else Wishart(law)
+    nodes = law.band_nodes(jnp.sqrt(s), 256)
+    cube = jnp.sum(nodes.w * nodes.density**2, -1)
+    return s - 4 * jnp.pi**2 / 3 * s**2 * cube
+
+
+def _step(x, args, _):
+    law, delta, alpha, n_eff = args
+    s = jnp.exp(x[0])
+    return jnp.log((delta / 2 + mmse(s, law)) / (alpha * n_eff))[None]
+
+
+@jax.jit
+def _solve(law, delta, alpha, n_eff):
+    # MMSE(s)/s falls with s. Without noise and with more samples than its limit at zero, S* is recovered exactly;
+    # the map then is a translation of log s without a fixed point, and nothing is solved.
+    perfect = (delta == 0) & (mmse(jnp.asarray(_SMALL), law) / _SMALL < alpha * n_eff)
+    noise = jnp.where(perfect, 1.0, delta)
+    start = jnp.log((noise / 2 + law.second_moment) / (alpha * n_eff))[None]
+    method = Method(tolerance=1e-11, burn_in=3, require_stable=False)
+    sol = fixed_point(_step, method, start, (law, noise, alpha, n_eff))
+    return jnp.where(perfect, 0.0, jnp.exp(sol.x[0])), sol.code
+
+
+def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
+    """Bayes-optimal limit of `pre` (its `lam` and `kappa` play no part); differentiable, and works under vmap.
+
+    Noiseless labels with more samples than unknowns give Q = Q0. Raises `SettingError` for an activation of one's own
+    that hides more of Y than the common shift, or may do so; inside a transformation Q is then NaN.
+    """
+    require_float64()
+    n_eff = revealed(pre.activation, pre.tokens)
+    s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
+    Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
+    down = Q if pre.task is None else pre.task.best_overlap(pre.downstream_law, jnp.sqrt(jnp.maximum(s, _SMALL)))
+    return BayesPretraining(Q, jnp.sqrt(Q / pre.Q0), s, code, down)
