@@ -24,6 +24,7 @@ from lorastate.model.channel.inputs import (
     quantile,
 )
 from lorastate.setting.files import continuous_fields, get, replace, setting_from_dict, setting_to_dict
+from lorastate.solution.gradients import Point
 
 SMALL = {"nodes": 512, "finetuning_nodes": 1024, "replicas": 2}
 T = 3
@@ -227,10 +228,10 @@ def test_mixture_is_optimised_inside_its_range(monkeypatch):
     def evaluate(s, objective):
         r = float(s.finetuning.inputs.reused_fraction)
         assert 0 < r < 1
-        return design._Point((r - 0.9) ** 2, {"finetuning.reused_fraction": 2 * (r - 0.9)}, True)
+        return Point((r - 0.9) ** 2, {"finetuning.reused_fraction": 2 * (r - 0.9)})
 
     solution = SimpleNamespace()
-    monkeypatch.setattr(design, "_evaluate", evaluate)
+    monkeypatch.setattr(design, "evaluate", evaluate)
     monkeypatch.setattr(design, "predict", lambda s: solution)
     s = setting("identity", 0.1, inputs="mixed", reused_fraction=0.5)
     best = ls.optimize(s, over=("finetuning.reused_fraction",))

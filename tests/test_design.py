@@ -11,6 +11,7 @@ from lorastate.design import optimize as design
 from lorastate.design.budgets import budgets
 from lorastate.design.optimize import optimize, sensitivities
 from lorastate.setting.files import get, replace
+from lorastate.solution.gradients import Point
 
 NUMERICS = ls.Numerics(512, 1024, 2)
 DATA = ("pretraining.alpha", "finetuning.alpha", "pretraining.lam", "finetuning.lam")
@@ -225,9 +226,9 @@ def test_a_floor_below_a_vanishing_slope_is_no_optimum(monkeypatch):
         def at(s, objective):
             lam = float(s.pretraining.lam)
             value, slope = of(lam)
-            return design._Point(value, {"pretraining.lam": slope}, True)
+            return Point(value, {"pretraining.lam": slope})
 
-        monkeypatch.setattr(design, "_evaluate", at)
+        monkeypatch.setattr(design, "evaluate", at)
         monkeypatch.setattr(design, "predict", lambda s: None)
         return optimize(setting(), ("pretraining.lam",))
 

@@ -13,182 +13,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy.optimize import minimize as scipy_minimize
 from tqdm import tqdm
 
-from ..errors import Code, SettingError, SolveError, require_float64, succeeded
-from ..evolution import finetuning as ft
-from ..evolution import pretraining as pt
-from ..math.fixed_point import sensitivity
-from ..model.channel.inputs import LeastError, Selected
-from ..runtime.program import Program
+from ..errors import Code, SettingError, SolveError, require_float64
 from ..setting.files import continuous_fields, get, replace, replace_all
 from ..setting.stages import Setting
-from ..solution import theory
-from ..solution.solution import Solution, predict, solve
+from ..solution.gradients import (  # noqa: F401
+    OBJECTIVES,
+    SCALE,
+    check_objective,
+    evaluate,
+    gradient,
+    only_of_error,
+    searches_scale,
+    total_slopes,
+    value_and_slopes,
+    with_best_scale,
+)
+from ..solution.solution import Solution, predict
 from .budgets import Within
 from .budgets import budgets as _read_budgets
-
-#: Objectives by name, each to be minimised, as functions of the stage, the frozen map, the order parameters of
-#: fine-tuning and the test nodes.
-OBJECTIVES = {
-    "test_error": theory.lora_error,
-    "effective_noise": lambda fine, frozen, order, nodes: fine.effective_noise(frozen),
-    "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(fine, order),
-}
-
-
-def _read(path: str):
-    """Leaf of (pre, fine) that a dotted path names; both stages are explicit there."""
-    stage, name = path.split(".", 1)
-    index = 0 if stage == "pretraining" else 1
-
-    def where(stages):
-        node = stages[index]
-        if name == "beta":
-            return node.activation.beta
-        if name == "recalibration":
-            return node.recalibration.b
-        part, dot, inner = name.partition(".")
-        if dot:  # of the task or of the base law
-            return getattr(getattr(node, part), inner)
-        # Fields of the channel by its own names; an alpha that follows from them is a leaf of the stage all the same.
-        return getattr(node if hasattr(node, name) else node.inputs, name)
-
-    return where
-
-
-def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
-    """An objective and its derivatives, shaped like (pre, fine), at the fixed points that were found.
-
-    Few inputs and no tape: forward mode needs a tenth of the memory of reverse mode, and compiles faster. Each stage is
-    differentiated once, in its own order parameters and in everything that it is given; the chain rule does the rest.
-    """
-    params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)
-    x, y = of_map.point.x, second.solved.point.x
-    prepared, levels = theory.lora_nodes(fine, nodes, y, second.found), ft.order_at(fine, y).levels
-
-    def map_step(x, params, inner):
-        pre, _ = eqx.combine(params, rest)
-        return pt.step(x, pre, None if nodes.pretraining is None else (nodes.pretraining, inner))
-
-    def lora(x, params):
-        pre, fine = eqx.combine(params, rest)
-        return fine, theory.frozen_at(pre, fine, x)
-
-    def lora_step(y, given, inner):
-        return ft.step(y, lora(*given), (prepared, inner))
-
-    def value(y, x, params):
-        fine, frozen = lora(x, params)
-        return OBJECTIVES[objective](fine, frozen, ft.order_at(fine, y), nodes.finetuning_test)
-
-    each = jax.tree_util.tree_map
-    dx = sensitivity(map_step, x, params, of_map.inner)
-    by_x, by_params = sensitivity(lora_step, y, (x, params), second.solved.inner, levels)
-    dy = each(lambda partial, dx: partial + by_x @ dx, by_params, dx)
-    at_y, at_x, partial = jax.jacfwd(value, argnums=(0, 1, 2))(y, x, params)
-    return value(y, x, params), each(lambda p, dx, dy: p + at_x @ dx + at_y @ dy, partial, dx, dy)
-
-
-_value_and_slopes = Program(value_and_slopes, quick=True)
-
-
-def check_objective(name: str) -> str:
-    if name not in OBJECTIVES:
-        allowed = ", ".join(f'"{k}"' for k in OBJECTIVES)
-        raise SettingError(f"objective = {name!r} is unknown; allowed: {allowed}")
-    return name
-
-
-class _Point(NamedTuple):
-    value: float  # -overlap for the objective "overlap"
-    slopes: dict[str, float]  # total derivatives by path
-    good: bool
-
-
-def total_slopes(setting: Setting, grads) -> dict[str, float]:
-    """Total derivatives by dotted path, from partial ones shaped like (pre, resolved fine)."""
-    fine = setting.finetuning_resolved
-    slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
-    # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
-    same_noise = setting.finetuning.delta is None or fine.inputs.keeps_noise
-    if same_noise:
-        slopes["pretraining.delta"] += float(grads[1].delta)
-    if setting.finetuning.follows_beta and {"pretraining.beta", "finetuning.beta"} <= slopes.keys():
-        slopes["pretraining.beta"] += slopes["finetuning.beta"]
-    if isinstance(fine.inputs, Selected):  # alpha = rho pool
-        by_alpha = float(grads[1].alpha)
-        slopes["finetuning.rho"] += by_alpha * float(fine.inputs.pool)
-        slopes["finetuning.pool"] += by_alpha * float(fine.inputs.rho)
-    return slopes
-
-
-def _evaluate(setting: Setting, objective: str) -> _Point:
-    pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes, first, second = solve(pre, fine, setting.numerics)
-    value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
-    slopes = total_slopes(setting, grads)
-    codes = [second.solved.point.code] + ([first.status["code"]] if fine.inputs.needs_map else [])
-    good = all(bool(succeeded(code)) for code in codes) and all(map(math.isfinite, slopes.values()))
-    return _Point(float(value), slopes, good)
-
-
-def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
-    """Value of a prediction ("test_error", "effective_noise", "overlap") and its derivative by every continuous field.
-
-    Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
-    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.
-    """
-    require_float64()
-    objective = check_objective(of)
-    if searches_scale(setting):
-        # E' is stationary in b: there is no need to differentiate the search.
-        only_of_error(of)
-        setting = with_best_scale(setting)
-        value, slopes, good = _evaluate(setting, objective)
-        slopes.pop("finetuning.recalibration")
-    else:
-        value, slopes, good = _evaluate(setting, objective)
-    if not good:
-        predict(setting)  # names the stage and the code
-        raise SolveError("gradient", Code.nonfinite, f"objective {of}")
-    sign = -1.0 if of == "overlap" else 1.0
-    return sign * value, {k: sign * v for k, v in slopes.items()}
-
-
-def searches_scale(setting: Setting) -> bool:
-    """Whether the recalibration is "error": a b that has to be searched for."""
-    return isinstance(setting.finetuning.recalibration, LeastError)
-
-
-def only_of_error(objective: str) -> None:
-    if objective != "test_error":
-        raise SettingError(
-            f"finetuning.recalibration = 'error' goes with the objective test_error only, not with {objective}; "
-            'allowed: a number or "noise"'
-        )
-
-
-_SCALE = "finetuning.recalibration"
 
 
 def _high(path: str) -> float:
     """Largest value of a positive input: one for a share, otherwise none."""
     return 1.0 if path.endswith((".rho", ".reused_fraction")) else math.inf
-
-
-def with_best_scale(setting: Setting) -> Setting:
-    """The setting with recalibration "error" replaced by the b that minimises E', found by descent from b = 1."""
-    best = optimize(replace(setting, _SCALE, 1.0), over=(_SCALE,), tolerance=1e-7)
-    if not best.converged:
-        raise SolveError("recalibration", Code.stalled, f"the search for the b that minimises E': {best.message}")
-    return best.setting
 
 
 @dataclass
@@ -274,11 +127,11 @@ class _Problem:
         self.solves += 1
         xs = [float(x) for x in self.fields(u)]
         s = replace_all(self.setting, dict(zip(self.over, xs, strict=True)))
-        value, slopes, good = _evaluate(s, self.objective)
+        value, slopes, failed = evaluate(s, self.objective)
         self.bar.update()
         # dx/du = x (1 - x / high)
         slope = [slopes[p] * x * (1 - x / h) for p, x, h in zip(self.over, xs, self.high, strict=True)]
-        return _Trial(np.array(u), s, value, np.array(slope), slopes, good)
+        return _Trial(np.array(u), s, value, np.array(slope), slopes, failed is None)
 
     def begin(self, u: np.ndarray) -> _Trial:
         """`at` the start, whose value sets the scale that gradients are judged in."""
@@ -346,7 +199,7 @@ def optimize(
     if searches_scale(setting):
         # Both searches minimise E': they are one.
         only_of_error(minimize)
-        setting, over = replace(setting, _SCALE, 1.0), (*over, _SCALE)
+        setting, over = replace(setting, SCALE, 1.0), (*over, SCALE)
     limits = _read_budgets(budgets, setting)
     if scan:
         keywords: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "progress": progress}

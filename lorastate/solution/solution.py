@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..bayes.limits import BayesLimits, bayes_optimal
-from ..errors import Code, SolveError, is_concrete, require_float64, succeeded
-from ..math.fixed_point import nan_slope
-from ..model.channel.inputs import FrozenMap, LeastError
+from ..errors import Code, is_concrete, require_float64, succeeded
+from ..model.channel.inputs import FrozenMap
 from ..model.spectra.learned import LearnedSpectrum
 from ..runtime.program import Program
 from ..setting.stages import Finetuning, Numerics, Pretraining, Setting
 from . import theory
+from .gradients import searches_scale, with_best_scale
+from .solve import answer, by_work, failure, lost, solve, solve_pretraining, traced_answer  # noqa: F401
 
 _SUMMARY = {
     "pretraining": ("V", "M", "Q", "M_down", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
@@ -29,95 +30,7 @@ _SUMMARY = {
 }  # fmt: skip
 
 
-# Several programs, not one: the compiler's memory grows with the size of a program, and gradients share the searches.
-_describe_pretraining = Program(theory.describe_pretraining, quick=True)
-_describe_finetuning = Program(theory.describe_finetuning, quick=True)
-_quadrature_errors = Program(theory.quadrature_errors, quick=True), Program(theory.quadrature_errors)
 _map_errors = Program(theory.map_errors, quick=True)
-_solve_pretraining = Program(theory.solve_pretraining, quick=True), Program(theory.solve_pretraining)
-_solve_symmetric = Program(theory.solve_symmetric, quick=True), Program(theory.solve_symmetric)
-_solve_broken = Program(theory.solve_broken, quick=True), Program(theory.solve_broken)
-
-#: Nodes times solves from which on a slower compilation pays, and the solves that a single one stands for.
-_MUCH, _SOLVES = 2**20, 16
-
-
-def by_work(programs: tuple[Program, Program], nodes: int, solves: int = _SOLVES) -> Program:
-    """Which of two programs of a search, the one faster to compile or the one faster to run, for so much work."""
-    return programs[nodes * solves > _MUCH]
-
-
-def _solve_first(pre: Pretraining, numerics: Numerics, nodes: theory.NodeSets) -> theory.FirstStage:
-    """Pre-training, `numerics` without its seed."""
-    solved = by_work(_solve_pretraining, 4 * numerics.nodes)(pre, numerics, nodes.pretraining)
-    return _describe_pretraining(pre, theory.NodeSets(nodes.pretraining, None, nodes.pretraining_test, None), solved)
-
-
-def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
-    """Both stages without derivatives, compiled once per kind of setting: `(nodes, FirstStage, SecondStage)`.
-
-    The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
-    with one step of symmetry breaking, in a deep glass once more with more samples, or, if `numerics.symmetry` asks for
-    it, with nodes that have two wells. Outside of transformations only: there is nothing to look at inside.
-    """
-    nodes, still = theory.node_sets(pre, fine, numerics), numerics.without_seed
-    first = _solve_first(pre, still, nodes)
-    given = pre, fine, first, still
-    second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, True)
-    if numerics.symmetry == "rs":
-        if bool(jnp.any(second.solved.inner.two)) or not succeeded(int(second.solved.point.code)):
-            second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, False)
-    elif bool(second.rough) or numerics.symmetry == "1rsb":
-        coarse, work = second.coarse, numerics.finetuning_nodes * numerics.samples // 4
-        for deep in (False, True):
-            nodes = theory.with_broken(nodes, fine, numerics, deep)
-            second = by_work(_solve_broken, work)(*given, nodes.broken, coarse)
-            if not bool(second.rough):
-                break
-    return nodes, first, second
-
-
-def _answer(pre, fine, numerics, nodes, first, second):
-    """(values, errors, status) of both stages and the branches, with the codes that quadrature errors decide."""
-    out = _describe_finetuning(pre, fine, nodes, first, second)
-    bars = by_work(_quadrature_errors, numerics.finetuning_nodes)(pre, fine, numerics, nodes, out)
-    bars = dict(zip(("pretraining", "finetuning"), bars, strict=True))
-    values = {"pretraining": out.pretraining, "finetuning": out.finetuning}
-    status = {stage: theory.final_status(out.status[stage], bars[stage]) for stage in bars}
-    return values, {stage: b.errors for stage, b in bars.items()}, status, out.branches
-
-
-def _traced_answer(pre, fine, numerics):
-    """`_answer` inside a transformation, where both searches have to be there: NaN where the solve failed, since nobody
-    can look at the code."""
-    nodes = theory.with_broken(theory.node_sets(pre, fine, numerics), fine, numerics)
-    numerics = numerics.without_seed
-    first = _solve_first(pre, numerics, nodes)
-    second = _solve_symmetric[0](pre, fine, first, numerics, nodes.finetuning, numerics.symmetry != "rs")
-
-    def symmetric():
-        return _answer(pre, fine, numerics, nodes, first, second)
-
-    def broken():
-        found = _solve_broken[0](pre, fine, first, numerics, nodes.broken, second.coarse)
-        point = found.solved.point
-        code = jnp.where(found.rough & succeeded(point.code), int(Code.deep_glass), point.code)
-        found = found._replace(solved=found.solved._replace(point=point._replace(code=code)))
-        return _answer(pre, fine, numerics, nodes, first, found)
-
-    if numerics.symmetry == "auto":
-        values, errors, status, branches = jax.lax.cond(second.rough, broken, symmetric)
-    else:
-        values, errors, status, branches = symmetric() if numerics.symmetry == "rs" else broken()
-    good = {stage: succeeded(status[stage]["code"]) for stage in status}
-    values = {stage: _lost(v, good[stage]) for stage, v in values.items()}
-    return values, errors, status, branches
-
-
-def _lost(values, good):
-    """The values, NaN with NaN slopes where a solve has failed."""
-    # Added: a choice between two values would have no slope on the other.
-    return jax.tree_util.tree_map(lambda v: nan_slope(v, good) + jnp.where(good, 0.0, jnp.nan), values)
 
 
 class Solution(eqx.Module):
@@ -236,12 +149,8 @@ class Solution(eqx.Module):
         for stage in ("pretraining", "finetuning"):
             code = self.code(stage)
             if code is not Code.ok:
-                detail = f"residual {float(self.status[stage]['residual']):.2e}"
-                if code is Code.too_narrow:
-                    rank = float(self.pretraining["rank_fraction"])
-                    kappa = float(self.setting.pretraining.kappa)
-                    detail = f"kappa = {kappa:g}, allowed: at least the rank fraction {rank:.6g}"
-                raise SolveError(stage, code, detail)
+                residual = self.status[stage]["residual"]
+                raise failure(stage, code, residual, self.setting.pretraining, self.pretraining)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined, and of a
@@ -286,18 +195,15 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     """
     require_float64()
     asked = setting
-    if isinstance(setting.finetuning.recalibration, LeastError):
-        from ..design.optimize import with_best_scale  # which predicts at every step of its search
-
+    if searches_scale(setting):
         setting = with_best_scale(setting)
     pre, fine, numerics = setting.pretraining, setting.finetuning_resolved, setting.numerics
     known = all(map(is_concrete, (*jax.tree_util.tree_leaves((pre, fine)), jnp.zeros(()))))
     if known:
-        nodes, first, second = solve(pre, fine, numerics)
-        answer = _answer(pre, fine, numerics.without_seed, nodes, first, second)
+        found = answer(pre, fine, numerics.without_seed, *solve(pre, fine, numerics))
     else:
-        answer = _traced_answer(pre, fine, numerics)
-    values, errors, status, branches = answer
+        found = traced_answer(pre, fine, numerics)
+    values, errors, status, branches = found
     if setting is not asked:
         errors["finetuning"]["recalibration"] = jnp.asarray(jnp.nan)  # of the search: not known
     solution = Solution(asked, values["pretraining"], values["finetuning"], errors, status, branches)
@@ -351,11 +257,7 @@ class PretrainingSolution(eqx.Module):
     def require_ok(self) -> None:
         """Raises `SolveError` if the solve failed."""
         if not self.ok:
-            detail = f"residual {float(self.status['residual']):.2e}"
-            if self.code is Code.too_narrow:
-                kappa, rank = float(self.pretraining.kappa), float(self.values["rank_fraction"])
-                detail = f"kappa = {kappa:g}, allowed: at least the rank fraction {rank:.6g}"
-            raise SolveError("pretraining", self.code, detail)
+            raise failure("pretraining", self.code, self.status["residual"], self.pretraining, self.values)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON, as `Solution.summary` has them for this stage."""
@@ -379,13 +281,13 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     pre, numerics = pretraining, Numerics() if numerics is None else numerics
     nodes, still = theory.map_node_sets(pre, numerics), numerics.without_seed
     sets = theory.NodeSets(nodes[0], None, nodes[1], None)
-    first = _solve_first(pre, still, sets)
+    first = solve_pretraining(pre, still, sets)
     bars, _ = _map_errors(pre, still, sets, first.values, first.solved)
     status = theory.final_status(first.status, bars)
     values, x = first.values, first.x
     known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
     if not known:
-        values, x = _lost((values, x), succeeded(status["code"]))
+        values, x = lost((values, x), succeeded(status["code"]))
     solution = PretrainingSolution(pre, values, bars.errors, status, x)
     if throw and known:
         solution.require_ok()

@@ -1,0 +1,242 @@
+"""Gradients of a prediction by every continuous input, and the b that minimises E', where one of them vanishes.
+
+All derivatives go through both fixed points by the implicit function theorem.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+from scipy.optimize import root_scalar
+
+from ..errors import Code, SettingError, SolveError, require_float64, succeeded
+from ..evolution import finetuning as ft
+from ..evolution import pretraining as pt
+from ..math.fixed_point import sensitivity
+from ..model.channel.inputs import LeastError, Selected
+from ..runtime.program import Program
+from ..setting.files import continuous_fields, replace
+from ..setting.stages import Setting
+from . import theory
+from .solve import failure, solve
+
+#: Objectives by name, each to be minimised, as functions of the stage, the frozen map, the order parameters of
+#: fine-tuning and the test nodes.
+OBJECTIVES = {
+    "test_error": theory.lora_error,
+    "effective_noise": lambda fine, frozen, order, nodes: fine.effective_noise(frozen),
+    "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(fine, order),
+}
+
+
+def _read(path: str):
+    """Leaf of (pre, fine) that a dotted path names; both stages are explicit there."""
+    stage, name = path.split(".", 1)
+    index = 0 if stage == "pretraining" else 1
+
+    def where(stages):
+        node = stages[index]
+        if name == "beta":
+            return node.activation.beta
+        if name == "recalibration":
+            return node.recalibration.b
+        part, dot, inner = name.partition(".")
+        if dot:  # of the task or of the base law
+            return getattr(getattr(node, part), inner)
+        # Fields of the channel by its own names; an alpha that follows from them is a leaf of the stage all the same.
+        return getattr(node if hasattr(node, name) else node.inputs, name)
+
+    return where
+
+
+def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
+    """An objective and its derivatives, shaped like (pre, fine), at the fixed points that were found.
+
+    Few inputs and no tape: forward mode needs a tenth of the memory of reverse mode, and compiles faster. Each stage is
+    differentiated once, in its own order parameters and in everything that it is given; the chain rule does the rest.
+    """
+    params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)
+    x, y = of_map.point.x, second.solved.point.x
+    prepared, levels = theory.lora_nodes(fine, nodes, y, second.found), ft.order_at(fine, y).levels
+
+    def map_step(x, params, inner):
+        pre, _ = eqx.combine(params, rest)
+        return pt.step(x, pre, None if nodes.pretraining is None else (nodes.pretraining, inner))
+
+    def lora(x, params):
+        pre, fine = eqx.combine(params, rest)
+        return fine, theory.frozen_at(pre, fine, x)
+
+    def lora_step(y, given, inner):
+        return ft.step(y, lora(*given), (prepared, inner))
+
+    def value(y, x, params):
+        fine, frozen = lora(x, params)
+        return OBJECTIVES[objective](fine, frozen, ft.order_at(fine, y), nodes.finetuning_test)
+
+    each = jax.tree_util.tree_map
+    dx = sensitivity(map_step, x, params, of_map.inner)
+    by_x, by_params = sensitivity(lora_step, y, (x, params), second.solved.inner, levels)
+    dy = each(lambda partial, dx: partial + by_x @ dx, by_params, dx)
+    at_y, at_x, partial = jax.jacfwd(value, argnums=(0, 1, 2))(y, x, params)
+    return value(y, x, params), each(lambda p, dx, dy: p + at_x @ dx + at_y @ dy, partial, dx, dy)
+
+
+_value_and_slopes = Program(value_and_slopes, quick=True)
+
+
+def check_objective(name: str) -> str:
+    """The name, if there is such an objective; else `SettingError`."""
+    if name not in OBJECTIVES:
+        allowed = ", ".join(f'"{k}"' for k in OBJECTIVES)
+        raise SettingError(f"objective = {name!r} is unknown; allowed: {allowed}")
+    return name
+
+
+class Point(NamedTuple):
+    """An objective at one setting: its `value` (-overlap for "overlap"), `slopes` = total derivatives by dotted path,
+    and why it could not be had, if so."""
+
+    value: float
+    slopes: dict[str, float]
+    failure: SolveError | None = None
+
+
+def total_slopes(setting: Setting, grads) -> dict[str, float]:
+    """Total derivatives by dotted path, from partial ones shaped like (pre, resolved fine)."""
+    fine = setting.finetuning_resolved
+    slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
+    # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
+    same_noise = setting.finetuning.delta is None or fine.inputs.keeps_noise
+    if same_noise:
+        slopes["pretraining.delta"] += float(grads[1].delta)
+    if setting.finetuning.follows_beta and {"pretraining.beta", "finetuning.beta"} <= slopes.keys():
+        slopes["pretraining.beta"] += slopes["finetuning.beta"]
+    if isinstance(fine.inputs, Selected):  # alpha = rho pool
+        by_alpha = float(grads[1].alpha)
+        slopes["finetuning.rho"] += by_alpha * float(fine.inputs.pool)
+        slopes["finetuning.pool"] += by_alpha * float(fine.inputs.rho)
+    return slopes
+
+
+def evaluate(setting: Setting, objective: str) -> Point:
+    """An objective and its slopes, whatever became of the solves."""
+    pre, fine = setting.pretraining, setting.finetuning_resolved
+    nodes, first, second = solve(pre, fine, setting.numerics)
+    value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
+    slopes = total_slopes(setting, grads)
+    ends = {"finetuning": (second.solved.point.code, second.solved.point.residual)}
+    if fine.inputs.needs_map:
+        ends = {"pretraining": (first.status["code"], first.status["residual"])} | ends
+    for stage, (code, residual) in ends.items():
+        if not succeeded(int(code)):
+            return Point(float(value), slopes, failure(stage, Code(int(code)), residual, pre, first.values))
+    if not all(map(math.isfinite, slopes.values())):
+        return Point(float(value), slopes, SolveError("gradient", Code.nonfinite, f"objective {objective}"))
+    return Point(float(value), slopes)
+
+
+def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
+    """Value of a prediction ("test_error", "effective_noise", "overlap") and its derivative by every continuous field.
+
+    Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
+    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.
+    """
+    require_float64()
+    objective, searched = check_objective(of), searches_scale(setting)
+    if searched:
+        # E' is stationary in b: there is no need to differentiate the search.
+        only_of_error(of)
+        setting = with_best_scale(setting)
+    value, slopes, failed = evaluate(setting, objective)
+    if failed is not None:
+        raise failed
+    if searched:
+        del slopes[SCALE]
+    sign = -1.0 if of == "overlap" else 1.0
+    return sign * value, {k: sign * v for k, v in slopes.items()}
+
+
+# ---- the b that minimises E' -----------------------------------------------------------------------------------
+
+
+def searches_scale(setting: Setting) -> bool:
+    """Whether the recalibration is "error": a b that has to be searched for."""
+    return isinstance(setting.finetuning.recalibration, LeastError)
+
+
+def only_of_error(objective: str) -> None:
+    """Raises `SettingError` where a b that minimises E' would go with another objective."""
+    if objective != "test_error":
+        raise SettingError(
+            f"finetuning.recalibration = 'error' goes with the objective test_error only, not with {objective}; "
+            'allowed: a number or "noise"'
+        )
+
+
+SCALE = "finetuning.recalibration"
+#: Slope of log E' by log b that counts as none, and that above which none was found; how far log b is looked for.
+_FLAT, _STEEP, _FAR = 1e-7, 1e-4, 12.0
+
+
+def with_best_scale(setting: Setting) -> Setting:
+    """The setting with recalibration "error" replaced by the b that minimises E': the root of dE'/d log b that is next
+    to b = 1 downhill. Raises `SolveError` where there is none or a solve fails."""
+    at = _OfScale(setting)
+    if at.slope(0.0) == 0:
+        return at.setting(0.0)
+    low, high = _bracket(at)
+    flat = min(_FLAT, 1e-6 * max(abs(at.slope(low)), abs(at.slope(high))))
+    found: Any = root_scalar(
+        lambda x: at.slope(x) if abs(at.slope(x)) > flat else 0.0, bracket=(low, high), method="brentq", xtol=1e-9
+    )
+    (value, slope), (first, _) = at.known[found.root], at.known[0.0]
+    if not (value <= first and abs(slope) < _STEEP):
+        raise _no_scale(Code.stalled, f"at b = {math.exp(found.root):.3g} it stops falling without a minimum")
+    return at.setting(found.root)
+
+
+class _OfScale:
+    """E' as a function of log b; `known`: E' and d log E' / d log b where they were solved."""
+
+    def __init__(self, setting: Setting):
+        self.given = setting
+        self.known: dict[float, tuple[float, float]] = {}
+
+    def setting(self, log_b: float) -> Setting:
+        return replace(self.given, SCALE, math.exp(log_b))
+
+    def slope(self, log_b: float) -> float:
+        if log_b not in self.known:
+            value, slopes, failed = evaluate(self.setting(log_b), "test_error")
+            if failed is not None and not self.known:
+                raise failed  # whatever b is
+            if failed is not None:
+                raise _no_scale(failed.code, f"b = {math.exp(log_b):.3g} was not solved ({failed})") from failed
+            self.known[log_b] = value, slopes[SCALE] * math.exp(log_b) / max(abs(value), 1e-9)
+        return self.known[log_b][1]
+
+
+def _bracket(at: _OfScale) -> tuple[float, float]:
+    """Two log b between which E' stops falling: from 0 downhill by steps that grow, or shrink where a solve fails."""
+    start = at.slope(0.0)
+    down, step, last = -math.copysign(1.0, start), 0.25, 0.0
+    while abs(last) < _FAR:
+        try:
+            slope = at.slope(last + down * step)
+        except SolveError:
+            step /= 3
+            if step < 1e-3:
+                raise
+            continue
+        if slope * start <= 0:
+            return last, last + down * step
+        last, step = last + down * step, 2 * step
+    raise _no_scale(Code.stalled, f"it falls all the way to b = {'zero' if down < 0 else 'infinity'}")
+
+
+def _no_scale(code: Code, why: str) -> SolveError:
+    return SolveError("recalibration", code, f"in the search for the b that minimises E', {why}")
