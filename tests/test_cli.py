@@ -14,11 +14,14 @@ import jax
 import numpy as np
 import pytest
 
+from lorastate import figures
 from lorastate._version import __version__
+from lorastate.cli import checks, environment, tables
 from lorastate.cli import main as cli
+from lorastate.cli import predict as predict_command
 from lorastate.design import optimize as design
 from lorastate.errors import Code, SolveError
-from lorastate.figures import figures
+from lorastate.figures import drawing
 from lorastate.setting.files import (
     continuous_fields,
     get,
@@ -28,7 +31,8 @@ from lorastate.setting.files import (
     setting_to_dict,
 )
 from lorastate.simulation import simulate as simulation
-from lorastate.solution import solution
+from lorastate.simulation import two_stages
+from lorastate.solution import gradients, solution
 
 jax.config.update("jax_enable_x64", True)
 
@@ -80,13 +84,13 @@ class Outcome:
         return lines[0]
 
 
-LIMITS = cli._limits
+LIMITS = predict_command.limits_of
 
 
 @pytest.fixture
 def call(capsys, monkeypatch):
     monkeypatch.delenv("JAX_ENABLE_X64", raising=False)
-    monkeypatch.setattr(cli, "_limits", lambda setting: None)  # seconds each; one test has them
+    monkeypatch.setattr(predict_command, "limits_of", lambda setting: None)  # seconds each; one test has them
 
     def run(*words):
         try:
@@ -209,7 +213,7 @@ def test_unwritable_out(call, path, tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)  # root may write anywhere: chmod proves nothing
+    monkeypatch.setattr(checks.tempfile, "TemporaryFile", refuse)  # root may write anywhere: chmod proves nothing
     outcome = call("optimize", path, "--out", tmp_path / "out")
     assert outcome.code == 2 and "cannot be written to (Permission denied)" in outcome.message
 
@@ -275,7 +279,7 @@ def test_debug_nans(path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_letters_that_stdout_has_not(tmp_path, encoding):
-    code = "from lorastate.cli import main as cli; cli._run = lambda c: cli._say(str(c.out)) or 0; cli.main()"
+    code = "from lorastate.cli import main as cli; cli._run = lambda c: cli.say(str(c.out)) or 0; cli.main()"
     words = ["-c", code, "figure", "1", "--out", "r\u00e9sultats"]
     process = start(words, PYTHONIOENCODING=encoding)
     out, said = process.communicate()
@@ -287,9 +291,10 @@ def test_figures_need_no_tex(tmp_path, monkeypatch):
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True}):
-        figure, axes = cli._figures()._panels(1, 3, 2)
+        environment.drawing()
+        figure, axes = drawing.side_by_side(1, 3, 2)
         axes.set(xlabel="finetuning.test_error 100 %")
-        assert all(path.exists() for path in figures._pictures(figure, tmp_path, "picture"))
+        assert all(path.exists() for path in drawing.save_pictures(figure, tmp_path, "picture"))
 
 
 # Stands in for a compiler: it does not let Python see a signal.
@@ -349,7 +354,7 @@ def test_ctrl_c_while(when):
 def cache(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {})
-    return cli._cache
+    return environment.cache
 
 
 def test_cache_of_the_user(cache, tmp_path, capsys):
@@ -415,7 +420,7 @@ def test_json_of_a_failed_prediction(call, path):
 
 
 def test_predict_json(call, path, monkeypatch):
-    monkeypatch.setattr(cli, "_limits", LIMITS)
+    monkeypatch.setattr(predict_command, "limits_of", LIMITS)
     outcome = call("predict", path, "--json")
     assert outcome.code == 0 and outcome.err == ""
     data = outcome.json
@@ -459,20 +464,20 @@ def test_predict_table(call, path):
 
 def test_the_phase_is_said():
     stages: dict = {"pretraining": {"replicon": 1.2, "double_well_share": 5e-4}, "finetuning": {"replicon": 0.4}}
-    lines = cli._symmetry_lines({**stages, "symmetry": "replica symmetric", "rs": None}).splitlines()
+    lines = tables.symmetry_lines({**stages, "symmetry": "replica symmetric", "rs": None}).splitlines()
     assert len(lines) == 2 and "replicon 1.2" in lines[0] and lines[1] == "Fine-tuning is replica symmetric."
     stages["finetuning"] = {"replicon": None, "p": 0.8, "q": 1.0}
     rs = {"test_error": 0.88, "overlap": 0.07, "free_energy": None, "code": "ok"}
     broken = {**stages, "symmetry": "one-step broken", "rs": rs}
-    text = cli._symmetry_lines(broken)
+    text = tables.symmetry_lines(broken)
     assert "glass" in text and "test_error 0.88, overlap 0.07, free_energy -" in text and "deep" not in text
     stages["finetuning"]["p"] = 0.3
     change = {"test_error": 0.0056, "overlap": -0.015, "free_energy": 0.0}
-    text = cli._symmetry_lines({**broken, "breaking_error": change})
+    text = tables.symmetry_lines({**broken, "breaking_error": change})
     assert "The glass is deep (p/q = 0.3)" in text and "test_error by +0.0056, overlap by -0.015" in text
-    assert "found no solution" in cli._symmetry_lines({**broken, "breaking_error": None})
+    assert "found no solution" in tables.symmetry_lines({**broken, "breaking_error": None})
     stages["pretraining"]["double_well_share"] = 0.03
-    assert "Pre-training has many minima as well (3 % of its nodes" in cli._symmetry_lines(broken)
+    assert "Pre-training has many minima as well (3 % of its nodes" in tables.symmetry_lines(broken)
 
 
 def test_undefined_numbers_are_null(call, path, monkeypatch):
@@ -495,7 +500,7 @@ def test_gradient(call, path):
     setting = load_setting(path)
     assert list(data["gradient"]) == list(continuous_fields(setting))
     assert all(isinstance(slope, float) for slope in data["gradient"].values())
-    value, slope = design.gradient(setting)
+    value, slope = gradients.gradient(setting)
     assert data["value"] == pytest.approx(float(value), rel=1e-9)
     assert data["gradient"]["finetuning.lam"] == pytest.approx(float(slope["finetuning.lam"]), rel=1e-6)
     h = 1e-3 * float(get(setting, "finetuning.lam"))
@@ -510,7 +515,7 @@ def test_gradient_table(call, path):
 
 
 def test_gradient_without_a_value(call, path, monkeypatch):
-    monkeypatch.setattr(design, "gradient", lambda *_, **__: (0.5, {"pretraining.lam": float("nan")}))
+    monkeypatch.setattr(gradients, "gradient", lambda *_, **__: (0.5, {"pretraining.lam": float("nan")}))
     outcome = call("gradient", path, "--json")
     assert outcome.code == 3 and outcome.json["gradient"] == {"pretraining.lam": None}
     assert "no finite derivative in pretraining.lam" in outcome.message
@@ -716,7 +721,7 @@ def test_simulate_one_run(call, path):
 
 def test_interrupted_simulation_shows_the_finished_runs(call, path, monkeypatch):
     whole = call("simulate", path, "--dimension", "20", "--runs", "2", "--json").json
-    real, count = simulation._one_run, []
+    real, count = two_stages._one_run, []
 
     def one_run(*args):
         count.append(1)
@@ -724,7 +729,7 @@ def test_interrupted_simulation_shows_the_finished_runs(call, path, monkeypatch)
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(simulation, "_one_run", one_run)
+    monkeypatch.setattr(two_stages, "_one_run", one_run)
     outcome = call("simulate", path, "--dimension", "20", "--runs", "5", "--json")
     assert outcome.code == 130 and "interrupted: 2 of 5 runs are complete and kept" in outcome.err
     assert outcome.json["runs"] == 2 and outcome.json["finetuning"] == whole["finetuning"]

@@ -10,7 +10,7 @@ import pytest
 
 import lorastate as ls
 from lorastate.errors import Code, SolveError
-from lorastate.figures import figures
+from lorastate.figures import curves, drawing, maps, published
 
 SETTING = ls.Setting(ls.Pretraining(0.1, 0.01), ls.Finetuning(3.0, 0.3))
 PATH = "pretraining.lam"
@@ -35,17 +35,17 @@ def theory(monkeypatch):
         values = {"broken": broken, "test_error": 1 + lam, "overlap": 0.5 + lam, "test_error_frozen": 3.0 + lam}
         return Made(finetuning=values, code=codes.get, stderr=lambda stage, name: 0.01, test_error=1 + lam)
 
-    monkeypatch.setattr(figures, "predict", predict)
+    monkeypatch.setattr(curves, "predict", predict)
     return SimpleNamespace(failing=failing, asked=asked)
 
 
 @pytest.fixture
 def axes():
-    return figures._panels(1, 4, 3)[1]
+    return drawing.side_by_side(1, 4, 3)[1]
 
 
 def test_backend_is_left_alone():
-    words = "import sys, matplotlib; matplotlib.use('svg'); import lorastate.figures.figures"
+    words = "import sys, matplotlib; matplotlib.use('svg'); import lorastate.figures"
     words += "; assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", words], check=True)
 
@@ -54,7 +54,7 @@ def test_rows_say_phase_and_code(theory):
     theory.failing[0.02] = {"finetuning": Code.stalled}
     theory.failing[0.1] = {"pretraining": Code.max_steps, "finetuning": Code.max_steps}
     grid, names = (0.01, 0.02, 0.05, 0.1), ("test_error", "test_error_frozen")
-    one, two, three, four = figures._scan(SETTING, PATH, grid, names)
+    one, two, three, four = curves.scan(SETTING, PATH, grid, names)
     assert one == {PATH: 0.01, "code": "ok", "broken": True, "test_error": 1.01, "test_error_stderr": 0.01,
                    "test_error_frozen": 3.01, "test_error_frozen_stderr": 0.01}  # fmt: skip
     # What pre-training decides is there without fine-tuning.
@@ -67,17 +67,17 @@ def test_rows_say_phase_and_code(theory):
 
 def test_symmetric_values_at_every_second_broken_point(theory):
     grid = np.array([0.01, 0.015, 0.02, 0.025, 0.04, 0.05])
-    rows = figures._scan(SETTING, PATH, grid, ("test_error",), symmetric=True)
+    rows = curves.scan(SETTING, PATH, grid, ("test_error",), symmetric=True)
     assert sorted(theory.asked) == [0.01, 0.02] and ["rs" in row for row in rows] == [True, False, True] + 3 * [False]
-    x, y = figures._continuation(rows, PATH, "test_error")
+    x, y = curves._continuation(rows, PATH, "test_error")
     # Joined to the line where symmetry holds, and not drawn beyond.
     np.testing.assert_allclose(x, [0.01, 0.02, 0.04, 0.05])
     np.testing.assert_allclose(y, [2.01, 2.02, 1.04, np.nan])
 
 
 def test_lines(theory, axes):
-    rows = figures._scan(SETTING, PATH, np.array([0.01, 0.02, 0.04, 0.05]), ("test_error",), symmetric=True)
-    assert figures._line(axes, rows, PATH, "test_error", "C0", "theory") is None  # it rises: no minimum inside
+    rows = curves.scan(SETTING, PATH, np.array([0.01, 0.02, 0.04, 0.05]), ("test_error",), symmetric=True)
+    assert curves.draw_line(axes, rows, PATH, "test_error", "C0", "theory") is None  # it rises: no minimum inside
     solid, dotted = axes.lines
     assert solid.get_linestyle() == "-" and dotted.get_linestyle() == ":"
     assert dotted.get_color() == solid.get_color() and dotted.get_linewidth() < solid.get_linewidth()
@@ -86,12 +86,12 @@ def test_lines(theory, axes):
 
 def test_minimum_is_marked(axes):
     rows = [{PATH: x, "test_error": (x - 2.0) ** 2, "test_error_stderr": 0.1} for x in (1.0, 2.0, 3.0)]
-    assert figures._line(axes, rows, PATH, "test_error", "C0") == 2.0 and len(axes.lines) == 2
+    assert curves.draw_line(axes, rows, PATH, "test_error", "C0") == 2.0 and len(axes.lines) == 2
 
 
 def test_a_figure(theory, tmp_path):
     theory.failing[0.003] = {"finetuning": Code.stalled}
-    written = figures.figure3(tmp_path, progress=False)
+    written = ls.figures.figure3(tmp_path, progress=False)
     assert [path.name for path in written] == ["figure3.png", "figure3.pdf", "figure3.json"]
     assert all(path.stat().st_size > 1000 for path in written)
     curves = json.loads(written[-1].read_text())["curves"]
@@ -101,13 +101,13 @@ def test_a_figure(theory, tmp_path):
 
 
 def test_one_legend_with_one_entry_for_what_is_unstable():
-    figure, panels = figures._panels(2, 8, 4)
+    figure, panels = drawing.side_by_side(2, 8, 4)
     for axes, color in zip(panels, ("C0", "C1"), strict=True):
-        axes.plot([1, 2], [1, 2], label=figures._SYMMETRIC, color=color)
+        axes.plot([1, 2], [1, 2], label=drawing.SYMMETRIC, color=color)
         axes.plot([1, 2], [2, 1], label=f"line {color}")
-    figures._legend(figure, panels)
+    drawing.legend_below(figure, panels)
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == ["line C0", "line C1", figures._SYMMETRIC]
+    assert [text.get_text() for text in legend.texts] == ["line C0", "line C1", drawing.SYMMETRIC]
     assert legend.get_lines()[-1].get_color() == "0.3"
 
 
@@ -121,8 +121,8 @@ def test_squares_of_lowest_minima(axes, monkeypatch):
             stderr=lambda search, name: 0.01,
         )  # fmt: skip
 
-    monkeypatch.setattr("lorastate.simulation.simulate.simulate", simulate)
-    found = figures._squares(axes, SETTING, figures.Training(), progress=False)
+    monkeypatch.setattr(published, "simulate", simulate)
+    found = published._squares(axes, SETTING, ls.figures.Training(), progress=False)
     assert len(found) == 6 and found[0]["mean"] == 0.5 and {row["ridge"] for row in found} == {0.05, 1.0}
     wanted = {"stage": "finetuning", "dimension": 600, "runs": 4, "seed": 0, "starts": 4, "moves": 20}
     assert asked[0] == wanted
@@ -132,7 +132,7 @@ def test_training_that_failed_is_no_square(axes):
     def mean(search, name):
         raise SolveError("finetuning", Code.max_steps, "run 0")
 
-    assert figures._square(axes, 1.0, SimpleNamespace(mean=mean, dimension=150), "test_error", "C0") is None
+    assert drawing.draw_square(axes, 1.0, SimpleNamespace(mean=mean, dimension=150), "test_error", "C0") is None
     assert not axes.containers
 
 
@@ -147,5 +147,5 @@ def test_where_symmetry_breaks(monkeypatch, failed):
 
     monkeypatch.setattr(stability, "instability_threshold", threshold)
     rows = [{PATH: x, "broken": b} for x, b in ((1.0, False), (4.0, True), (9.0, None), (16.0, True), (25.0, False))]
-    places = figures._breaks(SETTING, PATH, rows)
+    places = maps._breaks(SETTING, PATH, rows)
     assert places == pytest.approx([2.0, 20.0] if failed else [1.1, 16.1])

@@ -16,10 +16,14 @@ import xarray
 
 import lorastate as ls
 from lorastate.cli import main as cli
-from lorastate.design import optimize as design
+from lorastate.cli.sweep import Sweep
 from lorastate.model.spectra import laws as base_law
 from lorastate.setting.files import setting_to_dict
+from lorastate.solution import gradients
+from lorastate.sweeps import lanes
 from lorastate.sweeps import sweep as sweeps
+from lorastate.sweeps.dataset import summary
+from lorastate.sweeps.grid import parse_axis
 
 
 @pytest.fixture
@@ -77,8 +81,8 @@ def test_a_lane_is_the_setting_alone_and_a_failed_one_disturbs_nobody(swept):
                     np.testing.assert_allclose(lane[f"{stage}.{name}_stderr"], error, rtol=1e-7, atol=1e-12)
             for path, slope in ls.gradient(here)[1].items():
                 np.testing.assert_allclose(lane[f"gradient.{path}"], slope, rtol=1e-9, atol=1e-11)
-    assert sweeps.summary(swept)["failed"] == 2
-    assert sweeps.summary(swept)["codes"] == {"pretraining too_narrow": 2, "finetuning upstream": 2}
+    assert summary(swept)["failed"] == 2
+    assert summary(swept)["codes"] == {"pretraining too_narrow": 2, "finetuning upstream": 2}
 
 
 def test_a_lane_with_wells_among_smooth_ones():
@@ -151,7 +155,7 @@ def solved(monkeypatch):
         log.extend(settings)
         return [row(s) for s in settings]
 
-    monkeypatch.setattr(sweeps, "_run", run)
+    monkeypatch.setattr(sweeps, "run", run)
     return log
 
 
@@ -266,14 +270,14 @@ def test_code_of_ones_own_is_not_kept(solved, tmp_path, activation):
 
 
 def test_two_sweeps_at_once_into_one_directory(solved, tmp_path, monkeypatch):
-    run = sweeps._run
+    run = sweeps.run
 
     def another_starts(*args):
         with pytest.raises(ls.SettingError, match=rf"in use by another sweep \(process {os.getpid()} on .*allowed"):
             ls.sweep(setting(), MANY, out=tmp_path)
         return run(*args)
 
-    monkeypatch.setattr(sweeps, "_run", another_starts)
+    monkeypatch.setattr(sweeps, "run", another_starts)
     whole = ls.sweep(setting(), MANY, out=tmp_path)
     assert len(solved) == 18
     xarray.testing.assert_identical(ls.sweep(setting(), MANY, out=tmp_path), whole)
@@ -328,21 +332,21 @@ def test_devices_follow_the_default_one(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", local_devices)
     for default, backend in ((None, None), (cpu[-1], "cpu"), ("cpu", "cpu")):
         with jax.default_device(default):
-            assert sweeps._devices(None) == [cpu[-1] if default is cpu[-1] else cpu[0]]
-            assert sweeps._devices("all") == list(cpu)
+            assert lanes.chosen_devices(None) == [cpu[-1] if default is cpu[-1] else cpu[0]]
+            assert lanes.chosen_devices("all") == list(cpu)
         assert asked == [backend] * 2
         asked.clear()
 
 
 def test_axes_of_the_command_line():
-    path, values = sweeps.parse_axis("pretraining.lam=log:1e-3:1:4")
+    path, values = parse_axis("pretraining.lam=log:1e-3:1:4")
     assert path == "pretraining.lam"
     np.testing.assert_allclose(values, [1e-3, 1e-2, 1e-1, 1])
-    assert sweeps.parse_axis("a.b=lin:0:1:3")[1] == [0.0, 0.5, 1.0]
-    assert sweeps.parse_axis("a.b=fresh, 2,0.5")[1] == ["fresh", 2, 0.5]
+    assert parse_axis("a.b=lin:0:1:3")[1] == [0.0, 0.5, 1.0]
+    assert parse_axis("a.b=fresh, 2,0.5")[1] == ["fresh", 2, 0.5]
     for bad in ("a.b", "a.b=", "a.b=log:0:1:4", "a.b=log:1:2", "a.b=cube:1:2:3", "a.b=lin:1:2:0", "a.b=lin:1:x:2"):
         with pytest.raises(ls.SettingError, match="allowed"):
-            sweeps.parse_axis(bad)
+            parse_axis(bad)
 
 
 def test_command(solved, tmp_path, capsys, monkeypatch):
@@ -352,7 +356,7 @@ def test_command(solved, tmp_path, capsys, monkeypatch):
         for section, keys in setting_to_dict(setting()).items()
     ]
     file.write_text("\n".join(lines))
-    monkeypatch.setattr(cli.Sweep, "_prepare", lambda self: None)
+    monkeypatch.setattr(Sweep, "_prepare", lambda self: None)
     words = ["sweep", str(file), "--grid", "pretraining.lam=log:0.01:1:6", "finetuning.alpha=1,2,3"]
     out = tmp_path / "out"
     assert cli.main([*words, "--out", str(out)]) == 0
@@ -383,7 +387,7 @@ SHARED = f"""
     def run(settings, *_):
         time.sleep(float(slow))
         return [t.row(s) for s in settings]
-    sweeps._run = run
+    sweeps.run = run
     if port != "0":
         jax.distributed.initialize(f"127.0.0.1:{{port}}", 2, int(process))
     try:
@@ -449,7 +453,7 @@ def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start
     ],
 )
 def test_static_axes_need_programs_of_their_own(path, values, apart):
-    one, other = (sweeps._kind(ls.replace(setting(), path, value)) for value in values)
+    one, other = (lanes.kind(ls.replace(setting(), path, value)) for value in values)
     assert (one != other) == apart
 
 
@@ -458,7 +462,7 @@ def test_static_axes_need_programs_of_their_own(path, values, apart):
 
 def test_a_point_without_an_optimum_is_a_point_that_failed(tmp_path, monkeypatch):
     """The search for the b that minimises E' fails at one of two points."""
-    search, searched = design.with_best_scale, []
+    search, searched = gradients.with_best_scale, []
 
     def lost(s):
         searched.append(s)
@@ -466,7 +470,7 @@ def test_a_point_without_an_optimum_is_a_point_that_failed(tmp_path, monkeypatch
             raise ls.SolveError("recalibration", ls.Code.stalled)
         return search(s)
 
-    monkeypatch.setattr(design, "with_best_scale", lost)
+    monkeypatch.setattr(gradients, "with_best_scale", lost)
     base = ls.replace(setting(), "finetuning.recalibration", "error")
     for _ in range(2):
         found = ls.sweep(base, {"pretraining.lam": [0.1, 0.3]}, out=tmp_path, gradient="test_error", chunk=1)
@@ -476,7 +480,7 @@ def test_a_point_without_an_optimum_is_a_point_that_failed(tmp_path, monkeypatch
     assert np.isnan(found["finetuning.recalibration_stderr"]).all()  # of a search: not known, which is not zero
     for name in ("finetuning.test_error", "finetuning.q_stderr", "gradient.pretraining.lam"):
         assert np.isfinite(found[name]).values.tolist() == [False, True], name
-    assert sweeps.summary(found)["codes"] == {"finetuning stalled": 1}
+    assert summary(found)["codes"] == {"finetuning stalled": 1}
     with pytest.raises(ls.SettingError, match="test_error only"):
         ls.sweep(base, {"pretraining.lam": [0.1]}, gradient="overlap")
 
@@ -508,11 +512,11 @@ def test_axes_that_need_each_other(solved):
 
 
 def test_whole_numbers_on_an_axis(solved):
-    for values in (sweeps.parse_axis("pretraining.tokens=lin:2:4:3")[1], np.linspace(2, 4, 3), [2, 3.0, 4]):
+    for values in (parse_axis("pretraining.tokens=lin:2:4:3")[1], np.linspace(2, 4, 3), [2, 3.0, 4]):
         data = ls.sweep(setting(), {"pretraining.tokens": values})
         assert [s.pretraining.tokens for s in solved] == data["pretraining.tokens"].values.tolist() == [2, 3, 4]
         solved.clear()
-    ls.sweep(setting(), {"numerics.nodes": sweeps.parse_axis("a.b=log:512:2048:3")[1]})
+    ls.sweep(setting(), {"numerics.nodes": parse_axis("a.b=log:512:2048:3")[1]})
     assert [s.numerics.nodes for s in solved] == [512, 1024, 2048]
     with pytest.raises(ls.SettingError, match=r"tokens = 2.5 is not a whole number"):
         ls.sweep(setting(), {"pretraining.tokens": [2, 2.5]})

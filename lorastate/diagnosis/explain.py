@@ -13,8 +13,8 @@ from ..bayes.limits import bayes_optimal
 from ..errors import SettingError, SolveError
 from ..setting.files import replace, setting_to_dict
 from ..setting.stages import Setting
+from ..solution.search import FEW
 from ..solution.solution import Solution, predict
-from ..solution.theory import FEW
 from . import thresholds as stability
 
 _OBJECTIVES: dict[str, Callable[[Solution], Any]] = {
@@ -137,6 +137,13 @@ def explain(setting: Setting, progress: bool = False) -> dict[str, Any]:
     }
 
 
+def double_wells(summary: dict[str, Any]) -> float | None:
+    """The share of pre-training's nodes that have two wells, where they are more than a few: then its minima are many,
+    which its theory takes for one. Else None."""
+    share = summary["pretraining"]["double_well_share"]
+    return share if share is not None and share > FEW else None
+
+
 def page(facts: dict[str, Any]) -> str:
     """`explain` as text."""
     f, d, r, s = facts["predictions"]["finetuning"], facts["decomposition"], facts["best_lam"], facts["stability"]
@@ -184,8 +191,7 @@ def page(facts: dict[str, Any]) -> str:
             f"  E   {show(p['test_error'])}, Bayes-optimal {show(limits['pretraining']['test_error'])}",
             f"  E'  {show(f['test_error'])}, Bayes-optimal {show(limits['finetuning']['test_error'])}",
         ]
-    alpha, share = facts["alpha"], facts["predictions"]["pretraining"]["double_well_share"]
-    share = share if share and share > FEW else None
+    alpha, share = facts["alpha"], double_wells(facts["predictions"])
     lines += [
         "",
         "Stability and thresholds",

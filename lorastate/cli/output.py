@@ -1,0 +1,54 @@
+"""What goes to stdout, to stderr and to files: text and plain JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def say(text: str) -> None:
+    print(text)
+
+
+def warn(text: str) -> None:
+    print(f"lorastate: {text}", file=sys.stderr)
+
+
+def clean(value: Any) -> Any:
+    """The same in plain JSON types, undefined numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if hasattr(value, "tolist"):
+        return clean(value.tolist())
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(clean(value), indent=2, allow_nan=False)
+
+
+def print_json(value: Any) -> None:
+    print(dumps(value))
+
+
+def write_json(path: Path, value: Any) -> None:
+    from ..errors import SettingError
+
+    try:
+        path.write_text(dumps(value) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingError(cannot_write(path, error)) from None
+
+
+def cannot_write(out: Path, error: OSError) -> str:
+    return f"--out {str(out)!r} cannot be written to ({error.strerror or error}); allowed: a writable directory"

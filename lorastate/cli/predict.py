@@ -1,0 +1,149 @@
+"""The commands `predict`, `gradient` and `explain`."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from .._version import __version__
+from .checks import check_objective
+from .exit_codes import FAILED
+from .options import Json, Set, SettingPath
+from .output import print_json, say, warn
+from .tables import (
+    TITLE,
+    branch_line,
+    describe,
+    limits_table,
+    number,
+    prediction_table,
+    status_line,
+    symmetry_lines,
+    table,
+)
+
+if TYPE_CHECKING:
+    from ..setting.stages import Setting
+
+
+@dataclass
+class Predict:
+    """Order parameters, losses and errors of both stages."""
+
+    setting: SettingPath
+    set: Set = ()
+    breaking_error: Annotated[
+        bool, arg(help="In a glass, also what a second step of symmetry breaking would change (a minute more).")
+    ] = False
+    json: Json = False
+
+    def __call__(self) -> int:
+        from ..diagnosis import second_step
+        from ..setting.files import load_setting, setting_to_dict
+        from ..solution import solution
+
+        setting = load_setting(self.setting, self.set)
+        pool = ThreadPoolExecutor(1)  # compiles beside the other
+        try:
+            limits = pool.submit(limits_of, setting)
+            found = solution.predict(setting, throw=False)
+            limits = limits.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        summary = found.summary()
+        summary["bayes_optimal"] = limits.summary() if limits else None
+        broken = summary["symmetry"] == "one-step broken"
+        summary["rs"] = found.rs if broken else None
+        if self.breaking_error and found.ok:
+            summary["breaking_error"] = second_step.breaking_error(found)
+        if self.json:
+            print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
+        else:
+            say(describe(setting))
+            for stage in TITLE:
+                if summary["status"][stage]["code"] == "ok":
+                    say(prediction_table(stage, summary))
+        found.require_ok()
+        if not self.json:
+            if limits:
+                say(limits_table(limits))
+            say(status_line(summary["status"]))
+            say(symmetry_lines(summary))
+            say(branch_line(found.branches))
+        return 0
+
+
+def limits_of(setting: Setting) -> Any:
+    """Bayes-optimal limits; None where there is no formula (activations of one's own) or the solve failed."""
+    from ..bayes.limits import bayes_optimal
+    from ..errors import SettingError, SolveError
+
+    try:
+        return bayes_optimal(setting)
+    except (SettingError, SolveError):
+        return None
+
+
+@dataclass
+class Gradient:
+    """A prediction and its derivatives in every continuous field."""
+
+    setting: SettingPath
+    set: Set = ()
+    of: Annotated[str, arg(help="test_error, effective_noise or overlap.")] = "test_error"
+    json: Json = False
+
+    def __call__(self) -> int:
+        from ..setting.files import get, load_setting, setting_to_dict
+        from ..solution import gradients
+
+        setting = load_setting(self.setting, self.set)
+        check_objective("--of", self.of)
+        value, gradient = gradients.gradient(setting, of=self.of)
+        value, gradient = float(value), {path: float(slope) for path, slope in gradient.items()}
+        if self.json:
+            print_json(
+                {
+                    "value": value,
+                    "gradient": gradient,
+                    "of": self.of,
+                    "setting": setting_to_dict(setting),
+                    "version": __version__,
+                }
+            )
+        else:
+            say(describe(setting))
+            rows = [(path, number(float(get(setting, path))), number(slope)) for path, slope in gradient.items()]
+            say(f"{self.of} = {number(value)}\n")
+            say(table(("field", "value", f"d {self.of} / d field"), rows))
+        bad = [path for path, slope in gradient.items() if not math.isfinite(slope)]
+        if bad or not math.isfinite(value):
+            warn(f"{self.of} has no finite derivative in {', '.join(bad) or 'any field'}")
+            return FAILED
+        return 0
+
+
+@dataclass
+class Explain:
+    """One page about a setting: what LoRA sees of pre-training, what to change, how far it can be trusted."""
+
+    setting: SettingPath
+    set: Set = ()
+    json: Json = False
+
+    def __call__(self) -> int:
+        from ..diagnosis import explain as report
+        from ..setting.files import load_setting
+
+        setting = load_setting(self.setting, self.set)
+        facts = report.explain(setting, progress=True)
+        if self.json:
+            print_json({**facts, "version": __version__})
+        else:
+            say(describe(setting))
+            say(report.page(facts))
+        return 0

@@ -1,0 +1,54 @@
+"""The command `simulate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from .._version import __version__
+from .checks import check_simulation
+from .comparison import theory_of, train_alone, train_both
+from .options import Json, Runs, Seed, Set, SettingPath
+from .output import print_json, say
+from .tables import channel_tables, describe, simulation_tables
+
+
+@dataclass
+class Simulate:
+    """Train the finite-size model and show it beside the theory, where there is one."""
+
+    setting: SettingPath
+    set: Set = ()
+    stage: Annotated[
+        Literal["both", "finetuning"],
+        arg(help="finetuning: the second stage alone, on the law of the frozen map that the theory assumes."),
+    ] = "both"
+    dimension: Annotated[int | None, arg(help="D of the simulated model (150; 600 for fine-tuning alone).")] = None
+    runs: Runs = 4
+    seed: Seed = 0
+    starts: Annotated[int | None, arg(help="Starts of fine-tuning (3; 6 random ones for fine-tuning alone).")] = None
+    moves: Annotated[int | None, arg(help="Deep moves, for fine-tuning alone (10).")] = None
+    map_starts: Annotated[int | None, arg(help="Random starts of pre-training, of which the lowest counts (1).")] = None
+    json: Json = False
+
+    def __call__(self) -> int:
+        from ..setting.files import load_setting, setting_to_dict
+        from ..simulation.simulate import check_options
+
+        setting = load_setting(self.setting, self.set)
+        dimension = self.dimension if self.dimension is not None else 150 if self.stage == "both" else 600
+        options = {"starts": self.starts, "moves": self.moves, "map_starts": self.map_starts}
+        check_options(self.stage, **options, test_samples=None, memory=None)
+        options = {name: value for name, value in options.items() if value is not None}
+        alone = self.stage == "finetuning"
+        check_simulation(setting, dimension, self.runs, self.seed, alone, **options)
+        train, tables = (train_alone, channel_tables) if alone else (train_both, simulation_tables)
+        _, compared, status = train(setting, theory_of(setting), dimension, self.runs, self.seed, **options)
+        if self.json:
+            print_json({**compared, "setting": setting_to_dict(setting), "version": __version__})
+        else:
+            say(describe(setting))
+            say(tables(compared))
+        return status

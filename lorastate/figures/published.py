@@ -1,0 +1,242 @@
+"""The published figures 1 to 6 of arXiv:2606.05899."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from tqdm import tqdm
+
+from ..bayes.limits import bayes_optimal
+from ..design.optimize import optimize
+from ..errors import SolveError
+from ..predictions import axis_label
+from ..setting.files import replace, setting_to_dict
+from ..setting.stages import Finetuning, Pretraining, Setting
+from ..simulation.simulate import simulate
+from ..solution.solution import predict, pretrain
+from .curves import NUMERICS, Curve, column, draw_curves, draw_line, finish, scan
+from .drawing import ERROR, NOISE, SHARED, Training, draw_square, legend_below, save, side_by_side
+
+_SCALE = "finetuning.recalibration"
+#: lambda' of figure 1; None is infinity.
+_RIDGES = {0.05: "C0", 1.0: "C1", None: "C2"}
+#: Part of the height of figure 1's panels that the inset leaves to the curves.
+_BELOW_INSET = 0.55
+#: Searches of a training for figure 1: deep enough for the lowest minima.
+_SEARCH: dict[str, Any] = {"starts": 4, "moves": 20}
+
+
+def figure1(out: Path | str, training: Training | None = None, progress: bool = True, points: int = 25) -> list[Path]:
+    """E' against lambda for lambda' in {0.05, 1, infinity}; inset: E' against lambda' at the best lambda.
+
+    softmax, alpha = 0.1, alpha' = 3, T = 3, kappa0 = kappa = 1, Delta = 0.5 (left) and 2 (right). Minima are marked, so
+    are the lambda that is best for E of pre-training (black) and the Bayes-optimal E'. `training` adds squares: the
+    lowest minima found by training fine-tuning alone, where the first stage has no finite D.
+    """
+    figure, panels = side_by_side(2, 11, 5.2)
+    inset_points = max(15, points // 2)
+    bar = tqdm(total=2 * (2 * points + inset_points), desc="theory", unit="solve", disable=not progress)
+    data: dict[str, Any] = {"figure": 1, "panels": []}
+    for axes, delta in zip(panels, (0.5, 2.0), strict=True):
+        setting = Setting(Pretraining(alpha=0.1, lam=0.01, delta=delta), Finetuning(alpha=3.0, lam=0.2), NUMERICS)
+        panel: dict[str, Any] = {"delta": delta, "setting": setting_to_dict(setting)}
+        panel |= _against_ridge(axes, setting, np.geomspace(5e-3, 0.3, points), bar)
+        inset = axes.inset_axes((0.14, 0.64, 0.36, 0.33))
+        panel |= _inset(inset, setting, np.geomspace(0.01, 3, inset_points), bar)
+        if training is not None:
+            panel["simulation"] = _squares(axes, setting, training, progress)
+        axes.set(
+            xscale="log", xlabel=r"pre-training regularisation $\lambda$",
+            ylabel=f"fine-tuning test error {axis_label('test_error')}",
+            title=rf"softmax, $T=3$, $\alpha=0.1$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta={delta:g}$",
+        )  # fmt: skip
+        axes.title.set_fontsize(9)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, low + (high - low) / _BELOW_INSET)
+        data["panels"].append(panel)
+    bar.close()
+    legend_below(figure, panels)
+    return save(figure, Path(out), "figure1", data)
+
+
+def _against_ridge(axes, setting: Setting, grid, bar) -> dict[str, Any]:
+    """The curves of one panel of figure 1 and its two levels; returns its data."""
+    path, curves, rows = "pretraining.lam", {}, []
+    for ridge, color in _RIDGES.items():
+        if ridge is not None:
+            here = replace(setting, "finetuning.lam", ridge)
+            rows = scan(here, path, grid, ("test_error", "test_error_frozen"), bar, symmetric=True)
+            curves[f"{ridge:g}"] = rows
+            draw_line(axes, rows, path, "test_error", color, rf"$\lambda'={ridge:g}$", top=_BELOW_INSET)
+        else:  # w = 0, whatever the last ridge was
+            draw_line(axes, rows, path, "test_error_frozen", color, r"$\lambda'=\infty$", top=_BELOW_INSET)
+    best = _best_map(setting, grid[0], grid[-1])
+    if best is not None:
+        axes.axvline(best, ymax=_BELOW_INSET, color="k", ls="--", lw=1.0, label=r"$\lambda$ best for $E$")
+    limits = bayes_optimal(setting)
+    level, error = limits.finetuning["test_error"], limits.errors["finetuning"]["test_error"]
+    axes.axhline(level, color="0.3", ls="-.", lw=1.0, label="Bayes-optimal $E'$")
+    return {"curves": curves, "best_for_E": best, "bayes_optimal": {"test_error": level, "test_error_stderr": error}}
+
+
+def _best_map(setting: Setting, low: float, high: float) -> float | None:
+    """The lambda between `low` and `high` that is best for E of pre-training; None where E is best at an end."""
+
+    def error(log_lam):
+        there = replace(setting, "pretraining.lam", float(np.exp(log_lam)))
+        return float(pretrain(there.pretraining, setting.numerics, throw=False).values["test_error"])
+
+    ends = np.log(low), np.log(high)
+    found = minimize_scalar(error, bounds=ends, method="bounded", options={"xatol": 1e-3})
+    inside = np.isfinite(found.fun) and found.fun < min(map(error, ends))
+    return float(np.exp(found.x)) if inside else None
+
+
+def _inset(inset, setting: Setting, grid, bar) -> dict[str, Any]:
+    """E' against lambda' at the lambda that is best for E'; returns its data."""
+    best = optimize(setting)
+    rows = scan(best.setting, "finetuning.lam", grid, ("test_error",), bar, symmetric=True)
+    draw_line(inset, rows, "finetuning.lam", "test_error", "k")
+    inset.set(xscale="log")
+    inset.set_xlabel(r"$\lambda'$", fontsize=8, labelpad=0)
+    inset.set_ylabel(axis_label("test_error"), fontsize=8, labelpad=0)
+    inset.tick_params(labelsize=7)
+    return {"optimum": {"converged": best.converged, **best.path[-1]}, "inset": rows}
+
+
+def _squares(axes, setting: Setting, training: Training, progress: bool) -> list[dict[str, Any]]:
+    """Training on the lines of finite lambda': without an update there is nothing to train."""
+    found, size = [], training.size(600) | _SEARCH
+    pairs = list(itertools.product(np.geomspace(1e-2, 0.1, 3), [ridge for ridge in _RIDGES if ridge is not None]))
+    for lam, ridge in tqdm(pairs, desc="simulation", disable=not progress):
+        here = replace(replace(setting, "pretraining.lam", float(lam)), "finetuning.lam", ridge)
+        result = simulate(here, stage="finetuning", **size)
+        if numbers := draw_square(axes, lam, result, "test_error", _RIDGES[ridge], "deep"):
+            found.append({"lam": float(lam), "ridge": ridge, **numbers, **size})
+    return found
+
+
+# ---- figures 2 to 6 --------------------------------------------------------------------------------------------
+
+
+def _against_samples(number: int, activation: str, out, training, progress):
+    """E' and o_w against the fine-tuning data alpha', for three sizes of the pre-training set."""
+    grid, lam = np.geomspace(0.5, 10, 25), 0.02 if activation == "softmax" else 0.1
+    curves = [
+        Curve(
+            rf"$\alpha={alpha:g}$",
+            Setting(Pretraining(alpha, lam, activation=activation), Finetuning(1.0, 0.5), NUMERICS),
+            "finetuning.alpha", grid, color, (1.0, 5.0), bayes=True, symmetric=True,
+        )
+        for alpha, color in ((0.03, "C0"), (0.1, "C1"), (0.3, "C2"))
+    ]  # fmt: skip
+    figure, (left, right) = side_by_side(2, 10, 4.4)
+    panels = {"test_error": left, "overlap": right}
+    data = {"figure": number, "curves": draw_curves(panels, curves, training, progress)}
+    title = rf"{activation}, $T=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda={lam:g}$, $\lambda'=0.5$"
+    return finish(figure, panels, out, f"figure{number}", r"fine-tuning data $\alpha'$", title, data)
+
+
+def figure2(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """What pre-training does to fine-tuning, softmax: E' and o_w against alpha', Bayes-optimal limits dashed."""
+    return _against_samples(2, "softmax", out, training, progress)
+
+
+def figure5(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Figure 2 for the rescaled identity."""
+    return _against_samples(5, "identity", out, training, progress)
+
+
+def figure3(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Fine-tuning inputs from the pre-training set against fresh ones: E' and o_w against lam, best values marked."""
+    pre = Pretraining(0.2, 0.01, kappa0=0.5, tokens=2)
+    kinds = (("fresh", {}, "C0"), ("reused", {"inputs": "reused"}, "C1"))
+    curves = [
+        Curve(label, Setting(pre, Finetuning(3.0, 0.3, **kind), NUMERICS), "pretraining.lam",
+              np.geomspace(3e-3, 0.3, 25), color, (0.01, 0.1), symmetric=True)
+        for label, kind, color in kinds
+    ]  # fmt: skip
+    figure, (left, right) = side_by_side(2, 10, 4.4)
+    panels = {"test_error": left, "overlap": right}
+    data = {"figure": 3, "curves": draw_curves(panels, curves, training, progress)}
+    for (name, axes), best in zip(panels.items(), (np.nanargmin, np.nanargmax), strict=True):
+        for curve, (_, _, color) in zip(data["curves"], kinds, strict=True):
+            values = column(curve["rows"], name)
+            k = int(best(values))
+            if 0 < k < len(values) - 1:
+                axes.axvline(curve["rows"][k]["pretraining.lam"], color=color, ls="--", lw=0.8)
+    title = (
+        r"softmax, $T=2$, $\alpha=0.2$, $\alpha'=3$, $\kappa_0=0.5$, $\kappa=1$, $\Delta=0.5$, $\lambda'=0.3$; "
+        "dashed: least $E'$, largest $o_w$"
+    )
+    return finish(figure, panels, out, "figure3", r"pre-training regularisation $\lambda$", title, data)
+
+
+def figure4(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Active fine-tuning: E' and o_w against lam' for selected inputs (solid) and uniform ones (dash-dotted)."""
+    pre, grid = Pretraining(0.1, 0.01, delta=0.0), np.geomspace(0.1, 1.5, 25)
+    curves = []
+    for rho, color in ((0.04, "C0"), (0.02, "C1"), (0.015, "C2")):
+        for label, kind, style in (
+            (rf"selected, $\rho={rho:g}$", Finetuning(None, 0.5, inputs="selected", rho=rho, pool=100.0), "-"),
+            (rf"uniform, $\alpha'={100 * rho:g}$", Finetuning(100 * rho, 0.5), "-."),
+        ):
+            marked = (0.2, 1.0) if style == "-" else ()
+            setting = Setting(pre, kind, NUMERICS)
+            curves.append(Curve(label, setting, "finetuning.lam", grid, color, marked, style=style))
+    figure, (left, right) = side_by_side(2, 10, 4.4)
+    panels = {"test_error": left, "overlap": right}
+    data = {"figure": 4, "curves": draw_curves(panels, curves, training, progress)}
+    title = (
+        r"softmax, $T=3$, $\alpha=0.1$, $\lambda=0.01$, $\Delta=0$, pool $\alpha'_{\rm pool}=100$, score $\|Z_W\|_F^2$"
+    )
+    return finish(figure, panels, out, "figure4", r"fine-tuning regularisation $\lambda'$", title, data)
+
+
+def figure6(out, training: Training | None = None, progress: bool = True) -> list[Path]:
+    """Recalibration of the frozen map, Z_W -> b Z_W: E' against b (left), and against lam with and without (right)."""
+    figure, panels = side_by_side(2, 10, 4.4)
+    base = {
+        name: Setting(Pretraining(0.1, 0.1, activation=name), Finetuning(3.0, 0.5), NUMERICS)
+        for name in ("softmax", "identity")
+    }
+    left = [
+        Curve(name, setting, _SCALE, np.linspace(0.2, 2.0, 25), color, (0.6, 1.4))
+        for (name, setting), color in zip(base.items(), ("C0", "C1"), strict=True)
+    ]
+    data = {"figure": 6, "against_b": draw_curves({"test_error": panels[0]}, left, training, progress)}
+    for curve, row in zip(left, data["against_b"], strict=True):
+        for choice, label in (("noise", NOISE), ("error", ERROR)):
+            row[f"least_{choice}"] = found = _scaled(curve.setting, choice)
+            if found["test_error"] is not None:
+                style = SHARED[label] | {"color": curve.color, "label": label, "zorder": 4}
+                panels[0].plot(found["b"], found["test_error"], **style)
+    panels[0].axvline(1.0, color="0.6", lw=0.8)
+    right = [
+        Curve(label, replace(setting, _SCALE, b), "pretraining.lam", np.geomspace(0.01, 0.5, 25), color,
+              (0.1,) if b == 1.0 else (), style=style)
+        for (name, setting), color in zip(base.items(), ("C0", "C1"), strict=True)
+        for label, b, style in ((name, 1.0, "-"), (f"{name}, always $b=M/Q$", "noise", "-."))
+    ]  # fmt: skip
+    data["against_lam"] = draw_curves({"test_error": panels[1]}, right, training, progress)
+    panels[0].set(xlabel="factor $b$ on the frozen map", ylabel=axis_label("test_error"))
+    panels[1].set(xlabel=r"pre-training regularisation $\lambda$", ylabel=axis_label("test_error"), xscale="log")
+    figure.suptitle(
+        r"$T=3$, $\alpha=0.1$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$, $\lambda'=0.5$; left: $\lambda=0.1$; "
+        "right, solid: $b=1$", fontsize=9,
+    )  # fmt: skip
+    legend_below(figure, panels)
+    return save(figure, Path(out), "figure6", data)
+
+
+def _scaled(setting: Setting, choice: str) -> dict[str, Any]:
+    """The b of a choice ("noise": M/Q, "error": that of least E') and the E' that it leads to."""
+    try:
+        solution = predict(replace(setting, _SCALE, choice))
+    except SolveError as error:
+        return {"b": None, "test_error": None, "code": str(error)}
+    return {"b": float(solution.finetuning["recalibration"]), "test_error": float(solution.test_error), "code": "ok"}
