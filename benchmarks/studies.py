@@ -195,7 +195,7 @@ def flops() -> None:
     from lorastate.evolution import finetuning as ft
     from lorastate.evolution import pretraining as pt
     from lorastate.evolution.order import decode
-    from lorastate.model import proximal as prox
+    from lorastate.math.linear import ldl_solve
     from lorastate.solution import solution, theory
 
     s = _setting(nodes=16384, finetuning_nodes=65536, replicas=32)
@@ -209,7 +209,7 @@ def flops() -> None:
 
     def newton(problem, u):
         _, g, h = problem.terms(u)
-        return u - prox.ldl_solve(h, g, 0.0, 1e-3)[0]
+        return u - ldl_solve(h, g, 0.0, 1e-3)[0]
 
     def stage(problem, u, steps=20_000):
         many = jax.jit(lambda p, u: jax.lax.fori_loop(0, steps, lambda _, u: u + 1e-9 * (newton(p, u) - u), u))

@@ -15,10 +15,11 @@ from lorastate.errors import Code
 from lorastate.evolution import finetuning as ft
 from lorastate.evolution import pretraining as pt
 from lorastate.evolution.order import decode
-from lorastate.math.fixed_point import attach
+from lorastate.math.implicit import attach
+from lorastate.model.channel.frozen_map import learned_map
 from lorastate.runtime.program import Program
 from lorastate.solution import theory
-from lorastate.solution.solution import solve
+from lorastate.solution.solve import solve
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
 
@@ -102,7 +103,7 @@ def test_implicit_is_unrolled(activation):
         nodes = case.nodes
         const = None if nodes.pretraining is None else (nodes.pretraining, of_map.inner)
         x = derivative(pt.step, of_map.point.x, p, const)
-        given = f, f.inputs.freeze(p, decode(x))
+        given = f, learned_map(p, decode(x))
         return jnp.concatenate(
             [x, derivative(ft.step, second.solved.point.x, given, (nodes.finetuning, second.solved.inner))]
         )

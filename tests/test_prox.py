@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 
 jax.config.update("jax_enable_x64", True)
 
+from lorastate.math.linear import ldl_solve  # noqa: E402
 from lorastate.math.symmetric import (  # noqa: E402
     basis,
     complement,
@@ -20,7 +21,7 @@ from lorastate.math.symmetric import (  # noqa: E402
     to_matrix,
 )
 from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
-from lorastate.model.proximal import MapProblem, VectorProblem, ldl_solve, minimise  # noqa: E402
+from lorastate.model.proximal import MapProblem, VectorProblem, minimise  # noqa: E402
 
 
 def rows(z):

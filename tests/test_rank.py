@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
-from lorastate.bayes.limits import bayes_optimal_finetuning, weak_recovery_threshold
+from lorastate.bayes.finetuning import bayes_optimal_finetuning, weak_recovery_threshold
 from lorastate.diagnosis.thresholds import frozen_map
 from lorastate.evolution import finetuning as ft
 from lorastate.evolution.order import Order, decode, from_norm
@@ -18,9 +18,10 @@ from lorastate.math.symmetric import to_matrix
 from lorastate.model import proximal as prox
 from lorastate.model import wells
 from lorastate.model.activation import Custom, Identity, Softmax
-from lorastate.model.channel.inputs import FrozenMap
+from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem
-from lorastate.simulation import simulate as simulation
+from lorastate.simulation import losses, samples
+from lorastate.simulation.measures import lora_overlaps
 from lorastate.solution import theory
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=4096, replicas=2)
@@ -268,8 +269,8 @@ def test_replicon_where_directions_are_free_to_turn():
     # The prediction, by its definition.
     size = alpha * np.einsum("n,nklab->kl", weight, b**2)
     pair = np.array([[size[0, 0], size[0, 1:].sum()], [size[1:, 0].sum() / 2, size[1:, 1:].sum() / 2]])
-    share = jnp.sum(d.weight * theory._response_gap(problem.terms(chi)[2], problem.v, 2), -1)
-    got = theory._replicon(fine, share)
+    share = jnp.sum(d.weight * theory.response_gap(problem.terms(chi)[2], problem.v, 2), -1)
+    got = theory.replicon(fine, share)
     assert float(got) == pytest.approx(np.max(np.linalg.eigvals(pair).real), rel=1e-10)
     assert float(got) > 1
 
@@ -313,21 +314,21 @@ def test_loss_and_measurement_do_not_see_rotations():
     x, w, teacher = (
         jax.random.normal(k, shape) for k, shape in zip(keys, [(9, 3, 20), (20, 3), (20, 2)], strict=False)
     )
-    target = simulation.label_noise(keys[3], 1.0, 3, 9)
+    target = samples.label_noise(keys[3], 1.0, 3, 9)
     data = (x, jnp.zeros_like(target), target, 0.3, Softmax(1.0))
     o, p = rotation(0, 3), rotation(1, 2)
-    assert float(simulation.finetuning_loss(w @ o, data)) == pytest.approx(float(simulation.finetuning_loss(w, data)))
+    assert float(losses.finetuning_loss(w @ o, data)) == pytest.approx(float(losses.finetuning_loss(w, data)))
     chi = np.einsum("nad,dk->nka", x, w) / np.sqrt(20)
-    np.testing.assert_allclose(simulation.lora_update(x, w), np.einsum("nka,nkb->abn", chi, chi), atol=1e-12)
-    straight, turned_ = simulation._lora_overlaps(w, teacher), simulation._lora_overlaps(w @ o, teacher @ p)
+    np.testing.assert_allclose(samples.lora_update(x, w), np.einsum("nka,nkb->abn", chi, chi), atol=1e-12)
+    straight, turned_ = lora_overlaps(w, teacher), lora_overlaps(w @ o, teacher @ p)
     assert set(straight) == {"m", "q", "q_spare", "overlap"}
     for name, value in straight.items():
         assert turned_[name] == pytest.approx(value, rel=1e-10)
-    one = simulation._lora_overlaps(w[:, :1], teacher[:, :1])
+    one = lora_overlaps(w[:, :1], teacher[:, :1])
     a, b = np.asarray(w[:, 0]), np.asarray(teacher[:, 0])
     assert one["m"] == pytest.approx(abs(a @ b) / 20) and one["q"] == pytest.approx(a @ a / 20)
     assert one["overlap"] == pytest.approx(abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b))
-    same = simulation._lora_overlaps(teacher @ p, teacher)
+    same = lora_overlaps(teacher @ p, teacher)
     assert same["overlap"] == pytest.approx(1)
 
 

@@ -35,15 +35,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..math.fixed_point import Map
 from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from ..model import wells
-from ..model.channel.inputs import Fields, FrozenMap, field_dimension
+from ..model.channel.fields import Fields, field_dimension
+from ..model.channel.frozen_map import FrozenMap
 from ..model.proximal import VectorProblem, gram
-from ..model.wells import Wells, debiased
+from ..model.wells import Wells
 from ..setting.stages import Finetuning
+from .breaking import divergence_of, kinds_of, level
 from .order import (
     NOISE_FLOOR,
     RESPONSE_FLOOR,
@@ -51,7 +52,6 @@ from .order import (
     Order,
     decode,
     directions,
-    from_norm,
     lifted,
     matched,
     per_row,
@@ -208,7 +208,7 @@ class Averages(NamedTuple):
 def averages(fine: Finetuning, order: Order, d: Draws, found: Wells) -> Averages:
     """The averages over one part of the nodes, whose inner minimisers are `found`."""
     rows, k, n = len(d.noise), order.levels, d.weight.shape[-1]
-    kinds = _kinds(fine, rows, len(d.teacher))
+    kinds = kinds_of(rows, len(d.teacher), spare(fine))
     problem = sampled_problem(fine, order, d)
     low = wells.lowest(problem, found)
     shape = (*(z.shape[1] for z in reversed(d.inner[:k])), n)
@@ -223,7 +223,7 @@ def averages(fine: Finetuning, order: Order, d: Draws, found: Wells) -> Averages
     for z, y in zip(reversed(d.inner[:k]), reversed(order.breaking), strict=True):
         z = z.reshape(rows, z.shape[1], *(1,) * (f.ndim - 2), n)
         known = [g, two, f[None], jnp.tensordot(kinds, g * z, 1), *squares, *pulls, *gains]
-        free, (g, two, mean_f, pull, *rest), square = _level(y, kinds, f, known)
+        free, (g, two, mean_f, pull, *rest), square = level(y, kinds, f, known)
         done = len(squares)
         squares, pulls = [*rest[:done], square], [*rest[done : 2 * done - 1], pull]
         gains, f = [*rest[2 * done - 1 :], mean_f - free], free
@@ -233,61 +233,12 @@ def averages(fine: Finetuning, order: Order, d: Draws, found: Wells) -> Averages
 
     squares = [mean(a) for a in reversed(squares)]
     pulls = [mean(kinds @ (g * d.noise)), *(mean(a) for a in reversed(pulls))]
-    divergence = _divergence(order, squares, pulls)
+    divergence = divergence_of(order, squares, pulls)
     kind = (lambda a: a) if spare(fine) else (lambda a: a[0])
     return Averages(
         mean(f), kind(mean(kinds @ (g * matched(d.teacher, rows)))), kind(divergence), tuple(map(kind, squares)),
         tuple(mean(a)[0] for a in reversed(gains)), mean(two)[0],
     )  # fmt: skip
-
-
-def _kinds(fine: Finetuning, rows: int, along: int) -> np.ndarray:
-    """(1, rows), or (2, rows) with spare directions: which rows are summed over for each kind of direction."""
-    if not spare(fine):
-        return np.ones((1, rows))
-    first = np.arange(rows) < along
-    return np.stack([1.0 * first, 1.0 * ~first])
-
-
-def _level(y, kinds, f, known):
-    """One step of breaking, over the axis of its samples: f_{i-1}, averages of all that is `known` (g_i first), and
-    |g_{i-1}|^2 by kind.
-
-    Samples are two halves of the same kind; what a few samples do to nonlinear functions of averages is taken away.
-    """
-    count = f.shape[0]
-    low = jax.lax.stop_gradient(jnp.min(f, 0))
-    weight = jnp.exp(-y * (f - low)).reshape(2, count // 2, *f.shape[1:])
-    halves = weight.mean(1)
-    whole = halves.mean(0)
-
-    def average(a):
-        """Of all samples, (rows, ...), and of each half, (2, rows, ...)."""
-        parts = (weight * a.reshape(len(a), 2, count // 2, *a.shape[2:])).mean(2)
-        return parts.mean(1) / whole, jnp.moveaxis(parts / halves, 1, 0)
-
-    def size(g):
-        return jnp.tensordot(kinds, g**2, 1)
-
-    found = [average(a) for a in known]
-    free = debiased(low - jnp.log(whole) / y, low - jnp.log(halves) / y)
-    square = debiased(size(found[0][0]), jnp.stack([size(g) for g in found[0][1]]))
-    return free, [debiased(*pair) for pair in found], square
-
-
-def _divergence(order: Order, squares, pulls):
-    """E <div g>, from E g_i . z_i = s_i (E <div g> - R_i) of every level i, where N_i = E |g_i|^2 and
-    R_i = y_i N_i + sum_{j>i} y_j (N_j - N_{j-1}) (s_0 the noise, z_0 the g of omega, y_0 = 0): together they weigh as
-    their parts of x do."""
-    sizes = [jnp.atleast_1d(s) for s in (order.noise, *order.spread)]
-    y = (0.0, *order.breaking)
-    total, weight = 0.0, 0.0
-    for i, size in enumerate(sizes):
-        rest = y[i] * squares[i] if i else 0.0
-        for j in range(i + 1, len(sizes)):
-            rest = rest + y[j] * (squares[j] - squares[j - 1])
-        total, weight = total + size * (pulls[i] + size * rest), weight + size**2
-    return total / weight
 
 
 def conjugates(fine: Finetuning, order: Order, a: Averages) -> Conjugates:
@@ -417,7 +368,7 @@ def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = Fal
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
     """The same sweep for the solver: finds the inner minimisers and remembers them from step to step. The index of a
-    `Stage` is (number of parts, whether y is on hold)."""
+    `Rules` is (number of parts, whether y is on hold)."""
 
     def image(x, memory, cold, index):
         order, (count, hold) = order_at(fine, x), index
@@ -445,47 +396,3 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
         return jax.jacfwd(plain)(x)
 
     return Map(image, jacobian, Slots.commit, levels)
-
-
-# ---- starts ----------------------------------------------------------------------------------------------------
-
-
-def start(fine: Finetuning, informative: bool = True):
-    """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap."""
-    m, q = (0.9, 0.9) if informative else (0.05, 0.5)
-    like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
-    return from_norm(0.3 * like, m * _along(like), q * like, TEACHER_SIZE).encode()
-
-
-def broken_start(fine: Finetuning, x, informative: bool = True):
-    """A start with one step of breaking, of the response and norm of the replica-symmetric point `x` where that is
-    anything like a solution: most or almost none of w known, minima that differ by a tenth of it, and y where that
-    begins to matter."""
-    like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
-    order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine)))
-    v, q = (jnp.clip(a, 0.1, 2.0) * like for a in (order.response, order.norm(TEACHER_SIZE)))
-    m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
-    spread = jnp.sqrt(0.1 * q)
-    # |g|^2 is about q / (v^2 alpha').
-    scale = jnp.sqrt(jnp.sum(spread**2 * q / v**2) / fine.alpha)
-    return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (0.5 / scale,)).encode()
-
-
-def pushed(fine: Finetuning, x):
-    """The same response and norms with half of the largest overlap."""
-    order = order_at(fine, x)
-    p = order.norms(TEACHER_SIZE)[0]
-    m = 0.5 * jnp.sqrt(_along(p) * TEACHER_SIZE)
-    return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE)).encode()
-
-
-def apart(fine: Finetuning, x, other):
-    """How far two solutions are apart in m and q."""
-    a, b = (order_at(fine, v) for v in (x, other))
-    gaps = a.overlap - b.overlap, a.norm(TEACHER_SIZE) - b.norm(TEACHER_SIZE)
-    return jnp.stack([jnp.max(jnp.abs(gap)) for gap in gaps])
-
-
-def _along(value):
-    """A number as it is; a pair without its second entry, that of the spare directions."""
-    return value if jnp.ndim(value) == 0 else value * jnp.array([1.0, 0.0])

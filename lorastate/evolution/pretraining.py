@@ -22,7 +22,7 @@ from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, swee
 from ..math.symmetric import dimension, to_coordinates
 from ..model import wells
 from ..model.activation import Identity
-from ..model.channel.inputs import field_dimension, standard_fields
+from ..model.channel.fields import field_dimension, standard_fields
 from ..model.proximal import MapProblem
 from ..model.wells import Wells
 from ..setting.stages import Pretraining

@@ -20,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..model.activation import Activation, Identity
-from ..model.channel.inputs import field_dimension, standard_fields
+from ..model.channel.fields import field_dimension, standard_fields
 from ..model.proximal import gram
 from .order import Order, directions, matched, per_row, student_field
 

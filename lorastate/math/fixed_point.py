@@ -8,7 +8,6 @@ that does not reduce |G| is shortened, and replaced by a damped Picard step when
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import Code, succeeded
+from .implicit import CURVED, attach, nan_slope
+from .linear import small_solve, spectral_abscissa, spectral_radius
 
 
 class Method(eqx.Module):
@@ -58,62 +59,6 @@ class FixedPoint(NamedTuple):
     steps: Any
 
 
-@jax.jit
-def small_solve(a, b):
-    """Solves a x = b, a (n, n), b (n,) or (n, k), by unrolled elimination with row exchanges; no LAPACK call."""
-    n = a.shape[0]
-    vector = b.ndim == 1
-    rows, rhs = [a[i] for i in range(n)], [b[i][None] if vector else b[i] for i in range(n)]
-    for k in range(n):
-        for i in range(k + 1, n):
-            swap = jnp.abs(rows[i][k]) > jnp.abs(rows[k][k])
-            rows[k], rows[i] = jnp.where(swap, rows[i], rows[k]), jnp.where(swap, rows[k], rows[i])
-            rhs[k], rhs[i] = jnp.where(swap, rhs[i], rhs[k]), jnp.where(swap, rhs[k], rhs[i])
-        for i in range(k + 1, n):
-            factor = rows[i][k] / rows[k][k]
-            rows[i] = rows[i] - rows[k] * factor
-            rhs[i] = rhs[i] - rhs[k] * factor
-    x: list[Any] = [None] * n
-    for i in reversed(range(n)):
-        s = rhs[i]
-        for j in range(i + 1, n):
-            s = s - rows[i][j] * x[j]
-        x[i] = s / rows[i][i]
-    out = jnp.stack(x)
-    return out[:, 0] if vector else out
-
-
-def _log_norm_of_power(a, squarings: int):
-    """log |a^(2^k)| / 2^k by repeated squaring, renormalised: tends to the log of the spectral radius."""
-    log = jnp.zeros(())
-    for k in range(squarings):
-        norm = jnp.sqrt(jnp.sum(a * a))
-        safe = jnp.where(norm > 0, norm, 1.0)
-        log = log + jnp.log(safe) / 2**k
-        a = (a / safe) @ (a / safe)
-    norm = jnp.sqrt(jnp.sum(a * a))
-    return jnp.where(norm > 0, log + jnp.log(jnp.where(norm > 0, norm, 1.0)) / 2**squarings, -jnp.inf)
-
-
-@jax.jit
-def spectral_radius(jac):
-    """max |eigenvalue| of a small matrix; no eigensolver, so it runs under vmap and on a GPU."""
-    return jnp.exp(_log_norm_of_power(jac, 10))
-
-
-@jax.jit
-def spectral_abscissa(jac):
-    """max Re(eigenvalue), from the growth of exp(s J): the stability of the damped iteration."""
-    n = jac.shape[0]
-    scale = 1.0 + jnp.sqrt(jnp.sum(jac * jac))
-    a = jac / (16 * scale)
-    term = total = jnp.eye(n, dtype=jac.dtype)
-    for k in range(1, 9):
-        term = term @ a / k
-        total = total + term
-    return 16 * scale * _log_norm_of_power(total, 18)
-
-
 class Map(NamedTuple):
     """A fixed-point map for `iterate`, in two functions without derivatives.
 
@@ -135,8 +80,8 @@ class Map(NamedTuple):
 _NEAR = 1e-3
 #: Picard steps at most that `Method.settle` adds to the first ones.
 _SETTLING = 12
-#: Least curvature of a maximum (see `Map.outer`) that is believed, and the longest step towards it.
-_CURVED, _UPHILL = 5e-3, 0.3
+#: Longest step towards a maximum (see `Map.outer`).
+_UPHILL = 0.3
 #: Residual of the other coordinates up to which a step towards a maximum is accepted.
 _ASTRAY = 5e-3
 #: Weight of the outer coordinates in a residual: they sit on a flat maximum, and the others hardly depend on where.
@@ -157,7 +102,7 @@ def newton_step(jac, residual, outer: int = 0, hold: Any = False, uphill: float 
     direct, answer = known[:, : rhs.shape[1]], known[:, rhs.shape[1] :]
     curvature = jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer)
     slope = rhs[m:] - gap[m:, :m] @ direct
-    up = jnp.clip(slope / jnp.maximum(curvature, _CURVED)[:, None], -uphill, uphill)
+    up = jnp.clip(slope / jnp.maximum(curvature, CURVED)[:, None], -uphill, uphill)
     up = jnp.where(hold, 0.0, up)
     step = jnp.concatenate([direct + answer @ up, up])
     return step if residual.ndim == 2 else step[:, 0]
@@ -181,7 +126,7 @@ class _State(NamedTuple):
     before: Any
 
 
-class Stage(NamedTuple):
+class Rules(NamedTuple):
     """One stage of a search: the rules of its `Method` as arrays, so that all stages share one compiled loop.
 
     `index` is handed to the map (e.g. how many replicas it averages). With `exact` every Newton step has a new
@@ -201,9 +146,9 @@ class Stage(NamedTuple):
     hold: Any
 
     @staticmethod
-    def of(method: Method, index: int = 0, exact: bool = True) -> Stage:
+    def of(method: Method, index: int = 0, exact: bool = True) -> Rules:
         m = method
-        return Stage(
+        return Rules(
             float(m.tolerance), m.max_steps, m.burn_in, float(m.damping), float(m.bound), float(m.floor), index,
             float(m.settle), exact, False,
         )  # fmt: skip
@@ -220,20 +165,20 @@ def _misfit(fmap: Map, residual):
     return jnp.maximum(_size(residual[: -fmap.outer]), _FLAT * _size(residual[-fmap.outer :]))
 
 
-def _early(stage: Stage, step, residual):
+def _early(rules: Rules, step, residual):
     """Whether the next step is a Picard step of the beginning."""
-    settling = (residual > stage.settle) & (step < stage.burn_in + _SETTLING)
-    return (step < stage.burn_in) | (stage.burn_in < 0) | settling
+    settling = (residual > rules.settle) & (step < rules.burn_in + _SETTLING)
+    return (step < rules.burn_in) | (rules.burn_in < 0) | settling
 
 
-def _proposed(fmap: Map, stage: Stage, s: _State):
+def _proposed(fmap: Map, rules: Rules, s: _State):
     """The next trial, and whether it is a Picard step. The first pass evaluates at the start itself."""
     g = s.image - s.x
-    newton = newton_step(s.jac, g, fmap.outer, stage.hold)
-    picard = _early(stage, s.step, _misfit(fmap, g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
+    newton = newton_step(s.jac, g, fmap.outer, rules.hold)
+    picard = _early(rules, s.step, _misfit(fmap, g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
     # A Newton step in log or atanh coordinates longer than a few units means nothing: cut it.
     cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
-    move = jnp.where(picard, (1.0 - stage.damping) * g, s.length * cut * newton)
+    move = jnp.where(picard, (1.0 - rules.damping) * g, s.length * cut * newton)
     return s.x + jnp.where(s.step < 0, 0.0, move), picard
 
 
@@ -244,20 +189,20 @@ def _updated(s: _State, move, change, usable):
     return jnp.where(usable & (square > 0) & jnp.all(jnp.isfinite(jac)), jac, s.jac)
 
 
-def _advanced(fmap: Map, stage: Stage, s: _State) -> _State:
+def _advanced(fmap: Map, rules: Rules, s: _State) -> _State:
     """One pass: propose, evaluate, accept or not, renew the Jacobian, judge."""
-    first, exact = s.step < 0, jnp.asarray(stage.exact)
-    trial, picard = _proposed(fmap, stage, s)
-    image, memory = fmap.image(trial, s.memory, first, stage.index)
+    first, exact = s.step < 0, jnp.asarray(rules.exact)
+    trial, picard = _proposed(fmap, rules, s)
+    image, memory = fmap.image(trial, s.memory, first, rules.index)
     finite = jnp.all(jnp.isfinite(image))
     residual, size = _misfit(fmap, image - trial), _misfit(fmap, s.image - s.x)
     less = residual < (1.0 - 1e-3 * s.length) * size
     if fmap.outer:
         # On the way up to a maximum its slope may well grow: it is the others that must not go astray.
         inner, before = (_size(v[: -fmap.outer]) for v in (image - trial, s.image - s.x))
-        less = less | (~jnp.asarray(stage.hold) & (inner < jnp.maximum((1.0 - 1e-3 * s.length) * before, _ASTRAY)))
+        less = less | (~jnp.asarray(rules.hold) & (inner < jnp.maximum((1.0 - 1e-3 * s.length) * before, _ASTRAY)))
     accept = first | picard | (finite & less)
-    done = accept & finite & (residual <= stage.tolerance)
+    done = accept & finite & (residual <= rules.tolerance)
     # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
     renew = ~accept & ~s.exact
     length = jnp.where(accept, jnp.where(picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
@@ -265,9 +210,9 @@ def _advanced(fmap: Map, stage: Stage, s: _State) -> _State:
     x, memory = jnp.where(accept, trial, s.x), fmap.commit(memory, accept)
     jac = _updated(s, trial - s.x, image - s.image, accept & ~first & finite)
     close = ~exact & (residual < _NEAR)
-    newton_next = ~_early(stage, s.step + 1, residual) & (exact | (close & ~s.near))
+    newton_next = ~_early(rules, s.step + 1, residual) & (exact | (close & ~s.near))
     wanted = ((accept & newton_next) | renew | (done & ~(close & s.near))) & jnp.all(jnp.isfinite(x))
-    jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, stage.index), lambda: jac)
+    jac = jax.lax.cond(wanted, lambda: fmap.jacobian(x, memory, rules.index), lambda: jac)
     finite = finite & jnp.all(jnp.isfinite(jac))
     improved = residual < 0.9 * s.best
     best = jnp.minimum(s.best, jnp.where(finite, residual, jnp.inf))
@@ -276,10 +221,10 @@ def _advanced(fmap: Map, stage: Stage, s: _State) -> _State:
     cycle = accept & (moved > 1e-6) & (_size(x - s.before) < 1e-3 * moved) & (since > 8)
     code = jnp.where(cycle, Code.cycle, s.code)
     # Below the floor a jump is the likely reason, and more steps will not help.
-    patience = jnp.where(best < stage.floor, 4, 15 + stage.burn_in)
-    code = jnp.where((since > patience) & (stage.burn_in >= 0), Code.stalled, code)
-    code = jnp.where(~accept & (length < 0.02) & (size < stage.floor), Code.floor, code)
-    code = jnp.where(accept & (_size(x) > stage.bound), Code.diverged, code)
+    patience = jnp.where(best < rules.floor, 4, 15 + rules.burn_in)
+    code = jnp.where((since > patience) & (rules.burn_in >= 0), Code.stalled, code)
+    code = jnp.where(~accept & (length < 0.02) & (size < rules.floor), Code.floor, code)
+    code = jnp.where(accept & (_size(x) > rules.bound), Code.diverged, code)
     code = jnp.where(accept & ~finite, Code.nonfinite, code)
     done = done & finite
     return _State(
@@ -289,7 +234,7 @@ def _advanced(fmap: Map, stage: Stage, s: _State) -> _State:
     )  # fmt: skip
 
 
-def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
+def iterate(fmap: Map, rules: Rules, require_stable: bool, x0, jac0, memory):
     """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
     n, dtype = x0.shape[0], x0.dtype
     inf, no, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(0)
@@ -299,22 +244,22 @@ def iterate(fmap: Map, stage: Stage, require_stable: bool, x0, jac0, memory):
         zero, inf, inf,
     )  # fmt: skip
     s = jax.lax.while_loop(
-        lambda s: ~s.done & (s.code == Code.ok) & (s.step < stage.max_steps),
-        lambda s: _advanced(fmap, stage, s),
+        lambda s: ~s.done & (s.code == Code.ok) & (s.step < rules.max_steps),
+        lambda s: _advanced(fmap, rules, s),
         start,
     )
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
     inner = s.known[: n - fmap.outer, : n - fmap.outer]
     growth = spectral_abscissa(inner)
     residual = _misfit(fmap, s.image - s.x)
-    below = residual < stage.floor
+    below = residual < rules.floor
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
     code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)
     if require_stable:
         code = jnp.where(succeeded(code) & ~(growth < (_REPELS if fmap.outer else 1.0)), Code.unstable, code)
     eye = jnp.eye(n - fmap.outer, dtype=dtype)
     error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - inner, eye)), 1))
-    offset = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer, stage.hold))
+    offset = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer, rules.hold))
     return FixedPoint(s.x, code, residual, spectral_radius(inner), growth, error, offset, s.step), s.known, s.memory
 
 
@@ -334,59 +279,7 @@ def search(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
     """`fixed_point` without a derivative."""
     x0, args, const = jax.lax.stop_gradient((x0, args, const))
     jac0 = jnp.zeros((x0.shape[0], x0.shape[0]), x0.dtype)
-    return iterate(plain_map(step, args, const), Stage.of(method), method.require_stable, x0, jac0, None)[0]
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def attach(step: Callable, outer: int, x, args, const=None):
-    """Returns the fixed point `x` and gives it its derivative with respect to `args`.
-
-    dx = (I - dF/dx)^{-1} (dF/dargs) dargs, by the implicit function theorem; `outer` as in `Map`.
-    """
-    return x
-
-
-@attach.defjvp
-def _attach_jvp(step, outer, primals, tangents):
-    x, args, const = primals
-    x = attach(step, outer, x, args, const)
-    jac = jax.jacfwd(lambda y: step(y, args, const))(x)
-    _, db = jax.jvp(lambda a: step(x, a, const), (args,), (tangents[1],))
-    return x, implicit(jac, db, outer)
-
-
-def implicit(jac, change, outer: int = 0):
-    """(I - J)^{-1} change, (n,) or (n, k). A maximum (see `Map.outer`) too flat to be placed stays where it is."""
-    if not outer:
-        return small_solve(jnp.eye(len(jac), dtype=jac.dtype) - jac, change)
-    m = len(jac) - outer
-    gap = jnp.eye(len(jac), dtype=jac.dtype) - jac
-    answer = small_solve(gap[:m, :m], -gap[:m, m:])
-    curved = jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer) > _CURVED
-    still = jnp.concatenate([jnp.zeros(m, bool), ~curved])
-    gap = jnp.where(still[:, None], jnp.eye(len(jac), dtype=jac.dtype), gap)
-    return small_solve(gap, jnp.where(still if change.ndim == 1 else still[:, None], 0.0, change))
-
-
-def sensitivity(step: Callable, x, args, const=None, outer: int = 0):
-    """dx/dargs of the fixed point `x`, shaped like `args` with a leading axis (n,): the rule of `attach`, written out.
-
-    One compiled derivative of `step` where `jacfwd` of `attach` has two; for scalar leaves and first derivatives.
-    """
-    by_x, by_args = jax.jacfwd(lambda x, a: step(x, a, const), argnums=(0, 1))(x, args)
-    return jax.tree_util.tree_map(lambda j: implicit(by_x, j, outer), by_args)
-
-
-@jax.custom_jvp
-def nan_slope(x, good):
-    """`x`, whose derivative is NaN where `good` is false: a failed solve has none."""
-    return x
-
-
-@nan_slope.defjvp
-def _nan_slope_jvp(primals, tangents):
-    x, good = primals
-    return nan_slope(x, good), tangents[0] * jnp.where(good, 1.0, jnp.nan)
+    return iterate(plain_map(step, args, const), Rules.of(method), method.require_stable, x0, jac0, None)[0]
 
 
 def fixed_point(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from ..math.linear import ldl_solve
 from ..math.symmetric import hessian_to_coordinates, to_coordinates, to_matrix
 from ..runtime.program import platform
 from .activation import Activation
@@ -107,38 +108,6 @@ def _curvature(h, a, b):
 
 
 @jax.jit
-def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
-    """Solves (H + shift) x = g at every node by an unrolled L D L^T; no LAPACK call.
-
-    H (n, n, N) symmetric, g (n, N). Pivots d become max(|d|, floor), so that with `floor > 0` the matrix is
-    positive definite and -x a descent direction even where H is not (Gill and Murray's modification).
-    Returns x (n, N) and the smallest original pivot (N,), negative where H + shift is indefinite.
-    """
-    n = h.shape[0]
-    low = [[h[i, j] + shift if i == j else h[i, j] for j in range(i + 1)] for i in range(n)]
-    inverse, original = [], []
-    for k in range(n):
-        d = low[k][k]
-        original.append(d)
-        inverse.append(1.0 / jnp.maximum(jnp.abs(d), floor))
-        for i in range(k + 1, n):
-            raw = low[i][k]
-            for j in range(k + 1, i):
-                low[i][j] = low[i][j] - raw * low[j][k]
-            low[i][k] = raw * inverse[k]
-            low[i][i] = low[i][i] - raw * low[i][k]
-    x = [g[i] for i in range(n)]
-    for i in range(n):
-        for k in range(i):
-            x[i] = x[i] - low[i][k] * x[k]
-    x = [xi * inv for xi, inv in zip(x, inverse, strict=True)]
-    for i in reversed(range(n)):
-        for k in range(i + 1, n):
-            x[i] = x[i] - low[k][i] * x[k]
-    smallest = original[0]
-    for d in original[1:]:
-        smallest = jnp.minimum(smallest, d)
-    return jnp.stack(x), smallest
 
 
 class _State(NamedTuple):

@@ -1,0 +1,50 @@
+"""Where the search of fine-tuning starts, and how far two of its solutions are apart."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from ..setting.stages import Finetuning
+from .finetuning import TEACHER_SIZE, order_at
+from .order import Order, directions, from_norm
+
+
+def start(fine: Finetuning, informative: bool = True):
+    """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap."""
+    m, q = (0.9, 0.9) if informative else (0.05, 0.5)
+    like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
+    return from_norm(0.3 * like, m * _along(like), q * like, TEACHER_SIZE).encode()
+
+
+def broken_start(fine: Finetuning, x, informative: bool = True):
+    """A start with one step of breaking, of the response and norm of the replica-symmetric point `x` where that is
+    anything like a solution: most or almost none of w known, minima that differ by a tenth of it, and y where that
+    begins to matter."""
+    like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
+    order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine)))
+    v, q = (jnp.clip(a, 0.1, 2.0) * like for a in (order.response, order.norm(TEACHER_SIZE)))
+    m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
+    spread = jnp.sqrt(0.1 * q)
+    # |g|^2 is about q / (v^2 alpha').
+    scale = jnp.sqrt(jnp.sum(spread**2 * q / v**2) / fine.alpha)
+    return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (0.5 / scale,)).encode()
+
+
+def pushed(fine: Finetuning, x):
+    """The same response and norms with half of the largest overlap."""
+    order = order_at(fine, x)
+    p = order.norms(TEACHER_SIZE)[0]
+    m = 0.5 * jnp.sqrt(_along(p) * TEACHER_SIZE)
+    return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE)).encode()
+
+
+def apart(fine: Finetuning, x, other):
+    """How far two solutions are apart in m and q."""
+    a, b = (order_at(fine, v) for v in (x, other))
+    gaps = a.overlap - b.overlap, a.norm(TEACHER_SIZE) - b.norm(TEACHER_SIZE)
+    return jnp.stack([jnp.max(jnp.abs(gap)) for gap in gaps])
+
+
+def _along(value):
+    """A number as it is; a pair without its second entry, that of the spare directions."""
+    return value if jnp.ndim(value) == 0 else value * jnp.array([1.0, 0.0])

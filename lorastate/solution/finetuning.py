@@ -1,0 +1,251 @@
+"""Fine-tuning described: every prediction of it at a fixed point that was found, with error bars."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..bayes.frozen_map import frozen_map
+from ..errors import succeeded
+from ..evolution import finetuning as ft
+from ..evolution import pretraining as pt
+from ..evolution.order import SPREAD_FLOOR, Order, decode, directions, from_norm
+from ..evolution.test_errors import finetuning_error
+from ..math.implicit import nan_slope
+from ..math.quadrature import Nodes, in_blocks, mean
+from ..model import wells
+from ..model.channel.frozen_map import FrozenMap
+from ..setting.numerics import Numerics
+from ..setting.stages import Finetuning, Pretraining
+from .nodes import NodeSets
+from .pretraining import FirstStage, map_errors
+from .stage import Solved, Stage, attached, averaged, averages, error_bars, response_gap, status_of, test_errors
+
+
+class LoraStage(Stage):
+    """Fine-tuning on a frozen map, with `levels` steps of symmetry breaking."""
+
+    fine: Finetuning
+    frozen: FrozenMap
+    levels: int = eqx.field(static=True)
+
+    @property
+    def outer(self):
+        return self.levels
+
+    def step(self, x, const):
+        return ft.step(x, (self.fine, self.frozen), const)
+
+    def part(self, x, nodes, inner):
+        """Without breaking only; with it, where minimisers jump, the second average has no finite value. (2, 2) where
+        some directions are spare."""
+        fine, order = self.fine, ft.order_at(self.fine, x)
+
+        def block(nodes, found):
+            d = ft.draws(fine, self.frozen, nodes)
+            a = ft.averages(fine, order, d, found)
+            if order.levels:
+                return a, jnp.full((2, 2) if ft.spare(fine) else (), jnp.nan)
+            problem = ft.inner_problem(fine, order, d)
+            low = wells.lowest(problem, found)
+            gaps = [response_gap(problem.terms(u)[2], problem.v, len(d.teacher)) for u in low.u]
+            gap = low.pick([g.reshape(-1, g.shape[-1]) for g in gaps]).reshape(gaps[0].shape)
+            return a, jnp.sum(d.weight * gap, -1)
+
+        return in_blocks(block, nodes, inner)
+
+    def image(self, averages, x):
+        return ft.order_parameters(self.fine, ft.order_at(self.fine, x), averages[0]).encode()
+
+    def refreshed(self, x, nodes, inner, steps):
+        fine, frozen = self.fine, self.frozen
+        nodes = ft.refresh_nodes(fine, frozen, nodes)
+        return nodes, ft.refresh_inner(fine, frozen, ft.order_at(fine, x), nodes, inner, steps)
+
+    def test_errors(self, x, nodes):
+        return lora_errors(self.fine, self.frozen, ft.order_at(self.fine, x), nodes)
+
+    def predictions(self, x, averages, errors):
+        fine, frozen, order = self.fine, self.frozen, ft.order_at(self.fine, x)
+        (a, gap), q0 = averages, ft.TEACHER_SIZE
+        c, norms = ft.conjugates(fine, order, a), order.norms(q0)
+        live = norms[-1] > _LIVE
+        phi = ft.free_energy(fine, order, a)
+        m, p, q = (jnp.where(live, v, 0.0) for v in (order.overlap, norms[0], norms[-1]))
+        penalty = jnp.sum(directions(fine.rank, fine.teacher_rank) * c.qhat * order.response)
+        none, broken = jnp.full((), jnp.nan), jnp.array(False)
+        breaking = complexity = none
+        if order.levels:
+            broken = jnp.any(order.spread[0] ** 2 > _APART * norms[-1])  # otherwise all minima are one
+            breaking = jnp.where(broken, order.breaking[0], none)
+            complexity = jnp.where(broken, order.breaking[0] ** 2 * ft.energy_slopes(fine, order, a)[0], none)
+        hats = {"qhat": c.qhat, "mhat": c.mhat, "lhat": c.lhat}
+        return {
+            **_by_direction({"v": order.response, "m": m, "p": p, "q": q, **hats}),
+            "overlap": lora_overlap(fine, order),
+            "train_loss": phi,
+            "train_error": fine.alpha * a.potential - penalty / 2,
+            "test_error": errors[0],
+            "test_error_frozen": errors[1],
+            "effective_noise": fine.effective_noise(frozen),
+            "recalibration": fine.scale(frozen),
+            "free_energy": phi,
+            "replicon": replicon(fine, gap),
+            "double_well_share": a.two_wells,
+            "broken": 1.0 * broken,
+            "breaking": breaking,
+            "complexity": complexity,
+        }
+
+    def judged(self, x):
+        # How far minima are apart, and y, matter little where they are nearly one: what they do is in the bars.
+        order = ft.order_at(self.fine, x)
+        norms = order.norms(ft.TEACHER_SIZE)
+        return jnp.concatenate([jnp.ravel(v) for v in (jnp.log(order.response), order.overlap, norms[0], norms[-1])])
+
+
+#: |w|^2 / D below which the update counts as zero.
+_LIVE = 1e-12
+#: (q - p)/q that counts as zero: it is of the order of the square of ten times the share of nodes with two wells that
+#: does not break the symmetry.
+_APART = 1e-4
+
+
+def lora_overlap(fine: Finetuning, order: Order):
+    """o_w = ||m||_F / sqrt(||q||_F ||q0 1||_F), for rank one m / sqrt(q q0); NaN where the update is zero."""
+    n, k = directions(fine.rank, fine.teacher_rank), min(fine.rank, fine.teacher_rank)
+    size = jnp.sqrt(jnp.sum(n * order.norm(ft.TEACHER_SIZE) ** 2))
+    live = size > _LIVE
+    most = jnp.sqrt(k * jnp.where(live, size, 1.0) * (ft.TEACHER_SIZE * np.sqrt(fine.teacher_rank)))
+    return jnp.where(live, jnp.sum(n * order.overlap) / most, jnp.nan)
+
+
+def replicon(fine: Finetuning, gap):
+    """Growth of a difference between the norms of two replicas, alike in the directions along the teacher and in the
+    spare ones: largest eigenvalue of (alpha' / n_b) E || d(chi - omega)_b / d omega_b' ||_F^2, n_b directions in b."""
+    n = directions(fine.rank, fine.teacher_rank)
+    if np.ndim(n) == 0:
+        return fine.alpha * gap / n
+    r = fine.alpha * gap / n[:, None]
+    half, off = (r[0, 0] - r[1, 1]) / 2, r[0, 1] * r[1, 0]
+    return (r[0, 0] + r[1, 1]) / 2 + jnp.sqrt(half**2 + off + 1e-30)
+
+
+def _by_direction(values: dict[str, Any]) -> dict[str, Any]:
+    """Pairs as two predictions: of the directions along the teacher under their name, of the spare ones as `_spare`."""
+    out = {}
+    for name, value in values.items():
+        if jnp.ndim(value) == 0:
+            out[name] = value
+        else:
+            out[name] = value[0]
+            if name not in ("m", "mhat"):
+                out[f"{name}_spare"] = value[1]
+    return out
+
+
+def lora_order(values: dict[str, Any]) -> Order:
+    """The order parameters of fine-tuning from its predictions."""
+    v, m, p, q = (values[name] for name in "vmpq")
+    if "q_spare" in values:
+        v, p, q = (jnp.stack([a, values[f"{name}_spare"]]) for name, a in (("v", v), ("p", p), ("q", q)))
+        m = jnp.stack([m, jnp.zeros_like(m)])
+    order = from_norm(v, m, p, ft.TEACHER_SIZE)
+    if not values["broken"]:
+        return order
+    return order._replace(spread=(jnp.sqrt(jnp.maximum(q - p, SPREAD_FLOOR**2)),), breaking=(values["breaking"],))
+
+
+def lora_errors(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes | None):
+    """(E', E' at w = 0) on one part of the nodes."""
+    # Test inputs are fresh, whatever the fine-tuning inputs were; the factor on the map stays.
+    frozen, order = frozen.scaled(fine.scale(frozen)), order.merged
+    common = (fine.activation, fine.tokens, frozen.Q0 + fine.delta / 2, frozen.overlap, frozen.norm)
+    ranks = fine.rank, fine.teacher_rank
+    return finetuning_error(*common, order, nodes, ranks), finetuning_error(*common, None, nodes, ranks)
+
+
+def lora_error(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes | None):
+    """E' alone, the mean over replicas."""
+    return averaged(lambda n: lora_errors(fine, frozen, order, n)[0], nodes)
+
+
+# ---- description -----------------------------------------------------------------------------------------------
+
+
+def frozen_at(pre: Pretraining, fine: Finetuning, x) -> FrozenMap:
+    """The frozen map at the solver's coordinates `x` of pre-training."""
+    return frozen_map(fine.inputs, pre, decode(x), pt.downstream_overlap(pre, x))
+
+
+def lora_nodes(fine: Finetuning, nodes: NodeSets, x, found) -> Nodes:
+    """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them."""
+    chosen = nodes.broken if ft.order_at(fine, x).levels else nodes.finetuning
+    assert chosen is not None
+    return chosen._replace(found=found)
+
+
+class Branches(NamedTuple):
+    """Fine-tuning solutions from the informative [0] and the small [1] start: m and q along the teacher, free energy,
+    code; and which of them was taken."""
+
+    overlap: Any
+    norm: Any
+    free_energy: Any
+    code: Any
+    chosen: Any
+
+
+class SecondStage(NamedTuple):
+    """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
+    was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
+    breaking the glass is deep. `coarse` (n,): where the first stage of the informative search ended."""
+
+    solved: Solved
+    branches: Branches
+    found: Any
+    rough: Any
+    coarse: Any
+
+
+class Evaluation(NamedTuple):
+    """Values and status of both stages, and what `quadrature_errors` starts from."""
+
+    pretraining: dict[str, Any]
+    finetuning: dict[str, Any]
+    branches: Branches
+    status: dict[str, dict[str, Any]]
+    solved: tuple[Solved, Solved, Any]  # of both stages, and what the channel searched for
+
+
+def describe_finetuning(
+    pre: Pretraining, fine: Finetuning, nodes: NodeSets, first: FirstStage, second: SecondStage
+) -> Evaluation:
+    """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
+    solved = second.solved
+    stage = LoraStage(fine, frozen_at(pre, fine, first.x), ft.order_at(fine, solved.point.x).levels)
+    const = lora_nodes(fine, nodes, solved.point.x, second.found), solved.inner
+    x = attached(stage, solved, const, jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse))
+    values = stage.predictions(x, mean(averages(stage, x, *const)), test_errors(stage, x, nodes.finetuning_test))
+    values = {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
+    status = {"pretraining": first.status, "finetuning": status_of(solved.point)}
+    return Evaluation(first.values, values, second.branches, status, (first.solved, solved, second.found))
+
+
+def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, out: Evaluation):
+    """`Bars` of both stages, from the spread over replicas (see `error_bars`)."""
+    pre, fine, out = jax.lax.stop_gradient((pre, fine, out))
+    of_map, of_lora, found = out.solved
+    bars, map_x = map_errors(pre, numerics, nodes, out.pretraining, of_map)
+    levels = ft.order_at(fine, of_lora.point.x).levels
+
+    def make(map_x):
+        return LoraStage(fine, frozen_at(pre, fine, map_x), levels)
+
+    prepared = lora_nodes(fine, nodes, of_lora.point.x, found)
+    lora = error_bars(make, of_lora, prepared, nodes.finetuning_test, numerics.replicas, out.finetuning, map_x)
+    return bars, lora[0]

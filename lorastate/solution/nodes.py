@@ -1,0 +1,80 @@
+"""Quadrature nodes of every expectation of a setting."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..evolution import finetuning as ft
+from ..evolution import pretraining as pt
+from ..evolution.test_errors import node_dimension
+from ..math.quadrature import Nodes, gaussian_nodes, nested_nodes
+from ..setting.numerics import Numerics
+from ..setting.stages import Finetuning, Pretraining
+
+#: Nodes that are averaged over together, and of which the first ones lead a search to the neighbourhood of a solution.
+_MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 4096
+#: Nodes of a replica from which on it is cut into parts, and those without images (of pre-training and test errors) and
+#: coordinates that alternate (of fine-tuning) give smaller errors.
+_PLAIN, _LORA = 2048, 4096
+#: Where symmetry is broken: nodes of fine-tuning for one that has samples inside, and nodes of a part.
+_FEWER, _BROKEN_PART = 4, 256
+#: A glass is deep where (q - p)/q is above `DEEP`, or where no solution was found: samples at a node are then so many
+#: times more. With few the averages over minima, weighted by exp(-y f), are those of one or two samples.
+DEEP, _MORE = 0.4, 4
+
+
+class NodeSets(NamedTuple):
+    """Quadrature nodes of each expectation; None where a closed form needs none. `broken`: those of fine-tuning with
+    samples inside, for steps of symmetry breaking."""
+
+    pretraining: Nodes | None
+    finetuning: Any
+    pretraining_test: Nodes | None
+    finetuning_test: Nodes | None
+    broken: Nodes | None = None
+
+
+def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSets:
+    """The node sets of a setting (cached: they depend on static fields only), but for `broken`."""
+    assert fine.tokens is not None
+    map_nodes, map_test = map_node_sets(pre, numerics)
+    count, r, seed = numerics.finetuning_nodes, numerics.replicas, numerics.seed
+    order, part = (ft.node_order(fine), _LORA_PART) if count >= r * _LORA else (None, None)
+    lora = gaussian_nodes(ft.node_dimension(fine), count, r, seed, ft.mirrored(fine), order, part)
+    return NodeSets(map_nodes, lora, map_test, test_nodes(fine, numerics))
+
+
+def test_nodes(fine: Finetuning, numerics: Numerics) -> Nodes | None:
+    """Nodes of the test errors of fine-tuning."""
+    assert fine.tokens is not None
+    d = node_dimension(fine.activation, fine.tokens, (fine.rank, fine.teacher_rank))
+    return _plain(d, 2 * numerics.finetuning_nodes, numerics, 2 * 10**6, _TEST_PART)
+
+
+def map_node_sets(pre: Pretraining, numerics: Numerics) -> tuple[Nodes | None, Nodes | None]:
+    """Nodes of pre-training and of its test errors."""
+    d = node_dimension(pre.activation, pre.tokens)
+    return (
+        _plain(pt.node_dimension(pre), numerics.nodes, numerics, 0, _MAP_PART),
+        _plain(d, 2 * numerics.finetuning_nodes, numerics, 10**6, _TEST_PART),
+    )
+
+
+def _plain(d: int, count: int, numerics: Numerics, stream: int, part: int) -> Nodes | None:
+    if not d:
+        return None
+    large = count >= numerics.replicas * _PLAIN
+    seed = numerics.seed + stream
+    return gaussian_nodes(d, count, numerics.replicas, seed, () if large else None, part=part if large else None)
+
+
+def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics, deep: bool = False) -> NodeSets:
+    """The node sets with those for one step of breaking, with more samples for a `deep` glass."""
+    assert fine.tokens is not None
+    count, r = max(numerics.finetuning_nodes // _FEWER, 64 * numerics.replicas), numerics.replicas
+    order = ft.node_order(fine) if count >= r * _LORA // _FEWER else None
+    broken = nested_nodes(
+        ft.node_dimension(fine), count, r, numerics.seed, ft.mirrored(fine), order, _BROKEN_PART,
+        fine.rank * fine.tokens, (numerics.samples * (_MORE if deep else 1),),
+    )  # fmt: skip
+    return nodes._replace(broken=broken)

@@ -1,0 +1,194 @@
+"""Pre-training solved: the search of its fixed point, and every prediction of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import Code, succeeded
+from ..evolution import pretraining as pt
+from ..evolution.order import RESPONSE_FLOOR, Order, decode
+from ..evolution.test_errors import pretraining_error
+from ..math.fixed_point import Method, Rules, iterate, plain_map
+from ..math.implicit import nan_slope
+from ..math.quadrature import Nodes, Slots, in_blocks, mean
+from ..math.symmetric import dimension
+from ..model import wells
+from ..setting.numerics import Numerics
+from ..setting.stages import Pretraining
+from .nodes import NodeSets
+from .stage import Bars, Solved, Stage, attached, averages, error_bars, response_gap, status_of, test_errors
+
+
+class MapStage(Stage):
+    """Pre-training of the frozen map."""
+
+    pre: Pretraining
+
+    def step(self, x, const):
+        return pt.step(x, self.pre, const)
+
+    def part(self, x, nodes, inner):
+        pre, order = self.pre, decode(x)
+
+        def block(nodes, found):
+            problem = pt.inner_problem(pre, order, nodes)
+            low = wells.lowest(problem, found)
+            gap = low.pick([response_gap(problem.terms(u)[2], 2 * order.response, len(u)) for u in low.u])
+            return pt.averages(pre, order, nodes, found), jnp.sum(nodes.weight * gap)
+
+        return in_blocks(block, nodes, inner)
+
+    def closed_form(self, x):
+        """`part` for the identity, without nodes."""
+        pre, order = self.pre, decode(x)
+        t = pre.tokens
+        gap = dimension(t) * (4 * order.response / (t * t + 4 * order.response)) ** 2
+        return pt.averages(pre, order, None, None), gap
+
+    def image(self, averages, x):
+        return pt.image_of(self.pre, pt.conjugates(self.pre, decode(x), averages[0]))
+
+    def refreshed(self, x, nodes, inner, steps):
+        return nodes, pt.refresh_inner(self.pre, decode(x), nodes, inner, steps)
+
+    def test_errors(self, x, nodes):
+        pre, order = self.pre, decode(x)
+
+        def one(size):
+            norm = order.norm(pre.label_size)
+            return pretraining_error(pre.activation, pre.tokens, size, order.overlap, norm, nodes)
+
+        # The noiseless law has smaller labels but the same map: (Q0, M, Q).
+        return one(pre.label_size), one(pre.Q0)
+
+    def predictions(self, x, averages, errors):
+        pre, (a, gap), order = self.pre, averages, decode(x)
+        c = pt.conjugates(pre, order, a)
+        live = order.response > 2 * RESPONSE_FLOOR
+        V, M, Q = (jnp.where(live, v, 0.0) for v in (order.response, order.overlap, order.norm(pre.label_size)))
+        delta, eps, _ = pt.thresholds(pre, c)
+        return {
+            "V": V,
+            "M": M,
+            "Q": Q,
+            "M_down": jnp.where(live, pt.downstream_overlap(pre, x), 0.0),
+            **c._asdict(),
+            "overlap": jnp.where(live, M / jnp.sqrt(jnp.where(live, Q, 1.0) * pre.Q0), jnp.nan),
+            "train_loss": pt.free_energy(pre, order, a),
+            "train_error": pre.alpha * a.potential - c.qhat * order.response / 4,
+            "test_error": errors[0],
+            "test_error_noiseless": errors[1],
+            "rank_fraction": 1 - pre.law.mass_below(eps, delta),
+            "replicon": jnp.where(live, replicon(pre, order, c, gap), jnp.nan),
+            "double_well_share": a.two_wells + jnp.zeros(()),
+        }
+
+
+def replicon(pre: Pretraining, order: Order, c: pt.Conjugates, gap):
+    """(2 alpha / V^2) E ||D(Z - Omega)/D Omega||_HS^2 / s^^2 E ((f(x) - f(y))/(x - y))^2, f = ReLU(. - 2 lam~), x and y
+    from the law of m^ S* + sqrt(q^) Z: replica symmetry of pre-training is stable below one (arXiv:2509.24914)."""
+    delta, eps, _ = pt.thresholds(pre, c)
+    return 2 * pre.alpha / order.response**2 * gap / c.shat**2 * pre.law.pair_response(delta, eps)
+
+
+# ---- the search ------------------------------------------------------------------------------------------------
+
+
+def rules_of(numerics: Numerics, parts: int, rough: float, settle: float = np.inf, floor: float = 5e-3) -> list[Rules]:
+    """One part of the nodes finds the neighbourhood with Newton steps; all of them finish with Broyden's cheaper ones.
+
+    In both stages inner minimisers may jump from well to well, hence the floors (see `Method`).
+    """
+    steps = numerics.max_steps
+    coarse = Method(tolerance=rough, max_steps=steps, floor=10 * floor, settle=settle)
+    fine = Method(tolerance=numerics.tolerance, max_steps=steps, burn_in=0, floor=floor)
+    return [Rules.of(coarse, 1), Rules.of(fine, parts, exact=False)]
+
+
+def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None) -> Solved:
+    """Fixed point of pre-training (no derivative), from the usual start or, where that fails, that of weak ridges."""
+    pre = jax.lax.stop_gradient(pre)
+    if nodes is None:
+        fmap, memory = plain_map(pt.step, pre), Slots.of(None)
+        rules = [Rules.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))]
+    else:
+        fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
+        rules = rules_of(numerics, len(nodes.weight), 1e-4)
+    usual = pt.start(pre)
+    last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
+    jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, weak_ridge=True))]
+    if nodes is not None:
+        # The last stage twice: it begins with a cold search, which may find what following wells has missed. Near the
+        # interpolation threshold noisy labels make the map large along a direction that is almost flat, and only plain
+        # steps find their way there.
+        plain = rules[1]._replace(burn_in=-1, damping=0.0, tolerance=1e-5)
+        jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
+        jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
+
+    def stage(carry, job):
+        x, solved, jac, memory, made = carry
+        rules, when, start = job
+        two = jnp.array(True) if nodes is None else jnp.any(memory.read().two)
+        skip = ((when == _FAILED) & solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~made)
+        # NaN stops at once.
+        x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
+        point, found, memory = iterate(fmap, rules, True, x0, jac, memory)
+        skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
+        x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
+        solved = jnp.where(skip, solved, succeeded(point.code))
+        return (x, solved, jac, memory, ~skip), (point, skip)
+
+    first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory, jnp.array(False))
+    carry, (points, skipped) = jax.lax.scan(stage, first, stacked(jobs))
+    taken = jnp.max(jnp.where(skipped, 0, jnp.arange(len(jobs))))
+    chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
+    chosen = chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps)))
+    return Solved(chosen, carry[2], carry[3].read())
+
+
+#: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two
+#: wells, if the stage before it was made.
+_ALWAYS, _FAILED, _WELLS, _AFTER = range(4)
+
+
+def stacked(trees):
+    return jax.tree_util.tree_map(lambda *a: jnp.stack([jnp.asarray(v) for v in a]), *trees)
+
+
+# ---- description -----------------------------------------------------------------------------------------------
+
+
+class FirstStage(NamedTuple):
+    """Output of `describe_pretraining`."""
+
+    values: dict[str, Any]
+    x: Any  # order parameters in the solver's coordinates, with their derivative
+    status: dict[str, Any]
+    solved: Solved
+
+
+def describe_pretraining(pre: Pretraining, nodes: NodeSets, solved: Solved) -> FirstStage:
+    """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
+    stage, found = MapStage(pre), solved.inner
+    const = None if nodes.pretraining is None else (nodes.pretraining, found)
+    lost = 0.0 if nodes.pretraining is None else wells.lost(found)
+    code = jnp.where(lost > 1e-3, int(Code.stalled), solved.point.code)
+    x = nan_slope(attached(stage, solved, const), succeeded(solved.point.code))
+    a = stage.closed_form(x) if const is None else mean(averages(stage, x, *const))
+    values = stage.predictions(x, a, test_errors(stage, x, nodes.pretraining_test))
+    narrow = values["rank_fraction"] > pre.kappa * (1 + 1e-9)
+    code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
+    return FirstStage(values, x, status_of(solved.point._replace(code=code)), solved)
+
+
+def map_errors(pre: Pretraining, numerics: Numerics, nodes: NodeSets, values: dict[str, Any], solved: Solved):
+    """`Bars` of pre-training, and the order parameters (R, n) of every replica."""
+    if nodes.pretraining is None or nodes.pretraining_test is None:
+        xs = jnp.broadcast_to(solved.point.x, (numerics.replicas, len(solved.point.x)))
+        return Bars({k: 0.0 * v for k, v in values.items()}, jnp.zeros(())), xs
+    stage = MapStage(pre)
+    return error_bars(lambda: stage, solved, nodes.pretraining, nodes.pretraining_test, numerics.replicas, values)

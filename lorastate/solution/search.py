@@ -1,0 +1,217 @@
+"""The search of fine-tuning: both starts, first with replica symmetry, then with one step of breaking.
+
+Fine-tuning is first taken to be replica symmetric, with smooth nodes: a small program, and fast. Where a node has two
+wells, or the replicon is at least one, that is no solution of the theory, and the search with one step of breaking is
+made (`levels` = 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import Code, succeeded
+from ..evolution import finetuning as ft
+from ..evolution.starts import apart, broken_start, pushed, start
+from ..math.fixed_point import iterate
+from ..math.quadrature import Nodes, Slots, mean
+from ..model import wells
+from ..model.channel.frozen_map import FrozenMap
+from ..setting.numerics import Numerics
+from ..setting.stages import Finetuning, Pretraining
+from .finetuning import Branches, LoraStage, SecondStage, frozen_at, replicon
+from .nodes import DEEP
+from .pretraining import FirstStage, rules_of, stacked
+from .stage import Solved, averages
+
+
+class Search(NamedTuple):
+    """What differs between the searches of fine-tuning: steps of breaking, whether every node is taken to have one
+    well, and the starts (informative and small)."""
+
+    levels: int
+    alone: bool
+    starts: Any
+
+
+_LAST, _ESCAPE, _FREE, _BACK = 1, 2, 3, 4
+
+
+def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
+    """(rules, kind, branch) of every stage of a search: both starts on a part of the nodes, there once more from a cold
+    search, both on all of the nodes, and away from a solution that repels.
+
+    With breaking y is on hold until then, and set free after a cold search. phi is so flat in it that on some nodes the
+    maximum cannot be told from their noise: then all goes back to hold, and what that does to the rest is part of the
+    error bars.
+    """
+    # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
+    coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
+    few = min(4, parts) if levels else 1
+    coarse, refined = coarse._replace(index=(few, True)), refined._replace(index=(parts, True))
+    if levels:
+        coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, hold=True, max_steps=40)
+        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-4), floor=1e-2, hold=True)
+    if ft.spare(fine):
+        # The response of spare directions overshoots, and the more so the more samples there are.
+        coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
+    again = coarse._replace(burn_in=0)
+    last = refined._replace(tolerance=1e-3) if levels else refined
+    kinds = [(coarse, 0, 0), (coarse, 0, 1), (again, 0, 0), (again, 0, 1), (last, _LAST, 0), (last, _LAST, 1)]
+    kinds.append((refined._replace(settle=0.0), _ESCAPE, 0))
+    if levels:
+        free = refined._replace(hold=False, index=(parts, False), max_steps=_TRIES)
+        kinds += [(rules, kind, k) for rules, kind in ((free, _FREE), (refined, _BACK)) for k in (0, 1)]
+    rules, which, branch = zip(*kinds, strict=True)
+    return stacked(rules), jnp.array(which), jnp.array(branch)
+
+
+#: Steps in which y has to find its place.
+_TRIES = 14
+#: Distance in (m, q) below which two solutions on the first nodes are one, without and with breaking (y is flat there);
+#: relative difference of free energies on them from which on the higher branch is not refined.
+_SAME, _CLEARLY = (0.02, 0.04), 0.01
+
+
+class _Found(NamedTuple):
+    """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies."""
+
+    x: Any
+    jacobian: Any
+    row: Any
+    code: Any
+    energy: Any
+    stale: Any  # whether a failed stage has written over the row
+
+
+def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, search: Search):
+    """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
+    whether the two are the same one; where the first stage from the informative start ended. No derivatives.
+
+    Where nodes are taken to have one well the search gives up after the first stage if some have two.
+    """
+    fine, frozen = jax.lax.stop_gradient((fine, frozen))
+    fmap = ft.state_evolution(fine, frozen, nodes, search.levels)
+
+    def energy_at(x, memory: Slots, count):
+        first = 1.0 * (jnp.arange(len(nodes.weight)) < count)
+        a = jax.tree_util.tree_map(lambda v: jnp.tensordot(first, v, 1) / count, memory.read().averages)
+        return ft.free_energy(fine, ft.order_at(fine, x), a)
+
+    def job(carry, rules_kind_branch):
+        found, memory, same = carry
+        rules, kind, k = rules_kind_branch
+        close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
+        same = jnp.where((kind == _LAST) & (k == 0), close, same)
+        # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
+        # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
+        # NaN stops at once.
+        lost = (found.code[0] == Code.unstable) & ~succeeded(found.code[1])
+        refining = (kind != 0) & (kind != _ESCAPE)
+        skip = ((kind == _ESCAPE) & ~lost) | (refining & same & (k == 1))
+        higher = jnp.array(False)
+        if search.levels:
+            gap = found.energy[k] - found.energy[1 - k]
+            higher = refining & (gap > _CLEARLY * jnp.abs(found.energy[k])) & succeeded(found.code[1 - k])
+        if search.alone:
+            skip = skip | ((kind > 0) & _clearly_rough(memory, found.row))
+        skip = skip | ((kind == _BACK) & ~found.stale[k])
+        begin = jnp.where(kind == _ESCAPE, pushed(fine, found.x[k]), found.x[k])
+        # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
+        memory = memory._replace(here=jnp.where(kind == _ESCAPE, found.row[1], found.row[k]))
+        x0 = jnp.where(skip | higher, jnp.nan, begin)
+        point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
+        optional = ((kind != 0) & (kind != _LAST)) | higher
+        kept = (~jnp.all(jnp.isfinite(point.x)) & optional) | ((kind == _FREE) & (point.code != Code.ok))
+        energy = energy_at(point.x, memory, rules.index[0])
+        new = _Found(point.x, jac, memory.here, point.code, energy, jnp.array(False))
+        put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
+        stale = (kind == _FREE) & kept & ~skip & ~higher
+        row = jnp.where(kept & ~stale, found.row[k], memory.here)
+        put = put._replace(row=put.row.at[k].set(row), stale=put.stale.at[k].set(stale))
+        return (put, memory, same), (point, kept)
+
+    x0 = search.starts
+    memory = Slots.of(ft.no_memory(fine, nodes, search.levels, search.alone), 3)
+    jobs = _jobs(fine, numerics, len(nodes.weight), search.levels)
+    none = jnp.zeros(2)
+    nothing = _Found(x0, jnp.zeros((*x0.shape, x0.shape[1])), jnp.arange(2), jnp.zeros(2, int), none, none > 0)
+    (found, memory, same), (points, kept) = jax.lax.scan(job, (nothing, memory, jnp.array(False)), jobs)
+    # Of each start the last stage that was made counts.
+    branch, index = jobs[2], jnp.arange(len(jobs[2]))
+    last = jnp.stack([jnp.max(jnp.where((branch == k) & ~kept, index, k)) for k in (0, 1)])
+    steps = jnp.stack([jnp.sum(jnp.where((branch == k) & ~kept, jnp.maximum(points.steps, 0), 0)) for k in (0, 1)])
+    final = jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
+    return final, found, memory, same, points.x[2]
+
+
+#: Share of nodes with two wells up to which symmetry counts as unbroken.
+FEW = 1e-3
+
+
+def _rough(memory: Slots, row):
+    """Whether more than a few nodes have two wells, in that row."""
+    return jnp.mean(memory.data.averages.two_wells[row]) > FEW
+
+
+def _clearly_rough(memory: Slots, rows):
+    """The same in all of these rows, as far as the first part of the nodes can tell."""
+    return jnp.all(memory.data.averages.two_wells[rows, 0] > 30 * FEW)
+
+
+def _lowest(code, energies):
+    """The branch of lowest free energy. One that was nearly solved counts where it lies clearly lower: then the answer
+    is that the solve failed, not the other branch."""
+    nearly = (code == Code.stalled) | (code == Code.max_steps) | (code == Code.cycle)
+    handicap = jnp.where(succeeded(code), 0.0, jnp.where(nearly, 1e-3 * (1 + jnp.abs(energies)), jnp.inf))
+    return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
+
+
+def solve_symmetric(
+    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, alone: bool = True
+) -> SecondStage:
+    """Replica-symmetric fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest
+    free energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not
+    do; without, on any, for a comparison: where nodes have two wells that is not the solution of the theory."""
+    fine, frozen = jax.lax.stop_gradient((fine, frozen_at(pre, fine, first.x)))
+    starts = jnp.stack([start(fine, True), start(fine, False)])
+    return _solve(fine, frozen, first, numerics, nodes, Search(0, alone, starts))
+
+
+def solve_broken(
+    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, coarse
+) -> SecondStage:
+    """The same with one step of symmetry breaking; `coarse`: where a replica-symmetric search came to."""
+    fine, frozen = jax.lax.stop_gradient((fine, frozen_at(pre, fine, first.x)))
+    starts = jnp.stack([broken_start(fine, coarse, True), broken_start(fine, coarse, False)])
+    return _solve(fine, frozen, first, numerics, nodes, Search(1, False, starts))
+
+
+def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, search: Search) -> SecondStage:
+    prepared = ft.prepare(fine, frozen, nodes)
+    points, found, memory, same, coarse = search_finetuning(fine, frozen, numerics, prepared, search)
+    # Where the second start found nothing new it stands for the first.
+    tried = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), points)
+    energies = jnp.where(same, found.energy[0], found.energy)
+    chosen = jnp.where(same, 0, _lowest(tried.code, energies))
+    point = jax.tree_util.tree_map(lambda a: a[chosen], points)
+    best = Solved(point, found.jacobian[chosen], memory._replace(here=found.row[chosen]).read().found)
+    code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
+    rough = ~succeeded(code)
+    if search.levels:
+        p, *_, q = ft.order_at(fine, best.point.x).along.norms(ft.TEACHER_SIZE)
+        rough = rough | ~(p > (1 - DEEP) * q)
+    else:
+        rough = rough | _rough(memory, found.row[chosen])
+    if fine.inputs.needs_map:
+        code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
+    best = best._replace(point=best.point._replace(code=code))
+    if search.alone:
+        _, gap = mean(averages(LoraStage(fine, frozen, 0), best.point.x, prepared, best.inner))
+        rough = rough | ~(replicon(fine, gap) < 1)
+    orders = [ft.order_at(fine, x).along for x in tried.x]
+    m, q = (jnp.stack(v) for v in zip(*((o.overlap, o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
+    branches = Branches(m, q, energies, tried.code, chosen)
+    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), coarse)

@@ -1,0 +1,215 @@
+"""What both stages share: from a fixed point that was found to predictions with error bars.
+
+A search (no derivatives) finds a fixed point and the inner minimisers there; everything here is differentiable and has
+no loops. `MapStage` (`lorastate.solution.pretraining`) and `LoraStage` (`lorastate.solution.finetuning`) are the two.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import Code
+from ..math.fixed_point import FixedPoint, newton_step
+from ..math.implicit import attach
+from ..math.linear import ldl_solve
+from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas
+
+
+class Stage(eqx.Module):
+    """A stage of training as its description sees it. `x` are order parameters in the solver's coordinates."""
+
+    @property
+    def outer(self) -> int:
+        """How many of the last coordinates are those of a maximum (see `lorastate.math.fixed_point.Map`)."""
+        return 0
+
+    @abc.abstractmethod
+    def step(self, x, const):
+        """One sweep of state evolution; `const`: nodes and the inner minimisers at x."""
+
+    @abc.abstractmethod
+    def part(self, x, nodes: Nodes, inner):
+        """(averages, E ||d(minimiser - field)/d field||^2) over one part of the nodes."""
+
+    @abc.abstractmethod
+    def image(self, averages, x):
+        """`step` from what `part` gives, averaged."""
+
+    @abc.abstractmethod
+    def refreshed(self, x, nodes: Nodes, inner, steps: Any) -> tuple[Nodes, Any]:
+        """One part of the nodes and its inner minimisers, found for a point very near this one, brought up to date."""
+
+    @abc.abstractmethod
+    def test_errors(self, x, nodes: Nodes | None):
+        """Test errors on one part of their nodes; from closed forms without."""
+
+    @abc.abstractmethod
+    def predictions(self, x, averages, errors) -> dict[str, Any]:
+        """Every prediction of the stage."""
+
+    def judged(self, x):
+        """The numbers by which a distance from the solution is judged."""
+        return x
+
+
+class Solved(NamedTuple):
+    """A fixed point with what its derivatives and averages need: the Jacobian there and the inner minimisers."""
+
+    point: FixedPoint
+    jacobian: Any
+    inner: Any
+
+
+def attached(stage: Stage, solved: Solved, const, x=None):
+    """The fixed point with its derivative by everything that `stage` is made of."""
+    return attach(_step, stage.outer, solved.point.x if x is None else x, stage, const)
+
+
+def _step(x, stage: Stage, const):
+    return stage.step(x, const)
+
+
+def averages(stage: Stage, x, nodes: Nodes, inner):
+    """`Stage.part` of every part, stacked."""
+    return over_replicas(lambda n, w: stage.part(x, n, w), nodes, inner)
+
+
+def test_errors(stage: Stage, x, nodes: Nodes | None):
+    """`Stage.test_errors`, the mean over replicas."""
+    return averaged(lambda n: stage.test_errors(x, n), nodes)
+
+
+def averaged(f, nodes):
+    """Mean over replicas of `f(replica)`; `f(None)` where a closed form needs no nodes."""
+    return f(None) if nodes is None else mean(over_replicas(f, nodes))
+
+
+def response_gap(hess, scale, along: int):
+    """|| H^{-1}/scale - 1 ||_F^2 at every node: the derivative of (minimiser - field) with respect to the field.
+
+    Where `along` is less than the number n of unknowns, of the four blocks before and from it on: (2, 2, N).
+    """
+    n, nodes = hess.shape[0], hess.shape[2]
+    scale = jnp.broadcast_to(scale, (n, 1))
+    parts = [slice(along)] if along >= n else [slice(along), slice(along, n)]
+    total = []
+    for part in parts:
+        sums = [jnp.zeros((nodes,))] * len(parts)
+        for i in range(n)[part]:
+            e = jnp.zeros((n, nodes)).at[i].set(1.0)
+            square = (ldl_solve(hess, e)[0] / scale[i] - e) ** 2
+            sums = [total + jnp.sum(square[rows], 0) for total, rows in zip(sums, parts, strict=True)]
+        total.append(jnp.stack(sums))
+    return total[0][0] if along >= n else jnp.stack(total, 1)
+
+
+def status_of(point: FixedPoint) -> dict[str, Any]:
+    return {name: getattr(point, name) for name in ("code", "residual", "rate", "growth", "steps")}
+
+
+# ---- error bars ------------------------------------------------------------------------------------------------
+
+
+class Bars(NamedTuple):
+    """Standard errors of the predictions of a stage, and how far its solve is off, in those of its order parameters
+    (`FixedPoint.offset`; the largest)."""
+
+    errors: dict[str, Any]
+    shift: Any
+
+
+def error_bars(
+    make, solved: Solved, nodes: Nodes, test: Nodes | None, replicas: int, values: dict[str, Any], *upstream
+):
+    """`Bars` of a stage from the spread over replicas, and the order parameters (R, n) of each.
+
+    Replica r would solve x = F_r(x). One step with the Jacobian of all replicas takes it there to first order,
+    x_r = x + (I - J)^{-1} (F_r(x) - x), and its predictions are evaluated at x_r with its own nodes: no second
+    solve. `make(*upstream)` is the stage after the `upstream` order parameters (R, n) of a replica, so that what
+    pre-training does to fine-tuning is carried along. The distance of the mean over replicas from the prediction is
+    added in quadrature: what the solve has left undone, and the bias of so few nodes.
+    """
+    xs, a = _own_solutions(make, solved, nodes, replicas, *upstream)
+
+    def errors_at(n, x, *upstream):
+        return make(*upstream).test_errors(x, n)
+
+    if test is None:
+        errors = jax.vmap(lambda *given: errors_at(None, *given))(xs, *upstream)
+    else:
+        of_parts = over_replicas(errors_at, test, *for_parts((xs, *upstream), test))
+        errors = by_replica(of_parts, replicas)
+
+    def predictions(x, a, e, *upstream):
+        return make(*upstream).predictions(x, a, e)
+
+    of_replicas = jax.vmap(predictions)(xs, a, errors, *upstream)
+    stage = make(*(u[0] for u in upstream))
+    return _bars(of_replicas, values, xs, solved, stage.judged), xs
+
+
+def _own_solutions(make, solved: Solved, nodes: Nodes, replicas: int, *upstream):
+    """Order parameters (R, n) and averages of every replica at its own fixed point, to first order.
+
+    The first pass makes one step with the common Jacobian (cut to 1, and towards a maximum to `_UPHILL`, with which the
+    bars are as wide as the scatter of independent nodes), the second evaluates there: one compiled copy serves both.
+    """
+    upstream_of_parts = for_parts(upstream, nodes)
+
+    def one_pass(carry, steps):
+        xs, inner = carry
+
+        def at(n, x, inner, *upstream):
+            stage = make(*upstream)
+            n, inner = stage.refreshed(x, n, inner, steps)
+            return stage.part(x, n, inner), inner
+
+        def shifted(a, x, *upstream):
+            stage = make(*upstream)
+            return newton_step(solved.jacobian, stage.image(a, x) - x, stage.outer, uphill=_UPHILL)
+
+        found, inner = over_replicas(at, nodes, for_parts(xs, nodes), inner, *upstream_of_parts)
+        found = by_replica(found, replicas)
+        shift = jax.vmap(shifted)(found, xs, *upstream)
+        return (xs + jnp.clip(shift, -1.0, 1.0), inner), (xs, found)
+
+    start = jnp.broadcast_to(solved.point.x, (replicas, len(solved.jacobian))), solved.inner
+    # What pre-training does to the first pass of fine-tuning moves the minimisers there too.
+    steps = jnp.array([1 if upstream else 0, 2])
+    _, passes = jax.lax.scan(one_pass, start, steps)
+    return jax.tree_util.tree_map(lambda v: v[-1], passes)
+
+
+#: Longest step of a replica towards the maximum in log y, where that is flat.
+_UPHILL = 0.5
+
+
+def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved, numbers) -> Bars:
+    """`numbers(x)`: what the distance from the solution is judged by."""
+
+    def error(v):
+        return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
+
+    errors = {k: jnp.hypot(error(v), jnp.mean(v) - values[k]) for k, v in of_replicas.items()}
+    x = solved.point.x
+    off = jnp.abs(numbers(x + solved.point.offset) - numbers(x))
+    return Bars(errors, jnp.max(off / (error(jax.vmap(numbers)(xs)) + _FINE)))
+
+
+#: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those
+#: of order parameters below which none has to be.
+_FLOOR_SHARE, _FINE = 2.0, 5e-4
+
+
+def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
+    """The status of a stage once its quadrature errors are known: a solve that stopped at a jump is one if it is inside
+    the error of every order parameter. (By how much it is off is part of the bars.)"""
+    near = bars.shift <= _FLOOR_SHARE
+    code = jnp.where(status["code"] == Code.floor, jnp.where(near, int(Code.ok), int(Code.stalled)), status["code"])
+    return status | {"code": code}

@@ -1,0 +1,32 @@
+"""The house: imports go down, no file and no function is long, every module says what is in it."""
+
+import ast
+
+import layout
+import pytest
+
+pytestmark = pytest.mark.unit
+
+
+def test_imports_go_down():
+    edges = layout.graph()
+    assert layout.circles(edges) == []
+    assert layout.upwards(edges) == []
+
+
+def test_circles_and_climbs_are_seen():
+    assert layout.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+    assert layout.upwards({"math.nodes": {"solution.solve"}, "sweeps.sweep": {"design.optimize"}, "cli.main": {"math"}}) == [
+        "math.nodes -> solution.solve",
+        "sweeps.sweep -> design.optimize",
+    ]
+
+
+def test_files_and_functions_are_short():
+    assert {k: v for k, v in layout.lines().items() if v > 400} == {}
+    assert {k: v for k, v in layout.functions().items() if v > 60} == {}
+
+
+def test_every_module_says_what_it_is():
+    silent = [name for name, path in layout.modules().items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
