@@ -11,15 +11,19 @@ from ._version import __version__
 # The public names of each module. They are imported on first use, so that the command line can answer before JAX is
 # loaded.
 _NAMES = {
-    "setting.stages": "Setting Pretraining Finetuning Numerics SettingWarning",
+    "setting.stages": "Setting Pretraining Finetuning SettingWarning",
+    "setting.numerics": "Numerics",
     "model.task": "Task",
-    "setting.files": "load_setting replace setting_to_dict setting_from_dict continuous_fields get",
+    "setting.fields": "continuous_fields",
+    "setting.paths": "get replace",
+    "setting.files": "load_setting setting_to_dict setting_from_dict",
     "model.spectra.base": "BaseLaw",
     "model.spectra.laws": "Wishart Atoms PowerLaw FreeSum",
     "model.activation": "Activation Softmax Identity Custom",
-    "model.channel.inputs": (
-        "Inputs Fresh Reused Mixed Selected BayesOptimal FrozenMap Recalibration FixedScale LeastNoise LeastError"
-    ),
+    "model.channel.frozen_map": "FrozenMap",
+    "model.channel.inputs": "Inputs Fresh Reused Mixed BayesOptimal",
+    "model.channel.selected": "Selected",
+    "model.channel.recalibration": "Recalibration FixedScale LeastNoise LeastError",
     "model.spectra.learned": "LearnedSpectrum",
     "bayes.pretraining": "bayes_optimal_pretraining BayesPretraining",
     "bayes.finetuning": "bayes_optimal_finetuning BayesFinetuning",

@@ -13,8 +13,9 @@ from lorastate.evolution.test_errors import finetuning_error, node_dimension  # 
 from lorastate.math.lbfgs import minimise  # noqa: E402
 from lorastate.math.quadrature import gaussian_nodes  # noqa: E402
 from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
-from lorastate.model.channel.inputs import FrozenMap  # noqa: E402
-from lorastate.setting.stages import Finetuning, Numerics, Pretraining, Setting  # noqa: E402
+from lorastate.model.channel.frozen_map import FrozenMap  # noqa: E402
+from lorastate.setting.numerics import Numerics  # noqa: E402
+from lorastate.setting.stages import Finetuning, Pretraining, Setting  # noqa: E402
 from lorastate.simulation import descents as _descents  # noqa: E402
 from lorastate.simulation import losses, on_channel, samples, searches  # noqa: E402
 from lorastate.simulation.channel_draws import draw, draw_fields  # noqa: E402

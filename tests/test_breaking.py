@@ -15,7 +15,7 @@ from lorastate.evolution import finetuning as ft
 from lorastate.evolution.order import Order, decode
 from lorastate.math.quadrature import Nodes, nested_nodes
 from lorastate.model import wells
-from lorastate.model.channel.inputs import FrozenMap
+from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem, gram
 
 SMALL = ls.Numerics(nodes=4096, finetuning_nodes=8192, replicas=4)

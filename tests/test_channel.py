@@ -9,21 +9,17 @@ from scipy.special import gammaincinv
 from scipy.stats import chi2
 
 import lorastate as ls
+from lorastate.bayes.frozen_map import frozen_map
 from lorastate.design import optimize as design
 from lorastate.diagnosis.explain import noise_decomposition
 from lorastate.evolution.order import from_norm
 from lorastate.math.quadrature import gaussian_nodes
-from lorastate.model.channel.inputs import (
-    BayesOptimal,
-    Fresh,
-    FrozenMap,
-    Mixed,
-    Reused,
-    Selected,
-    attach_quantile,
-    quantile,
-)
-from lorastate.setting.files import continuous_fields, get, replace, setting_from_dict, setting_to_dict
+from lorastate.model.channel.frozen_map import FrozenMap
+from lorastate.model.channel.inputs import BayesOptimal, Fresh, Mixed, Reused
+from lorastate.model.channel.selected import Selected, attach_quantile, quantile
+from lorastate.setting.fields import continuous_fields
+from lorastate.setting.files import setting_from_dict, setting_to_dict
+from lorastate.setting.paths import get, replace
 from lorastate.solution.gradients import Point
 
 SMALL = {"nodes": 512, "finetuning_nodes": 1024, "replicas": 2}
@@ -206,7 +202,7 @@ def test_recalibrations():
 def test_bayes_optimal_map():
     pre = setting("identity", 0.1).pretraining
     best = ls.bayes_optimal_pretraining(pre)
-    frozen = BayesOptimal().freeze(pre, from_norm(1.0, 0.5, 0.6, pre.label_size))
+    frozen = frozen_map(BayesOptimal(), pre, from_norm(1.0, 0.5, 0.6, pre.label_size))
     assert frozen.overlap == frozen.norm == best.Q
     noise = BayesOptimal().moments(frozen, 0.5, 2, False).effective_noise()
     np.testing.assert_allclose(noise, 2.25 - best.Q, rtol=1e-12)

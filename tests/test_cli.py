@@ -22,14 +22,9 @@ from lorastate.cli import predict as predict_command
 from lorastate.design import optimize as design
 from lorastate.errors import Code, SolveError
 from lorastate.figures import drawing
-from lorastate.setting.files import (
-    continuous_fields,
-    get,
-    load_setting,
-    replace,
-    setting_from_dict,
-    setting_to_dict,
-)
+from lorastate.setting.fields import continuous_fields
+from lorastate.setting.files import load_setting, setting_from_dict, setting_to_dict
+from lorastate.setting.paths import get, replace
 from lorastate.simulation import simulate as simulation
 from lorastate.simulation import two_stages
 from lorastate.solution import gradients, solution

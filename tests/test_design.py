@@ -10,7 +10,7 @@ import lorastate as ls
 from lorastate.design import optimize as design
 from lorastate.design.budgets import budgets
 from lorastate.design.optimize import optimize, sensitivities
-from lorastate.setting.files import get, replace
+from lorastate.setting.paths import get, replace
 from lorastate.solution.gradients import Point
 
 NUMERICS = ls.Numerics(512, 1024, 2)

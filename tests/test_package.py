@@ -44,10 +44,11 @@ def test_names_in_documents_and_scripts():
 
 def test_all_that_a_setting_is_made_of_is_exported():
     from lorastate.model import activation
-    from lorastate.model.channel import inputs
+    from lorastate.model.channel import inputs, recalibration, selected
     from lorastate.model.spectra import laws
 
-    homes = {laws: ls.BaseLaw, inputs: (ls.Inputs, ls.Recalibration), activation: ls.Activation}
+    homes = {laws: ls.BaseLaw, inputs: ls.Inputs, selected: ls.Inputs, recalibration: ls.Recalibration,
+             activation: ls.Activation}  # fmt: skip
     for module, kinds in homes.items():
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, kinds) and not name.startswith("_"):

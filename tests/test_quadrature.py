@@ -18,7 +18,9 @@ from lorastate.math.quadrature import (  # noqa: E402
     over_replicas,
     sweep,
 )
-from lorastate.model.channel.inputs import Fresh, FrozenMap, field_dimension  # noqa: E402
+from lorastate.model.channel.fields import field_dimension  # noqa: E402
+from lorastate.model.channel.frozen_map import FrozenMap  # noqa: E402
+from lorastate.model.channel.inputs import Fresh  # noqa: E402
 
 # dimension, nodes, replicas, mirrored coordinates
 SETS = [

@@ -11,7 +11,7 @@ from lorastate.design import mismatch
 from lorastate.diagnosis import explain as report
 from lorastate.diagnosis.explain import noise_decomposition
 from lorastate.errors import SolveError
-from lorastate.setting.files import get, replace
+from lorastate.setting.paths import get, replace
 
 SETTING = ls.Setting(
     ls.Pretraining(alpha=0.2, lam=0.05, activation="identity", tokens=2),

@@ -7,20 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastate.design.optimize import gradient
 from lorastate.errors import SettingError
 from lorastate.model.activation import Identity, Softmax
 from lorastate.model.channel.inputs import Mixed, Reused
-from lorastate.setting.files import (
-    KEYS,
-    continuous_fields,
-    get,
-    load_setting,
-    replace,
-    setting_from_dict,
-    setting_to_dict,
-)
-from lorastate.setting.stages import Finetuning, Numerics, Pretraining, Setting
+from lorastate.setting.fields import KEYS, continuous_fields
+from lorastate.setting.files import load_setting, setting_from_dict, setting_to_dict
+from lorastate.setting.numerics import Numerics
+from lorastate.setting.paths import get, replace
+from lorastate.setting.stages import Finetuning, Pretraining, Setting
+from lorastate.solution.gradients import gradient
 
 jax.config.update("jax_enable_x64", True)
 

@@ -5,7 +5,7 @@ import pytest
 
 import lorastate as ls
 from lorastate.diagnosis import thresholds as stability
-from lorastate.setting.files import replace
+from lorastate.setting.paths import replace
 
 
 def setting(**fine):

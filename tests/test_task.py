@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 import lorastate as ls
+from lorastate.bayes.frozen_map import frozen_map
 from lorastate.bayes.pretraining import bayes_optimal_pretraining
 from lorastate.diagnosis import thresholds as stability
 from lorastate.model.spectra.laws import Atoms, FreeSum, PowerLaw, Wishart
-from lorastate.setting.files import continuous_fields, get, load_setting, replace, setting_to_dict
+from lorastate.setting.fields import continuous_fields
+from lorastate.setting.files import load_setting, setting_to_dict
+from lorastate.setting.paths import get, replace
 
 NUMERICS = ls.Numerics(512, 1024, 2)
 RELATED = {"a": 0.9, "c": 0.5, "kappa_perp": 0.7}
@@ -106,7 +109,7 @@ def test_bayes_optimal_limits_with_a_task():
         assert f["test_error"] > limits.finetuning["test_error"]
         assert p["M_down"] ** 2 / p["Q"] < bayes_optimal_pretraining(s.setting.pretraining).Q_down
     # The channel of the Bayes-optimal map carries the same number.
-    frozen = ls.Finetuning(4.0, 0.3, inputs="bayes_optimal").inputs.freeze(s.setting.pretraining, None)
+    frozen = frozen_map(ls.BayesOptimal(), s.setting.pretraining, None)
     assert float(frozen.overlap) == float(bayes_optimal_pretraining(s.setting.pretraining).Q_down)
 
 

@@ -10,7 +10,8 @@ import pytest
 import lorastate as ls
 from lorastate.evolution.order import decode
 from lorastate.runtime import program
-from lorastate.setting.files import continuous_fields, get
+from lorastate.setting.fields import continuous_fields
+from lorastate.setting.paths import get
 from lorastate.solution import theory
 
 # The same sizes as in test_cli and test_documents: what is compiled for one serves the others.

@@ -11,7 +11,7 @@ from lorastate.evolution.order import Order
 from lorastate.math.quadrature import nested_nodes
 from lorastate.model import proximal as prox
 from lorastate.model import wells
-from lorastate.model.channel.inputs import FrozenMap
+from lorastate.model.channel.frozen_map import FrozenMap
 
 # Noisy labels and a weak ridge: many nodes have several wells.
 FINE = ls.Setting(ls.Pretraining(0.1, 0.003, delta=2.0), ls.Finetuning(3.0, 0.05)).finetuning_resolved

@@ -98,7 +98,7 @@ class Optimize:
 
     def _checked(self, setting: Setting) -> dict[str, Any]:
         """What the descent is given, once the options make sense."""
-        from ..setting.files import continuous_fields
+        from ..setting.fields import continuous_fields
         from ..sweeps.grid import parse_axis
 
         over = tuple(field.strip() for field in self.over.split(",") if field.strip())

@@ -98,7 +98,8 @@ class Gradient:
     json: Json = False
 
     def __call__(self) -> int:
-        from ..setting.files import get, load_setting, setting_to_dict
+        from ..setting.files import load_setting, setting_to_dict
+        from ..setting.paths import get
         from ..solution import gradients
 
         setting = load_setting(self.setting, self.set)

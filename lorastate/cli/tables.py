@@ -140,7 +140,7 @@ def branch_line(branches: Any) -> str:
 
 
 def optimum_table(optimum: Any) -> str:
-    from ..setting.files import get
+    from ..setting.paths import get
 
     before, after = optimum.before.summary(), optimum.after.summary()
     names = {"pretraining.lam": "lambda", "finetuning.lam": "lambda'"}

@@ -29,7 +29,8 @@ import numpy as np
 from scipy.optimize import lsq_linear, minimize
 
 from ..errors import SettingError
-from ..setting.files import continuous_fields, get
+from ..setting.fields import continuous_fields
+from ..setting.paths import get
 from ..setting.stages import Setting
 
 _OPERATORS: dict[type, Callable[..., Any]] = {

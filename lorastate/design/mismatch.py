@@ -18,9 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import Code, SettingError, SolveError
-from ..setting.files import continuous_fields, get, replace
+from ..setting.fields import continuous_fields
+from ..setting.paths import get, replace
 from ..setting.stages import Setting
-from .optimize import gradient, optimize
+from ..solution.gradients import gradient
+from .optimize import optimize
 
 _LAM = "pretraining.lam"
 

@@ -20,7 +20,8 @@ from scipy.optimize import minimize as scipy_minimize
 from tqdm import tqdm
 
 from ..errors import Code, SettingError, SolveError, require_float64
-from ..setting.files import continuous_fields, get, replace, replace_all
+from ..setting.fields import continuous_fields
+from ..setting.paths import get, replace, replace_all
 from ..setting.stages import Setting
 from ..solution.gradients import (  # noqa: F401
     OBJECTIVES,

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..bayes.limits import bayes_optimal
 from ..errors import SettingError, SolveError
-from ..setting.files import replace, setting_to_dict
+from ..setting.files import setting_to_dict
+from ..setting.paths import replace
 from ..setting.stages import Setting
 from ..solution.search import FEW
 from ..solution.solution import Solution, predict

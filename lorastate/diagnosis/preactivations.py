@@ -20,7 +20,9 @@ from ..evolution.order import Order, matched
 from ..math.quadrature import Nodes
 from ..math.symmetric import dimension
 from ..model import proximal as prox
-from ..model.channel.inputs import Fresh, Reused, standard_fields
+from ..model.channel.fields import standard_fields
+from ..model.channel.frozen_map import learned_map
+from ..model.channel.inputs import Fresh, Reused
 from ..setting.stages import Finetuning
 from ..solution.solution import Solution
 from .thresholds import frozen_map, order_of
@@ -45,7 +47,7 @@ def sample_pretraining(
         zw = order.overlap / pre.Q0 * z + jnp.sqrt(jnp.maximum(norm - order.overlap**2 / pre.Q0, 0.0)) * other
         return {"Y": z + jnp.sqrt(pre.delta / 2) * noise, "Z_star": z, "Z_W": zw}
     # Training inputs of pre-training are those that a fine-tuning on reused inputs sees.
-    reused, frozen = Reused("same"), Reused("same").freeze(pre, order)
+    reused, frozen = Reused("same"), learned_map(pre, order)
     x = _normal(key, reused.dimension(t, False), samples)
     y, zw = reused.fields(
         frozen, pre.delta, t, False, x, jax.jit(reused.search, static_argnums=(1, 2))(frozen, t, False, x)

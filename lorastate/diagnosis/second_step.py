@@ -14,9 +14,9 @@ import numpy as np
 from ..errors import succeeded
 from ..evolution import finetuning as ft
 from ..evolution.order import Order
-from ..math.fixed_point import Method, Stage, iterate
+from ..math.fixed_point import Method, Rules, iterate
 from ..math.quadrature import Nodes, Slots, nested_nodes
-from ..model.channel.inputs import FrozenMap
+from ..model.channel.frozen_map import FrozenMap
 from ..runtime.program import Program
 from ..setting.stages import Finetuning
 from ..solution.solution import Solution
@@ -69,7 +69,7 @@ def _at_fixed_breaking(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, test: 
     """`_NAMES` of the solution near `start`, with its breaking parameters, and the result code."""
     nodes, levels, x = ft.prepare(fine, frozen, nodes), start.levels, start.encode()
     method = Method(tolerance=1e-4, max_steps=60, burn_in=12, damping=0.5, floor=1e-2)
-    rules = Stage.of(method)._replace(hold=True, index=(len(nodes.weight), True))
+    rules = Rules.of(method)._replace(hold=True, index=(len(nodes.weight), True))
     memory = Slots.of(ft.no_memory(fine, nodes, levels))
     fmap = ft.state_evolution(fine, frozen, nodes, levels)
     point, _, memory = iterate(fmap, rules, True, x, jnp.zeros((len(x), len(x))), memory)

@@ -18,11 +18,12 @@ import numpy as np
 
 from ..bayes.finetuning import root_between
 from ..bayes.finetuning import weak_recovery_threshold as bayes_threshold
+from ..bayes.frozen_map import frozen_map as seen_map
 from ..bayes.pretraining import bayes_optimal_pretraining
 from ..errors import Code, SettingError, SolveError, require_float64, succeeded
 from ..evolution.order import Order, from_norm
 from ..model.activation import revealed
-from ..setting.files import replace
+from ..setting.paths import replace
 from ..setting.stages import Pretraining, Setting
 from ..solution import theory
 from ..solution.solution import Solution, predict
@@ -65,7 +66,7 @@ def frozen_map(solution: Solution, setting: Setting | None = None):
     if inputs.needs_map and not bool(succeeded(solution.status["pretraining"]["code"])):
         raise SolveError("pretraining", Code(int(solution.status["pretraining"]["code"])))
     down = solution.pretraining["M_down"]
-    return inputs.freeze(pre, order_of(solution, "pretraining"), down)
+    return seen_map(inputs, pre, order_of(solution, "pretraining"), down)
 
 
 #: Overlap o_w from which on w* counts as found: it grows as the root of the distance from the threshold, so that this

@@ -14,8 +14,10 @@ from ..bayes.limits import bayes_optimal
 from ..errors import Code
 from ..predictions import axis_label
 from ..runtime.program import together
-from ..setting.files import replace, setting_to_dict
-from ..setting.stages import Numerics, Setting
+from ..setting.files import setting_to_dict
+from ..setting.numerics import Numerics
+from ..setting.paths import replace
+from ..setting.stages import Setting
 from ..simulation.simulate import simulate
 from ..solution.solution import predict
 from .drawing import BAYES, MINIMUM, SYMMETRIC, Training, draw_square, legend_below, save

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..predictions import axis_label
-from ..setting.files import get, setting_to_dict
+from ..setting.files import setting_to_dict
+from ..setting.paths import get
 from .curves import draw_line, scan
 from .drawing import save, save_pictures, side_by_side
 

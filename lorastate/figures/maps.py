@@ -14,8 +14,10 @@ from ..bayes.finetuning import weak_recovery_threshold as bayes_threshold
 from ..diagnosis import thresholds
 from ..errors import SettingError, SolveError
 from ..predictions import axis_label
-from ..setting.files import replace, setting_to_dict
-from ..setting.stages import Finetuning, Numerics, Pretraining, Setting
+from ..setting.files import setting_to_dict
+from ..setting.numerics import Numerics
+from ..setting.paths import replace
+from ..setting.stages import Finetuning, Pretraining, Setting
 from ..simulation.simulate import simulate
 from ..solution.solution import predict
 from .curves import NUMERICS, Curve, column, draw_curves, scan

@@ -14,7 +14,8 @@ from ..bayes.limits import bayes_optimal
 from ..design.optimize import optimize
 from ..errors import SolveError
 from ..predictions import axis_label
-from ..setting.files import replace, setting_to_dict
+from ..setting.files import setting_to_dict
+from ..setting.paths import replace
 from ..setting.stages import Finetuning, Pretraining, Setting
 from ..simulation.simulate import simulate
 from ..solution.solution import predict, pretrain

@@ -1,11 +1,9 @@
-"""Settings as TOML files and plain dictionaries, and single fields of a `Setting` by their dotted path."""
+"""Settings as TOML files and plain dictionaries."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,25 +14,27 @@ import numpy as np
 
 from ..errors import SettingError
 from ..model.activation import Softmax
-from ..model.channel.inputs import CHANNELS, RECALIBRATIONS, FixedScale, Inputs, homes
-from ..model.spectra.laws import BaseLaw, PowerLaw
-from ..model.task import Task
-from .stages import BASE_KEYS, BASE_LAWS, Finetuning, Numerics, Pretraining, Setting, as_base, as_inputs, as_task
+from ..model.spectra.laws import BaseLaw
+from .fields import KEYS
+from .named import BASE_KEYS, BASE_LAWS, CHANNEL_KEYS
+from .numerics import Numerics
+from .paths import (
+    parse_value,
+    recalibration_word,
+    shown,
+    split,
+    unknown_key,
+    unknown_section,
+)
+from .stages import Finetuning, Pretraining, Setting
+from .paths import get, replace, replace_all  # noqa: F401
+from .fields import continuous_fields  # noqa: F401
 
-#: Sections and keys of a settings file.
-KEYS: dict[str, tuple[str, ...]] = {
-    "pretraining": ("activation", "beta", "tokens", "alpha", "kappa0", "kappa", "delta", "lam"),
-    "finetuning": ("alpha", "lam", "rank", "teacher_rank", "delta", "activation", "beta", "tokens", "inputs",
-                   "label_noise", "reused_fraction", "rho", "pool", "score", "recalibration"),
-    "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps", "samples", "symmetry"),
-    "pretraining.task": ("a", "c", "kappa_perp"),
-    "pretraining.base": ("law", *dict.fromkeys(key for keys in BASE_KEYS.values() for key in keys)),
-}  # fmt: skip
-_CONTINUOUS = ("alpha", "kappa0", "kappa", "delta", "lam", "beta")
 _REQUIRED = {"pretraining": ("alpha", "lam"), "finetuning": ("alpha", "lam")}
-#: Keys of the channel, which are fields of its `Inputs` object.
-_CHANNEL = tuple(dict.fromkeys(key for kind in CHANNELS.values() for key in kind.options))
-_BARE_WORD = re.compile(r"[A-Za-z_][\w-]*")
+#: How the names of this package's modules begin.
+_PACKAGE = __name__.partition(".")[0] + "."
+
+_OBJECTS = ("activation", "beta", "inputs", "recalibration")
 
 
 def load_setting(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Setting:
@@ -73,7 +73,7 @@ def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
         out[name] = {"activation": stage.activation.name}
         if isinstance(stage.activation, Softmax):
             out[name]["beta"] = _plain(stage.activation.beta)
-        out[name] |= {key: _plain(getattr(stage, key)) for key in KEYS[name] if key not in (*_OBJECTS, *_CHANNEL)}
+        out[name] |= {key: _plain(getattr(stage, key)) for key in KEYS[name] if key not in (*_OBJECTS, *CHANNEL_KEYS)}
     task = setting.pretraining.task
     if setting.pretraining.base is not None:
         del out["pretraining"]["kappa0"]
@@ -82,7 +82,7 @@ def setting_to_dict(setting: Setting) -> dict[str, dict[str, Any]]:
         out["pretraining"]["task"] = {key: _plain(getattr(task, key)) for key in KEYS["pretraining.task"]}
     out["finetuning"]["inputs"] = fine.inputs.name
     out["finetuning"] |= {key: _plain(getattr(fine.inputs, key)) for key in fine.inputs.options}
-    out["finetuning"]["recalibration"] = _plain(_recalibration(fine))
+    out["finetuning"]["recalibration"] = _plain(recalibration_word(fine))
     out["numerics"] = {key: getattr(setting.numerics, key) for key in KEYS["numerics"]}
     return out
 
@@ -98,153 +98,12 @@ def description(value: Any) -> Any:
         return np.asarray(value).tolist()
     if isinstance(value, tuple):
         return [description(item) for item in value]
-    if isinstance(value, eqx.Module) and type(value).__module__.startswith(f"{__package__}."):
+    if isinstance(value, eqx.Module) and type(value).__module__.startswith(_PACKAGE):
         fields = {field.name: description(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__} | fields
     raise SettingError(
-        f"{_shown(value)} is code of your own, whose results cannot be known again; allowed: what settings files know"
+        f"{shown(value)} is code of your own, whose results cannot be known again; allowed: what settings files know"
     )
-
-
-_OBJECTS = ("activation", "beta", "inputs", "recalibration")
-
-
-def _recalibration(fine: Finetuning) -> Any:
-    """b, or "noise" or "error"."""
-    how = fine.recalibration
-    if isinstance(how, FixedScale):
-        return how.b
-    return next(name for name, kind in RECALIBRATIONS.items() if isinstance(how, kind))
-
-
-def continuous_fields(setting: Setting) -> tuple[str, ...]:
-    """Paths of all numbers that predictions are differentiable in.
-
-    `beta` only where there is a softmax; on selected inputs `rho` and `pool` instead of `alpha`; no fine-tuning `delta`
-    where reused labels keep the noise of pre-training.
-    """
-    pre, fine = setting.pretraining, setting.finetuning_resolved
-
-    def softmax(stage):
-        return ("beta",) if isinstance(stage.activation, Softmax) else ()
-
-    own = () if hasattr(fine.inputs, "alpha") else ("alpha",)
-    own += ("lam", *(() if fine.inputs.keeps_noise else ("delta",)), *softmax(fine), *fine.inputs.numbers)
-    own += ("recalibration",) if isinstance(fine.recalibration, FixedScale) else ()
-    theirs = tuple(key for key in _CONTINUOUS if key not in ("beta", "kappa0")) + softmax(pre)
-    if pre.base is None:
-        theirs = (theirs[0], "kappa0", *theirs[1:])
-    elif isinstance(pre.base, PowerLaw):
-        theirs += tuple(f"base.{key}" for key in BASE_KEYS["power_law"])
-    theirs += () if pre.task is None else tuple(f"task.{key}" for key in KEYS["pretraining.task"])
-    return tuple(f"pretraining.{key}" for key in theirs) + tuple(f"finetuning.{key}" for key in own)
-
-
-def get(setting: Setting, path: str) -> Any:
-    """The value of one field; a fine-tuning field that follows pre-training gives the value it follows."""
-    name, key = _split(path)
-    if name == "pretraining.task":
-        _needs_task(path, setting.pretraining)
-        return getattr(setting.pretraining.task, key)
-    if name == "pretraining.base":
-        return _base_of(path, setting.pretraining.base)[key]
-    stage = setting.finetuning_resolved if name == "finetuning" else getattr(setting, name)
-    if key == "beta":
-        _needs_softmax(path, stage.activation)
-        return stage.activation.beta
-    if key == "recalibration":
-        return _recalibration(stage)
-    if key in _CHANNEL:
-        _needs_channel(key, stage.inputs)
-        return getattr(stage.inputs, key)
-    return getattr(stage, key)
-
-
-def replace(setting: Setting, path: str, value: Any) -> Setting:
-    """The setting with one field changed, validated as in the constructors (also under JAX transformations).
-
-    Changing a pre-training field also changes what follows it in fine-tuning. Changing a fine-tuning field
-    that follows pre-training cuts that tie; None, for `delta`, `activation` and `tokens`, restores it. A name changes
-    no number: a softmax keeps its beta, or takes that of pre-training, and inputs keep the options that both kinds
-    have. "pretraining.task" and "pretraining.base" as a whole are fields too; None takes them away.
-    """
-    return replace_all(setting, {path: value})
-
-
-def replace_all(setting: Setting, values: Mapping[str, Any]) -> Setting:
-    """`replace` of several fields at once: only what comes of all of them together has to be valid."""
-    given: dict[str, dict[str, Any]] = {name: {} for name in KEYS}
-    for path, value in values.items():
-        name, key = _split(path)
-        given[name][key] = value
-    pre, fine, numerics = setting.pretraining, setting.finetuning, setting.numerics
-    if given["pretraining"] or given["pretraining.task"] or given["pretraining.base"]:
-        pre = Pretraining(**_replaced_pretraining(pre, given))
-    if given["finetuning"]:
-        fine = Finetuning(**_replaced_finetuning(Setting(pre, fine, numerics), given["finetuning"]))
-    if given["numerics"]:
-        numerics = numerics.changed(**given["numerics"])
-    return Setting(pre, fine, numerics)
-
-
-def _replaced_pretraining(pre: Pretraining, given: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Arguments of pre-training with the changes."""
-    own = dict(given["pretraining"])
-    fields = _fields(pre) | _activation("pretraining", pre.activation, pre.activation, own) | own
-    if given["pretraining.task"]:
-        # A task that is not there yet is that of plain pre-training, a = 1 and c = 0.
-        task = as_task(fields["task"]) or Task()
-        fields["task"] = {key: getattr(task, key) for key in KEYS["pretraining.task"]} | given["pretraining.task"]
-    for key in given["pretraining.base"]:
-        fields["base"] = _base_of(f"pretraining.base.{key}", as_base(fields["base"]))
-    if given["pretraining.base"]:
-        fields["base"] |= given["pretraining.base"]
-    if fields["base"] is not None and "kappa0" not in own:
-        fields.pop("kappa0", None)
-    return fields
-
-
-def _replaced_finetuning(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of fine-tuning with the changes; pre-training has its own already."""
-    fine, own = setting.finetuning, dict(own)
-    fields = _fields(fine) | _activation("finetuning", fine.activation, setting.finetuning_activation, own)
-    inputs, options = own.pop("inputs", None), {key: own.pop(key) for key in _CHANNEL if key in own}
-    if isinstance(inputs, Inputs):
-        fields |= {"inputs": inputs, **options}
-    elif inputs is not None or options:
-        name = fine.inputs.name if inputs is None else inputs
-        kind = CHANNELS.get(name) if isinstance(name, str) else None
-        both = () if kind is None else set(kind.options) & set(fine.inputs.options)
-        fields["inputs"] = as_inputs(name, {key: getattr(fine.inputs, key) for key in both} | options)
-    if hasattr(fields["inputs"], "alpha"):
-        if "alpha" in own:
-            raise SettingError("finetuning.alpha is rho * pool on selected inputs; allowed: replace rho or pool")
-        if hasattr(fine.inputs, "alpha"):
-            del fields["alpha"]
-    return fields | own
-
-
-def _activation(stage: str, now: Any, resolved: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for the activation and its beta, taken out of the changes where they are not themselves arguments."""
-    if "beta" in own:
-        if own["beta"] is None:
-            raise SettingError(f"{stage}.beta = None is not a number; allowed: beta > 0")
-        if "activation" not in own:
-            _needs_softmax(f"{stage}.beta", resolved)
-            return {"activation": "softmax"}
-    elif isinstance(own.get("activation"), str) and own["activation"] == "softmax" and isinstance(now, Softmax):
-        del own["activation"]
-    return {}
-
-
-def _fields(stage: Pretraining | Finetuning) -> dict[str, Any]:
-    """Arguments that make the same stage again."""
-    if isinstance(stage, Pretraining):
-        fields = {k: getattr(stage, k) for k in KEYS["pretraining"] if k != "beta"}
-        if stage.base is not None:
-            del fields["kappa0"]
-        return fields | {"task": stage.task, "base": stage.base}
-    return {k: getattr(stage, k) for k in KEYS["finetuning"] if k not in ("beta", *_CHANNEL)}
 
 
 def _base_fields(base: BaseLaw) -> dict[str, Any]:
@@ -253,29 +112,6 @@ def _base_fields(base: BaseLaw) -> dict[str, Any]:
         if isinstance(base, kind):
             return {"law": name} | {key: _plain(getattr(base, key)) for key in BASE_KEYS[name]}
     return {"law": str(base)}
-
-
-def _base_of(path: str, base: BaseLaw | None) -> dict[str, Any]:
-    """Name and parameters of the base law, `path` among them."""
-    for name, kind in BASE_LAWS.items():
-        if isinstance(base, kind) and path.removeprefix("pretraining.base.") in ("law", *BASE_KEYS[name]):
-            return {"law": name} | {key: getattr(base, key) for key in BASE_KEYS[name]}
-    raise SettingError(f"{path} has no meaning here; allowed: where [pretraining.base] has such a key")
-
-
-def _needs_task(path: str, pre: Pretraining) -> None:
-    if pre.task is None:
-        raise SettingError(f"{path} has no meaning without a task; allowed: where [pretraining.task] is given")
-
-
-def _needs_channel(key: str, inputs: Inputs) -> None:
-    if key not in inputs.options:
-        raise SettingError(f'finetuning.{key} has no meaning on "{inputs.name}" inputs; allowed: on {homes(key)} ones')
-
-
-def _needs_softmax(path: str, activation: Any) -> None:
-    if not isinstance(activation, Softmax):
-        raise SettingError(f"{path} has no meaning for the {activation.name} activation; allowed: softmax only")
 
 
 def _plain(value: Any) -> Any:
@@ -310,9 +146,9 @@ def _checked(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {name: {} for name in KEYS}
     for name, section in data.items():
         if name not in KEYS:
-            raise SettingError(_unknown_section(name))
+            raise SettingError(unknown_section(name))
         if not isinstance(section, Mapping):
-            raise SettingError(f"{name} = {_shown(section)} is not a section; allowed: [{name}] and keys below it")
+            raise SettingError(f"{name} = {shown(section)} is not a section; allowed: [{name}] and keys below it")
         for key, value in section.items():
             if f"{name}.{key}" in KEYS and isinstance(value, Mapping):
                 for inner, entry in value.items():
@@ -324,21 +160,14 @@ def _checked(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _set(sections: dict[str, dict[str, Any]], name: str, key: str, value: Any) -> None:
     if key not in KEYS[name]:
-        raise SettingError(_unknown_key(name, key))
+        raise SettingError(unknown_key(name, key))
     path = f"{name}.{key}"
     vector = path in ("pretraining.base.weights", "pretraining.base.values") and isinstance(value, list)
     if isinstance(value, list | Mapping) and not vector:
-        raise SettingError(f"{path} = {_shown(value)} is not a single value; allowed: one number or one word")
+        raise SettingError(f"{path} = {shown(value)} is not a single value; allowed: one number or one word")
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**63:
-        raise SettingError(f"{path} = {_shown(value)} is out of range; allowed: below 2^63 in size")
+        raise SettingError(f"{path} = {shown(value)} is out of range; allowed: below 2^63 in size")
     sections[name][key] = value
-
-
-def _shown(value: Any, longest: int = 40) -> str:
-    if isinstance(value, int) and abs(value) > 10**longest:
-        return "a very large number"
-    text = repr(value)
-    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def _override(sections: dict[str, dict[str, Any]], overrides: Iterable[str]) -> None:
@@ -347,7 +176,7 @@ def _override(sections: dict[str, dict[str, Any]], overrides: Iterable[str]) -> 
         path, equals, value = text.partition("=")
         if not equals:
             raise SettingError(f"override {text!r} has no '='; allowed: section.key=value, as pretraining.lam=0.02")
-        name, key = _split(path.strip())
+        name, key = split(path.strip())
         _set(sections, name, key, parse_value(path.strip(), value.strip()))
         given.add((name, key))
     # Switching to the identity on top of a softmax file leaves no way to delete its beta: it goes by itself.
@@ -357,51 +186,3 @@ def _override(sections: dict[str, dict[str, Any]], overrides: Iterable[str]) -> 
         switched = (source, "activation") in given and sections[source]["activation"] == "identity"
         if switched and (name, "beta") not in given:
             sections[name].pop("beta", None)
-
-
-def parse_value(path: str, text: str) -> Any:
-    """A TOML value, or a bare word, which stands for itself."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-        if parsed.keys() == {"value"} and "\n" not in text:
-            return parsed["value"]
-    except (ValueError, RecursionError):
-        if _BARE_WORD.fullmatch(text):
-            return text
-    raise SettingError(f"override {path}={text[:40]} has no readable value; allowed: a number such as 0.02, or a word")
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Section and key of a dotted path, both known."""
-    name, dot, key = path.partition(".")
-    inner, inner_dot, last = path.rpartition(".")
-    if inner in KEYS:
-        name, dot, key = inner, inner_dot, last
-    if not dot or not name or not key:
-        homes = [f"{section}.{path}" for section, keys in KEYS.items() if path in keys]
-        hint = f"did you mean {' or '.join(homes)}? " if homes else ""
-        raise SettingError(f"{path!r} is not a section.key path; {hint}allowed: for example pretraining.lam")
-    if name not in KEYS:
-        raise SettingError(_unknown_section(name))
-    if key not in KEYS[name] and path not in KEYS:
-        raise SettingError(_unknown_key(name, key))
-    return name, key
-
-
-def _nearest(word: str, known: Iterable[str], cutoff: float = 0.55) -> str | None:
-    return next(iter(difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=cutoff)), None)
-
-
-def _unknown_section(name: str) -> str:
-    homes = [f"{section}.{name}" for section, keys in KEYS.items() if name in keys]
-    near = _nearest(name, KEYS)
-    hint = " or ".join(homes) if homes else near
-    return f"unknown section {_shown(name)}{f' (did you mean {hint}?)' if hint else ''}; allowed: {', '.join(KEYS)}"
-
-
-def _unknown_key(name: str, key: str) -> str:
-    near = _nearest(key, KEYS[name])
-    return (
-        f"unknown key {name}.{_shown(key)[1:-1]}{f' (did you mean {near}?)' if near else ''}; "
-        f"allowed in [{name}]: {', '.join(KEYS[name])}"
-    )

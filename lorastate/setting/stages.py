@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 
 from ..errors import SettingError, is_concrete, require_float64
-from ..model.activation import Activation, Custom, Identity, Softmax
-from ..model.channel.inputs import CHANNELS, RECALIBRATIONS, FixedScale, Fresh, Inputs, Moments, Recalibration, homes
-from ..model.spectra.laws import Atoms, BaseLaw, PowerLaw, Wishart
+from ..model.activation import Activation, Softmax
+from ..model.channel.fields import Moments
+from ..model.channel.inputs import Fresh, Inputs
+from ..model.channel.recalibration import FixedScale, Recalibration
+from ..model.spectra.laws import BaseLaw, Wishart
 from ..model.task import Task
 from ..validation import real, whole
+from .named import as_activation, as_base, as_inputs, as_recalibration, as_task
+from .numerics import Numerics
 
 _WHY_LAM = (
     "lam > 0; zero is not allowed because below the interpolation threshold the response V grows without bound "
     "as lam -> 0 (take a small positive value instead)"
 )
-
-
-def as_activation(stage: str, value: Any, beta: Any = None, unsaid: Any = 1.0) -> Activation:
-    """An `Activation` from one, from the name "softmax" or "identity", or from a callable on T x T matrices.
-
-    The beta of a softmax that is given by name alone is `unsaid`.
-    """
-    if isinstance(value, str) and value == "softmax":
-        value, beta = Softmax(unsaid if beta is None else real(f"{stage}.beta", beta, "beta > 0", 0.0)), None
-    if beta is not None:
-        why = (
-            f"has no meaning for the {value} activation; allowed: leave it out"
-            if isinstance(value, str)
-            else "stands beside an activation that has its own numbers; allowed: one of them"
-        )
-        raise SettingError(f"{stage}.beta = {beta!r} {why}")
-    if isinstance(value, Activation):
-        if isinstance(value, Softmax) and (value.beta is not None or unsaid is not None):
-            real(f"{stage}.beta", value.beta, "beta > 0", 0.0)
-        return value
-    if isinstance(value, str) and value == "identity":
-        return Identity()
-    if callable(value):
-        return Custom(value)
-    raise SettingError(
-        f'{stage}.activation = {value!r} is unknown; allowed: "softmax", "identity" (or a callable in Python)'
-    )
 
 
 class Pretraining(eqx.Module):
@@ -120,48 +95,6 @@ class Pretraining(eqx.Module):
         return self.Q0 + self.delta / 2
 
 
-def as_task(value: Any) -> Task | None:
-    """A `Task` from one, from a mapping of its fields, or None."""
-    if value is None or isinstance(value, Task):
-        return value
-    if not isinstance(value, Mapping):
-        raise SettingError(f"pretraining.task = {value!r} is not a task; allowed: a, c and kappa_perp")
-    for key in value:
-        if key not in ("a", "c", "kappa_perp"):
-            raise SettingError(f"pretraining.task.{key} is unknown; allowed: a, c, kappa_perp")
-    return Task(**value)
-
-
-#: Laws of the base map that settings files know, by name.
-BASE_LAWS: dict[str, type[BaseLaw]] = {"atoms": Atoms, "power_law": PowerLaw}
-#: Their keys.
-BASE_KEYS = {"atoms": ("weights", "values"), "power_law": ("exponent", "low", "high")}
-
-
-def as_base(value: Any) -> BaseLaw | None:
-    """A base law from one, from a mapping of its name and parameters, or None for the Wishart law of kappa0."""
-    if value is None or isinstance(value, BaseLaw):
-        return value
-    known = ", ".join(f'"{name}"' for name in BASE_LAWS)
-    if not isinstance(value, Mapping):
-        raise SettingError(
-            f"pretraining.base = {value!r} is not a law; allowed: law = one of {known}, with its parameters"
-        )
-    given = {key: v for key, v in value.items() if key != "law"}
-    name = value.get("law")
-    if name not in BASE_LAWS:
-        raise SettingError(f"pretraining.base.law = {name!r} is unknown; allowed: {known}")
-    for key in given:
-        if key not in BASE_KEYS[name]:
-            raise SettingError(
-                f'pretraining.base.{key} has no meaning for "{name}"; allowed: {", ".join(BASE_KEYS[name])}'
-            )
-    for key in BASE_KEYS[name]:
-        if key not in given:
-            raise SettingError(f'pretraining.base.{key} is missing; allowed: {", ".join(BASE_KEYS[name])} for "{name}"')
-    return BASE_LAWS[name](**given)
-
-
 #: Largest rank of a LoRA update and of its teacher: the inner problem has r T unknowns.
 MAX_RANK = 4
 
@@ -220,7 +153,7 @@ class Finetuning(eqx.Module):
             raise SettingError(f"finetuning.beta = {beta!r} needs an activation; allowed: with softmax only")
         self.activation = None if activation is None else as_activation("finetuning", activation, beta, unsaid=None)
         self.tokens = None if tokens is None else whole("finetuning.tokens", tokens, 2, 8)
-        self.recalibration = _as_recalibration(recalibration)
+        self.recalibration = as_recalibration(recalibration)
         self.rank = whole("finetuning.rank", rank, 1, MAX_RANK)
         self.teacher_rank = whole("finetuning.teacher_rank", teacher_rank, 1, MAX_RANK)
 
@@ -252,113 +185,6 @@ def _differ(given, follows) -> bool:
         return known and abs(float(given) - float(follows)) > 1e-9 * abs(float(follows))
     except (TypeError, ValueError):
         return False
-
-
-def as_inputs(inputs: Any, options: Mapping[str, Any]) -> Inputs:
-    """`Inputs` from one, or from its name and options."""
-    given = {key: value for key, value in options.items() if value is not None}
-    known = {key for kind in CHANNELS.values() for key in kind.options}
-    for key in options:
-        if key not in known:
-            raise TypeError(f"Finetuning got an unexpected keyword argument {key!r}")
-    if isinstance(inputs, Inputs):
-        for key in given:
-            raise SettingError(
-                f"finetuning.{key} = {given[key]!r} stands beside inputs that have their own; allowed: one of them"
-            )
-        return inputs
-    if not isinstance(inputs, str) or inputs not in CHANNELS:
-        allowed = ", ".join(f'"{kind}"' for kind in CHANNELS)
-        raise SettingError(f"finetuning.inputs = {inputs!r} is unknown; allowed: {allowed}")
-    kind = CHANNELS[inputs]
-    for key in given:
-        if key not in kind.options:
-            raise SettingError(
-                f'finetuning.{key} = {given[key]!r} has no meaning on "{inputs}" inputs; allowed: on {homes(key)} ones'
-            )
-    for key in kind.numbers:
-        if key not in given:
-            raise SettingError(f'finetuning.{key} is missing; allowed: {_MISSING[key]}, which "{inputs}" inputs need')
-    return kind(**given)
-
-
-_MISSING = {"reused_fraction": "0 to 1", "rho": "0 < rho <= 1", "pool": "pool > 0 (inputs in the pool / D)"}
-
-
-def _as_recalibration(value: Any) -> Recalibration:
-    if isinstance(value, Recalibration):
-        return value
-    if isinstance(value, str):
-        if value in RECALIBRATIONS:
-            return RECALIBRATIONS[value]()
-        raise SettingError(f'finetuning.recalibration = {value!r} is unknown; allowed: a number >= 0, "noise", "error"')
-    return FixedScale(real("finetuning.recalibration", value, 'a number >= 0, "noise", "error"', 0.0, closed=True))
-
-
-#: What may be assumed of the minima of fine-tuning (see `Numerics`).
-SYMMETRIES = ("auto", "rs", "1rsb")
-
-
-class Numerics(eqx.Module):
-    """How the theory is evaluated (static).
-
-    `nodes`: quadrature nodes of pre-training, split over `replicas` independent scrambles (a power of two each), whose
-    spread is the error bar: it is known to 1 / sqrt(2 replicas - 2) of itself, and large replicas have small errors;
-    `finetuning_nodes`: the same for fine-tuning (default 4 x `nodes`); `seed` of the scrambles; `tolerance` on the true
-    residual; `max_steps` of the fixed-point solver. `symmetry` of fine-tuning: "auto" (replica symmetric where that is
-    stable, one step of breaking elsewhere), "rs" or "1rsb" throughout; with one step a quarter of the nodes has
-    `samples` each inside (a power of two).
-    """
-
-    nodes: int = eqx.field(static=True, default=16384)
-    finetuning_nodes: int = eqx.field(static=True, default=65536)
-    replicas: int = eqx.field(static=True, default=8)
-    seed: int = eqx.field(static=True, default=0)
-    tolerance: float = eqx.field(static=True, default=1e-10)
-    max_steps: int = eqx.field(static=True, default=200)
-    samples: int = eqx.field(static=True, default=16)
-    symmetry: str = eqx.field(static=True, default="auto")
-
-    def __init__(
-        self, nodes=16384, finetuning_nodes=None, replicas=8, seed=0, tolerance=1e-10, max_steps=200, samples=16,
-        symmetry="auto",
-    ):  # fmt: skip
-        self.nodes = whole("numerics.nodes", nodes, 256, 2**22)
-        finetuning_nodes = 4 * nodes if finetuning_nodes is None else finetuning_nodes
-        self.finetuning_nodes = whole("numerics.finetuning_nodes", finetuning_nodes, 256, 2**22)
-        self.replicas = whole("numerics.replicas", replicas, 2, 64)
-        self.seed = whole("numerics.seed", seed, 0, 2**31 - 1)
-        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
-            raise SettingError(f"numerics.tolerance = {tolerance!r} is not a number; allowed: 1e-13 to 1e-3")
-        if not 1e-13 <= tolerance <= 1e-3:
-            raise SettingError(f"numerics.tolerance = {tolerance!r} is out of range; allowed: 1e-13 to 1e-3")
-        self.tolerance = float(tolerance)
-        self.max_steps = whole("numerics.max_steps", max_steps, 1, 10**6)
-        self.samples = whole("numerics.samples", samples, 4, 1024)
-        if self.samples & (self.samples - 1):
-            raise SettingError(f"numerics.samples = {samples} is out of range; allowed: a power of two, 4 to 1024")
-        if symmetry not in SYMMETRIES:
-            allowed = ", ".join(f'"{name}"' for name in SYMMETRIES)
-            raise SettingError(f"numerics.symmetry = {symmetry!r} is unknown; allowed: {allowed}")
-        self.symmetry = symmetry
-        for name in ("nodes", "finetuning_nodes"):
-            per = getattr(self, name) / self.replicas
-            if per < 32 or math.log2(per) % 1:
-                raise SettingError(
-                    f"numerics.{name} = {getattr(self, name)} is out of range; allowed: numerics.replicas "
-                    f"(= {self.replicas}) times a power of two >= 32"
-                )
-
-    @property
-    def without_seed(self) -> Numerics:
-        """The same with seed 0: once the nodes are drawn, the seed must not cause another compilation."""
-        return self.changed(seed=0)
-
-    def changed(self, **fields: Any) -> Numerics:
-        """The same with some fields changed."""
-        names = ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps", "samples", "symmetry")
-        given: dict[str, Any] = {name: getattr(self, name) for name in names} | fields
-        return Numerics(**given)
 
 
 class Setting(eqx.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..model.channel.inputs import FrozenMap
+from ..model.channel.frozen_map import FrozenMap
 from ..setting.stages import Finetuning
 from .descents import LoraData
 from .samples import lora_update, stream

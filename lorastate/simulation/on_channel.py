@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ..model.channel.inputs import FrozenMap, LeastError
+from ..model.channel.frozen_map import FrozenMap
+from ..model.channel.recalibration import LeastError
 from ..setting.stages import Setting
-from ..solution import theory
+from ..solution.nodes import test_nodes
 from ..solution.solution import pretrain
 from .channel_draws import Sample, draw
 from .channel_result import ChannelSimulation, collected
@@ -101,7 +102,7 @@ def train_on_channel(
     if isinstance(fine.recalibration, LeastError):  # the only b that needs all of the theory
         fine = theory_scale(setting).finetuning_resolved
     frozen = solved.frozen(fine)
-    nodes = theory.test_nodes(fine, setting.numerics)
+    nodes = test_nodes(fine, setting.numerics)
     options = {"setting": setting, "map": solved, "dimension": dimension, "samples": samples, "starts": starts}
     options["moves"] = moves
     outcomes: list[dict] = []

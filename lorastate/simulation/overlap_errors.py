@@ -12,7 +12,7 @@ import numpy as np
 from ..evolution.test_errors import joint_fields, mean_square_distance, row_error
 from ..math.quadrature import mean, over_replicas
 from ..model.activation import Identity
-from ..model.channel.inputs import FrozenMap
+from ..model.channel.frozen_map import FrozenMap
 from ..model.proximal import gram
 from ..setting.stages import Finetuning
 

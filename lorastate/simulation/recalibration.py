@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..model.channel.inputs import FixedScale, LeastError
-from ..setting.files import replace
+from ..model.channel.recalibration import FixedScale, LeastError
+from ..setting.paths import replace
 from ..setting.stages import Setting
 from ..solution import solution
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import SettingError, is_concrete
-from ..model.channel.inputs import Fresh, Selected
+from ..model.channel.inputs import Fresh
+from ..model.channel.selected import Selected
 from ..setting.stages import Pretraining
 
 #: Bytes that a simulation may take.

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ..model.channel.inputs import Fresh, Mixed, Reused, Selected
+from ..model.channel.inputs import Fresh, Mixed, Reused
+from ..model.channel.selected import Selected
 from ..setting.stages import Finetuning
 from .samples import Batch, draw_batch, label_noise, preactivation, stream
 

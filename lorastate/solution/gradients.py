@@ -15,10 +15,11 @@ from scipy.optimize import root_scalar
 from ..errors import Code, SettingError, SolveError, require_float64, succeeded
 from ..evolution import finetuning as ft
 from ..evolution import pretraining as pt
-from ..math.fixed_point import sensitivity
-from ..model.channel.inputs import LeastError, Selected
+from ..math.implicit import sensitivity
+from ..model.channel.recalibration import LeastError
 from ..runtime.program import Program
-from ..setting.files import continuous_fields, replace
+from ..setting.fields import BY_PATH, Field, fields
+from ..setting.paths import replace
 from ..setting.stages import Setting
 from . import theory
 from .solve import failure, solve
@@ -30,26 +31,6 @@ OBJECTIVES = {
     "effective_noise": lambda fine, frozen, order, nodes: fine.effective_noise(frozen),
     "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(fine, order),
 }
-
-
-def _read(path: str):
-    """Leaf of (pre, fine) that a dotted path names; both stages are explicit there."""
-    stage, name = path.split(".", 1)
-    index = 0 if stage == "pretraining" else 1
-
-    def where(stages):
-        node = stages[index]
-        if name == "beta":
-            return node.activation.beta
-        if name == "recalibration":
-            return node.recalibration.b
-        part, dot, inner = name.partition(".")
-        if dot:  # of the task or of the base law
-            return getattr(getattr(node, part), inner)
-        # Fields of the channel by its own names; an alpha that follows from them is a leaf of the stage all the same.
-        return getattr(node if hasattr(node, name) else node.inputs, name)
-
-    return where
 
 
 def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
@@ -106,20 +87,17 @@ class Point(NamedTuple):
 
 
 def total_slopes(setting: Setting, grads) -> dict[str, float]:
-    """Total derivatives by dotted path, from partial ones shaped like (pre, resolved fine)."""
-    fine = setting.finetuning_resolved
-    slopes = {p: float(_read(p)(grads)) for p in continuous_fields(setting)}
-    # Fields that follow pre-training move with it: their derivative is part of the pre-training field's.
-    same_noise = setting.finetuning.delta is None or fine.inputs.keeps_noise
-    if same_noise:
-        slopes["pretraining.delta"] += float(grads[1].delta)
-    if setting.finetuning.follows_beta and {"pretraining.beta", "finetuning.beta"} <= slopes.keys():
-        slopes["pretraining.beta"] += slopes["finetuning.beta"]
-    if isinstance(fine.inputs, Selected):  # alpha = rho pool
-        by_alpha = float(grads[1].alpha)
-        slopes["finetuning.rho"] += by_alpha * float(fine.inputs.pool)
-        slopes["finetuning.pool"] += by_alpha * float(fine.inputs.rho)
-    return slopes
+    """Total derivatives by dotted path, from partial ones shaped like (pre, resolved fine): what follows a field moves
+    with it, and is part of its derivative."""
+    by_stage: dict[str, Any] = dict(zip(("pretraining", "finetuning"), grads, strict=True))
+
+    def partial(field: Field) -> float:
+        return float(field.leaf(by_stage[field.stage]))
+
+    return {
+        field.path: partial(field) + sum(float(by) * partial(BY_PATH[p]) for p, by in field.moves(setting).items())
+        for field in fields(setting)
+    }
 
 
 def evaluate(setting: Setting, objective: str) -> Point:

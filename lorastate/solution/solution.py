@@ -13,21 +13,17 @@ import numpy as np
 
 from ..bayes.limits import BayesLimits, bayes_optimal
 from ..errors import Code, is_concrete, require_float64, succeeded
-from ..model.channel.inputs import FrozenMap
+from ..model.channel.frozen_map import FrozenMap
 from ..model.spectra.learned import LearnedSpectrum
+from ..predictions import summary_names
 from ..runtime.program import Program
-from ..setting.stages import Finetuning, Numerics, Pretraining, Setting
+from ..setting.numerics import Numerics
+from ..setting.stages import Finetuning, Pretraining, Setting
 from . import theory
 from .gradients import searches_scale, with_best_scale
 from .solve import answer, by_work, failure, lost, solve, solve_pretraining, traced_answer  # noqa: F401
 
-_SUMMARY = {
-    "pretraining": ("V", "M", "Q", "M_down", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error",
-                    "rank_fraction", "replicon", "double_well_share"),
-    "finetuning": ("v", "m", "p", "q", "v_spare", "p_spare", "q_spare", "overlap", "train_loss", "test_error",
-                   "test_error_frozen", "effective_noise", "recalibration", "free_energy", "replicon",
-                   "double_well_share", "breaking", "complexity"),
-}  # fmt: skip
+_SUMMARY = {stage: summary_names(stage) for stage in ("pretraining", "finetuning")}
 
 
 _map_errors = Program(theory.map_errors, quick=True)

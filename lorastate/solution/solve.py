@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import Code, SolveError, succeeded
-from ..math.fixed_point import nan_slope
+from ..math.implicit import nan_slope
 from ..runtime.program import Program
-from ..setting.stages import Finetuning, Numerics, Pretraining
+from ..setting.numerics import Numerics
+from ..setting.stages import Finetuning, Pretraining
 from . import theory
 
 # Several programs, not one: the compiler's memory grows with the size of a program, and gradients share the searches.

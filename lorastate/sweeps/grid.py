@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SettingError
-from ..setting.files import get, parse_value
+from ..setting.paths import get, parse_value
 from ..setting.stages import Setting
 
 

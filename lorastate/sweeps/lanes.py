@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ..errors import SettingError, SolveError, succeeded
 from ..runtime.program import Program
-from ..setting.files import replace
+from ..setting.paths import replace
 from ..setting.stages import Setting
 from ..solution import gradients
 from ..solution.finetuning import describe_finetuning, quadrature_errors

@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from .._version import SOURCE
 from ..errors import SettingError, require_float64
-from ..setting.files import continuous_fields, description, replace_all
+from ..setting.fields import continuous_fields
+from ..setting.files import description
+from ..setting.paths import replace_all
 from ..setting.stages import Setting
 from ..solution import gradients
 from .dataset import labelled
