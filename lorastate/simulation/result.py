@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import Code, SettingError, SolveError
+from ..predictions import measured_names
 from ..setting.stages import Setting
 from .sizes import Sizes
 
 #: What is measured of each stage, in the order of tables.
 NAMES: dict[str, tuple[str, ...]] = {
-    "pretraining": ("M", "Q", "M_down", "overlap", "train_loss", "train_error", "test_error", "test_error_noiseless",
-                    "rank_fraction", "map_start_spread"),
-    "finetuning": ("m", "q", "q_spare", "overlap", "train_loss", "train_error", "test_error", "test_error_frozen"),
-}  # fmt: skip
+    "pretraining": (*measured_names("pretraining"), "map_start_spread"),
+    "finetuning": measured_names("finetuning"),
+}
 
 
 @dataclass(frozen=True, eq=False)
