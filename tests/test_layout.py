@@ -16,10 +16,8 @@ def test_imports_go_down():
 
 def test_circles_and_climbs_are_seen():
     assert layout.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
-    assert layout.upwards({"math.nodes": {"solution.solve"}, "sweeps.sweep": {"design.optimize"}, "cli.main": {"math"}}) == [
-        "math.nodes -> solution.solve",
-        "sweeps.sweep -> design.optimize",
-    ]
+    edges = {"math.nodes": {"solution.solve"}, "sweeps.sweep": {"design.optimize"}, "cli.main": {"math"}}
+    assert layout.upwards(edges) == ["math.nodes -> solution.solve", "sweeps.sweep -> design.optimize"]
 
 
 def test_files_and_functions_are_short():
