@@ -10,6 +10,7 @@ from scipy.stats import chi2
 
 import lorastate as ls
 from lorastate.bayes.frozen_map import frozen_map
+from lorastate.design import descent
 from lorastate.design import optimize as design
 from lorastate.diagnosis.explain import noise_decomposition
 from lorastate.evolution.order import from_norm
@@ -227,7 +228,7 @@ def test_mixture_is_optimised_inside_its_range(monkeypatch):
         return Point((r - 0.9) ** 2, {"finetuning.reused_fraction": 2 * (r - 0.9)})
 
     solution = SimpleNamespace()
-    monkeypatch.setattr(design, "evaluate", evaluate)
+    monkeypatch.setattr(descent, "evaluate", evaluate)
     monkeypatch.setattr(design, "predict", lambda s: solution)
     s = setting("identity", 0.1, inputs="mixed", reused_fraction=0.5)
     best = ls.optimize(s, over=("finetuning.reused_fraction",))

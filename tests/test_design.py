@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import lorastate as ls
+from lorastate.design import descent
 from lorastate.design import optimize as design
 from lorastate.design.budgets import budgets
-from lorastate.design.optimize import optimize, sensitivities
+from lorastate.design.optimize import optimize
+from lorastate.design.sensitivities import sensitivities
 from lorastate.setting.paths import get, replace
 from lorastate.solution.gradients import Point
 
@@ -228,7 +230,7 @@ def test_a_floor_below_a_vanishing_slope_is_no_optimum(monkeypatch):
             value, slope = of(lam)
             return Point(value, {"pretraining.lam": slope})
 
-        monkeypatch.setattr(design, "evaluate", at)
+        monkeypatch.setattr(descent, "evaluate", at)
         monkeypatch.setattr(design, "predict", lambda s: None)
         return optimize(setting(), ("pretraining.lam",))
 

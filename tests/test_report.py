@@ -10,6 +10,7 @@ import lorastate as ls
 from lorastate.design import mismatch
 from lorastate.diagnosis import explain as report
 from lorastate.diagnosis.explain import noise_decomposition
+from lorastate.diagnosis.page import page
 from lorastate.errors import SolveError
 from lorastate.setting.paths import get, replace
 
@@ -122,6 +123,6 @@ def test_the_best_ridge_beside_an_update_that_is_zero(monkeypatch):
 def test_below_recovery_the_page_says_so():
     below = ls.Setting(SETTING.pretraining, ls.Finetuning(0.05, 20.0), SETTING.numerics)
     facts = ls.explain(below)
-    text = report.page(facts)
+    text = page(facts)
     assert "below recovery" in text and "o_w (largest)" not in text
     assert facts["best_lam"]["overlap"] is None and facts["best_lam"]["effective_noise"] is not None

@@ -18,7 +18,7 @@ from .output import cannot_write, say, warn, write_json
 from .tables import budget_table, describe, optimum_table, scan_table, sensitivity_table, simulation_tables
 
 if TYPE_CHECKING:
-    from ..design.optimize import Optimum
+    from ..design.optimum import Optimum
     from ..setting.stages import Setting
 
 
@@ -51,6 +51,7 @@ class Optimize:
 
     def __call__(self) -> int:
         from ..design import optimize as design
+        from ..design.sensitivities import sensitivities
         from ..errors import SettingError
         from ..setting.files import load_setting, setting_to_dict
 
@@ -77,7 +78,7 @@ class Optimize:
         optimum.after.require_ok()
         charts: list[Path] = []
         if self.sensitivities:
-            found = design.sensitivities(optimum.setting, optimum.over, optimum.minimize)
+            found = sensitivities(optimum.setting, optimum.over, optimum.minimize)
             result["sensitivities"] = found.summary()
             write_json(out / "result.json", result)
             say(sensitivity_table(found))

@@ -138,6 +138,7 @@ class Explain:
 
     def __call__(self) -> int:
         from ..diagnosis import explain as report
+        from ..diagnosis.page import page
         from ..setting.files import load_setting
 
         setting = load_setting(self.setting, self.set)
@@ -146,5 +147,5 @@ class Explain:
             print_json({**facts, "version": __version__})
         else:
             say(describe(setting))
-            say(report.page(facts))
+            say(page(facts))
         return 0

@@ -80,7 +80,7 @@ def status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
 
 def symmetry_lines(summary: dict[str, Any]) -> str:
     """In which phase fine-tuning is, and what to think of pre-training."""
-    from ..diagnosis.explain import double_wells
+    from ..diagnosis.page import double_wells
 
     lines = []
     for stage, title in TITLE.items():

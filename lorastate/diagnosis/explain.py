@@ -1,4 +1,4 @@
-"""One readable page about a setting: what LoRA sees of pre-training, what to change, and how far it can be trusted."""
+"""The facts about a setting: what LoRA sees of pre-training, what to change, and how far it can be trusted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..errors import SettingError, SolveError
 from ..setting.files import setting_to_dict
 from ..setting.paths import replace
 from ..setting.stages import Setting
-from ..solution.search import FEW
 from ..solution.solution import Solution, predict
 from . import thresholds as stability
 
@@ -136,108 +135,3 @@ def explain(setting: Setting, progress: bool = False) -> dict[str, Any]:
         },
         "alpha": {"pretraining": float(pre.alpha), "finetuning": float(fine.alpha)},
     }
-
-
-def double_wells(summary: dict[str, Any]) -> float | None:
-    """The share of pre-training's nodes that have two wells, where they are more than a few: then its minima are many,
-    which its theory takes for one. Else None."""
-    share = summary["pretraining"]["double_well_share"]
-    return share if share is not None and share > FEW else None
-
-
-def page(facts: dict[str, Any]) -> str:
-    """`explain` as text."""
-    f, d, r, s = facts["predictions"]["finetuning"], facts["decomposition"], facts["best_lam"], facts["stability"]
-
-    def show(x, digits=4):
-        return "out of range" if x is None else f"{x:.{digits}g}"
-
-    recovered = r["overlap"] is not None or abs(f["overlap"] or 0.0) > 1e-6
-    lam, inputs = facts["setting"]["pretraining"]["lam"], facts["setting"]["finetuning"]["inputs"]
-    names = {
-        "effective_noise": "Delta_eff",
-        "pretraining_test_error": "E",
-        "test_error": "E'",
-        "overlap": "o_w (largest)",
-    }
-    lines = [
-        "What LoRA sees of pre-training",
-        f"  Delta_eff = {show(d['total'])} on {inputs} inputs, b = {f['recalibration']:g}",
-        f"    label noise      {show(d['label_noise'])}",
-        f"    not explained    {show(d['unexplained'])}",
-        f"    miscalibration   {show(d['miscalibration'])}   (none at b = {show(d['best_scale'])})",
-        f"  E' = {show(f['test_error'])} (without the update {show(f['test_error_frozen'])})",
-        "  " + _known(f["overlap"]),
-        "",
-        f"Which lambda is best, all else as it is (now {lam:g})",
-        *(
-            f"  for {title:<14} lambda = {show(r[name])}"
-            for name, title in names.items()
-            if recovered or name != "overlap"
-        ),
-        "  " + _verdict(r),
-        "",
-        "Which factor b on the frozen map is best",
-        f"  for Delta_eff  b = {show(facts['best_scale']['effective_noise'])}",
-        f"  for E'         b = {show(facts['best_scale']['test_error'])}",
-        "",
-        "How far from the best possible (fresh inputs)",
-    ]
-    limits = facts["bayes_optimal"]
-    if limits is None:
-        lines.append("  not known for this activation, or a teacher of this rank")
-    else:
-        p = facts["predictions"]["pretraining"]
-        lines += [
-            f"  E   {show(p['test_error'])}, Bayes-optimal {show(limits['pretraining']['test_error'])}",
-            f"  E'  {show(f['test_error'])}, Bayes-optimal {show(limits['finetuning']['test_error'])}",
-        ]
-    alpha, share = facts["alpha"], double_wells(facts["predictions"])
-    lines += [
-        "",
-        "Stability and thresholds",
-        f"  replicon of pre-training (stable below 1): {show(s['replicon']['pretraining'])}"
-        + (f", but {share:.2g} of its nodes have two wells: its minima are many, taken for one here" if share else ""),
-        *_phase(facts["predictions"]),
-        f"  pre-training interpolates (lambda -> 0) below alpha = {show(s['interpolation_threshold'])}; "
-        f"here {alpha['pretraining']:g}",
-        f"  m = 0 is unstable from alpha' = {show(s['weak_recovery_threshold'])} "
-        f"(Bayes-optimal {show(s['weak_recovery_threshold_bayes_optimal'])}); here {alpha['finetuning']:g}",
-        "  " + _branches(s["branches"]),
-    ]
-    return "\n".join(lines)
-
-
-def _known(overlap: float | None) -> str:
-    if abs(overlap or 0.0) > 1e-6:
-        return f"o_w = {overlap:.4g}"
-    return "o_w = 0: below recovery, nothing of w* is learned; raise alpha' or lower lambda'"
-
-
-def _verdict(ridges: dict[str, float | None]) -> str:
-    known = [x for x in ridges.values() if x is not None]
-    if len(known) < 2:
-        return "No two of them have an optimum within reach."
-    spread = max(known) / min(known)
-    if spread < 1.1:
-        return "They agree within 10 %: minimising Delta_eff is the right prescription here."
-    return f"They differ by up to a factor {spread:.2g}: minimising Delta_eff is not all that counts here."
-
-
-def _phase(predictions: dict[str, Any]) -> list[str]:
-    """What the phase of fine-tuning means for whoever trains."""
-    f = predictions["finetuning"]
-    if predictions["symmetry"] == "replica symmetric":
-        return [f"  fine-tuning is replica symmetric (replicon {f['replicon']:.3g}): training finds one minimum"]
-    return [
-        f"  fine-tuning is a glass (one-step broken): many minima, whose overlap is p/q = {f['p'] / f['q']:.3g};",
-        "  the numbers are those of the lowest. One run of training ends in some minimum: try several starts, and",
-        "  compare their losses (`lorastate simulate --stage finetuning` shows what random starts find)",
-    ]
-
-
-def _branches(branches: dict[str, Any]) -> str:
-    if not branches["distinct"]:
-        return "one branch: both starts lead to the same solution"
-    (a, b), (e, g) = branches["m"], branches["free_energy"]
-    return f"two branches: m = {a:.4g} (free energy {e:.6g}) and m = {b:.4g} ({g:.6g}); the lower one counts"

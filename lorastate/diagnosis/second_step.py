@@ -19,8 +19,9 @@ from ..math.quadrature import Nodes, Slots, nested_nodes
 from ..model.channel.frozen_map import FrozenMap
 from ..runtime.program import Program
 from ..setting.stages import Finetuning
+from ..solution.finetuning import lora_error, lora_overlap
+from ..solution.nodes import test_nodes
 from ..solution.solution import Solution
-from ..solution.theory import lora_error, lora_overlap, test_nodes
 from .thresholds import frozen_map, order_of
 
 #: Nodes of all replicas together, those of a part, and samples at each of them in the first and the second step.

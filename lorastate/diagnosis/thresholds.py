@@ -25,7 +25,7 @@ from ..evolution.order import Order, from_norm
 from ..model.activation import revealed
 from ..setting.paths import replace
 from ..setting.stages import Pretraining, Setting
-from ..solution import theory
+from ..solution.finetuning import lora_order
 from ..solution.solution import Solution, predict
 
 
@@ -56,7 +56,7 @@ def order_of(solution: Solution, stage: str) -> Order:
     p = getattr(solution, stage)
     if stage == "pretraining":
         return from_norm(p["V"], p["M"], p["Q"], solution.setting.pretraining.label_size)
-    return theory.lora_order(p)
+    return lora_order(p)
 
 
 def frozen_map(solution: Solution, setting: Setting | None = None):

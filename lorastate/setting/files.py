@@ -27,8 +27,6 @@ from .paths import (
     unknown_section,
 )
 from .stages import Finetuning, Pretraining, Setting
-from .paths import get, replace, replace_all  # noqa: F401
-from .fields import continuous_fields  # noqa: F401
 
 _REQUIRED = {"pretraining": ("alpha", "lam"), "finetuning": ("alpha", "lam")}
 #: How the names of this package's modules begin.

@@ -21,15 +21,15 @@ from ..runtime.program import Program
 from ..setting.fields import BY_PATH, Field, fields
 from ..setting.paths import replace
 from ..setting.stages import Setting
-from . import theory
+from .finetuning import frozen_at, lora_error, lora_nodes, lora_overlap
 from .solve import failure, solve
 
 #: Objectives by name, each to be minimised, as functions of the stage, the frozen map, the order parameters of
 #: fine-tuning and the test nodes.
 OBJECTIVES = {
-    "test_error": theory.lora_error,
+    "test_error": lora_error,
     "effective_noise": lambda fine, frozen, order, nodes: fine.effective_noise(frozen),
-    "overlap": lambda fine, frozen, order, nodes: -theory.lora_overlap(fine, order),
+    "overlap": lambda fine, frozen, order, nodes: -lora_overlap(fine, order),
 }
 
 
@@ -41,7 +41,7 @@ def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
     """
     params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)
     x, y = of_map.point.x, second.solved.point.x
-    prepared, levels = theory.lora_nodes(fine, nodes, y, second.found), ft.order_at(fine, y).levels
+    prepared, levels = lora_nodes(fine, nodes, y, second.found), ft.order_at(fine, y).levels
 
     def map_step(x, params, inner):
         pre, _ = eqx.combine(params, rest)
@@ -49,7 +49,7 @@ def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
 
     def lora(x, params):
         pre, fine = eqx.combine(params, rest)
-        return fine, theory.frozen_at(pre, fine, x)
+        return fine, frozen_at(pre, fine, x)
 
     def lora_step(y, given, inner):
         return ft.step(y, lora(*given), (prepared, inner))

@@ -19,14 +19,17 @@ from ..predictions import summary_names
 from ..runtime.program import Program
 from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning, Pretraining, Setting
-from . import theory
+from .finetuning import Branches, frozen_at
 from .gradients import searches_scale, with_best_scale
-from .solve import answer, by_work, failure, lost, solve, solve_pretraining, traced_answer  # noqa: F401
+from .nodes import NodeSets, map_node_sets
+from .pretraining import map_errors
+from .solve import answer, failure, lost, solve, solve_pretraining, traced_answer
+from .stage import final_status
 
 _SUMMARY = {stage: summary_names(stage) for stage in ("pretraining", "finetuning")}
 
 
-_map_errors = Program(theory.map_errors, quick=True)
+_map_errors = Program(map_errors, quick=True)
 
 
 class Solution(eqx.Module):
@@ -55,7 +58,7 @@ class Solution(eqx.Module):
     finetuning: dict[str, Any]
     errors: dict[str, dict[str, Any]]
     status: dict[str, dict[str, Any]]
-    branches: theory.Branches
+    branches: Branches
 
     @property
     def test_error(self):
@@ -234,7 +237,7 @@ class PretrainingSolution(eqx.Module):
 
     def frozen(self, fine: Finetuning) -> FrozenMap:
         """The frozen map that a fine-tuning stage (of `Setting.finetuning_resolved`) is built on."""
-        return theory.frozen_at(self.pretraining, fine, self.x)
+        return frozen_at(self.pretraining, fine, self.x)
 
     def stderr(self, name: str) -> float:
         """Quadrature standard error of a prediction, e.g. `stderr("test_error")`."""
@@ -275,11 +278,11 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     """
     require_float64()
     pre, numerics = pretraining, Numerics() if numerics is None else numerics
-    nodes, still = theory.map_node_sets(pre, numerics), numerics.without_seed
-    sets = theory.NodeSets(nodes[0], None, nodes[1], None)
+    nodes, still = map_node_sets(pre, numerics), numerics.without_seed
+    sets = NodeSets(nodes[0], None, nodes[1], None)
     first = solve_pretraining(pre, still, sets)
     bars, _ = _map_errors(pre, still, sets, first.values, first.solved)
-    status = theory.final_status(first.status, bars)
+    status = final_status(first.status, bars)
     values, x = first.values, first.x
     known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
     if not known:

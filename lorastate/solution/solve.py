@@ -12,15 +12,20 @@ from ..math.implicit import nan_slope
 from ..runtime.program import Program
 from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning, Pretraining
-from . import theory
+from .finetuning import describe_finetuning, quadrature_errors
+from .nodes import NodeSets, node_sets, with_broken
+from .pretraining import FirstStage, describe_pretraining
+from .pretraining import solve_pretraining as search_pretraining
+from .search import solve_broken, solve_symmetric
+from .stage import final_status
 
 # Several programs, not one: the compiler's memory grows with the size of a program, and gradients share the searches.
-_describe_pretraining = Program(theory.describe_pretraining, quick=True)
-_describe_finetuning = Program(theory.describe_finetuning, quick=True)
-_quadrature_errors = Program(theory.quadrature_errors, quick=True), Program(theory.quadrature_errors)
-_search_pretraining = Program(theory.solve_pretraining, quick=True), Program(theory.solve_pretraining)
-_solve_symmetric = Program(theory.solve_symmetric, quick=True), Program(theory.solve_symmetric)
-_solve_broken = Program(theory.solve_broken, quick=True), Program(theory.solve_broken)
+_describe_pretraining = Program(describe_pretraining, quick=True)
+_describe_finetuning = Program(describe_finetuning, quick=True)
+_quadrature_errors = Program(quadrature_errors, quick=True), Program(quadrature_errors)
+_search_pretraining = Program(search_pretraining, quick=True), Program(search_pretraining)
+_solve_symmetric = Program(solve_symmetric, quick=True), Program(solve_symmetric)
+_solve_broken = Program(solve_broken, quick=True), Program(solve_broken)
 
 #: Nodes times solves from which on a slower compilation pays, and the solves that a single one stands for.
 _MUCH, _SOLVES = 2**20, 16
@@ -31,10 +36,10 @@ def by_work(programs: tuple[Program, Program], nodes: int, solves: int = _SOLVES
     return programs[nodes * solves > _MUCH]
 
 
-def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: theory.NodeSets) -> theory.FirstStage:
+def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: NodeSets) -> FirstStage:
     """Pre-training, `numerics` without its seed."""
     solved = by_work(_search_pretraining, 4 * numerics.nodes)(pre, numerics, nodes.pretraining)
-    return _describe_pretraining(pre, theory.NodeSets(nodes.pretraining, None, nodes.pretraining_test, None), solved)
+    return _describe_pretraining(pre, NodeSets(nodes.pretraining, None, nodes.pretraining_test, None), solved)
 
 
 def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
@@ -44,7 +49,7 @@ def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
     with one step of symmetry breaking, in a deep glass once more with more samples, or, if `numerics.symmetry` asks for
     it, with nodes that have two wells. Outside of transformations only: there is nothing to look at inside.
     """
-    nodes, still = theory.node_sets(pre, fine, numerics), numerics.without_seed
+    nodes, still = node_sets(pre, fine, numerics), numerics.without_seed
     first = solve_pretraining(pre, still, nodes)
     given = pre, fine, first, still
     second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, True)
@@ -54,7 +59,7 @@ def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
     elif bool(second.rough) or numerics.symmetry == "1rsb":
         coarse, work = second.coarse, numerics.finetuning_nodes * numerics.samples // 4
         for deep in (False, True):
-            nodes = theory.with_broken(nodes, fine, numerics, deep)
+            nodes = with_broken(nodes, fine, numerics, deep)
             second = by_work(_solve_broken, work)(*given, nodes.broken, coarse)
             if not bool(second.rough):
                 break
@@ -67,14 +72,14 @@ def answer(pre, fine, numerics, nodes, first, second):
     bars = by_work(_quadrature_errors, numerics.finetuning_nodes)(pre, fine, numerics, nodes, out)
     bars = dict(zip(("pretraining", "finetuning"), bars, strict=True))
     values = {"pretraining": out.pretraining, "finetuning": out.finetuning}
-    status = {stage: theory.final_status(out.status[stage], bars[stage]) for stage in bars}
+    status = {stage: final_status(out.status[stage], bars[stage]) for stage in bars}
     return values, {stage: b.errors for stage, b in bars.items()}, status, out.branches
 
 
 def traced_answer(pre, fine, numerics):
     """`answer` inside a transformation, where both searches have to be there: NaN where the solve failed, since
     nobody can look at the code."""
-    nodes = theory.with_broken(theory.node_sets(pre, fine, numerics), fine, numerics)
+    nodes = with_broken(node_sets(pre, fine, numerics), fine, numerics)
     numerics = numerics.without_seed
     first = solve_pretraining(pre, numerics, nodes)
     second = _solve_symmetric[0](pre, fine, first, numerics, nodes.finetuning, numerics.symmetry != "rs")
