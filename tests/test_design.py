@@ -13,6 +13,7 @@ from lorastate.design.budgets import budgets
 from lorastate.design.optimize import optimize
 from lorastate.design.sensitivities import sensitivities
 from lorastate.setting.paths import get, replace
+from lorastate.solution import gradients
 from lorastate.solution.gradients import Point
 
 NUMERICS = ls.Numerics(512, 1024, 2)
@@ -240,3 +241,47 @@ def test_a_floor_below_a_vanishing_slope_is_no_optimum(monkeypatch):
     assert inside.converged and float(inside.setting.pretraining.lam) == pytest.approx(1.0, abs=1e-5)
     small = evaluate(lambda lam: (1e-7 * (1 + np.log(lam) ** 2), 2e-7 * np.log(lam) / lam))
     assert small.converged and float(small.setting.pretraining.lam) == pytest.approx(1.0, abs=1e-5)
+
+
+def best_scale(monkeypatch, of, solved=lambda b: True):
+    """b of the toy E' `of(log b) -> value, slope by log b`, and how many solves that took."""
+    made = []
+
+    def evaluate(s, objective):
+        b = float(s.finetuning.recalibration.b)
+        made.append(b)
+        value, slope = of(np.log(b))
+        lost = None if solved(b) else ls.SolveError("finetuning", ls.Code.max_steps)
+        return Point(value, {"finetuning.recalibration": slope / b}, lost)
+
+    monkeypatch.setattr(gradients, "evaluate", evaluate)
+    found = gradients.with_best_scale(replace(setting(), "finetuning.recalibration", "error"))
+    return float(found.finetuning.recalibration.b), len(made)
+
+
+@pytest.mark.parametrize("best", [0.05, 0.7, 1.0, 1.2, 40.0])
+def test_the_best_scale_is_the_root_of_one_derivative(monkeypatch, best):
+    u = np.log(best)
+    b, solves = best_scale(monkeypatch, lambda x: (2 + np.cosh(x - u), np.sinh(x - u)))
+    assert b == pytest.approx(best, rel=1e-6) and solves <= 16
+
+
+def test_a_scale_that_runs_off_or_jumps_is_none(monkeypatch):
+    with pytest.raises(ls.SolveError, match=r"recalibration: stalled .* all the way to b = zero"):
+        best_scale(monkeypatch, lambda x: (1 + np.exp(x), np.exp(x)))
+    with pytest.raises(ls.SolveError, match=r"recalibration: stalled .* all the way to b = infinity"):
+        best_scale(monkeypatch, lambda x: (1 + np.exp(-x), -np.exp(-x)))
+    with pytest.raises(ls.SolveError, match=r"recalibration: stalled .* at b = 1.65 it stops falling"):
+        best_scale(monkeypatch, lambda x: (2 - x, -1.0) if x < 0.5 else (2 + x, 1.0))
+
+
+def test_solves_that_fail_beside_the_best_scale(monkeypatch):
+    def toy(x):
+        return 2 + np.cosh(x - 0.2), np.sinh(x - 0.2)
+
+    b, _ = best_scale(monkeypatch, toy, lambda b: b < 1.28)
+    assert b == pytest.approx(np.exp(0.2), rel=1e-6)
+    with pytest.raises(ls.SolveError, match=r"recalibration: max_steps .* was not solved \(finetuning: max_steps"):
+        best_scale(monkeypatch, toy, lambda b: b == 1)
+    with pytest.raises(ls.SolveError, match=r"^finetuning: max_steps"):
+        best_scale(monkeypatch, toy, lambda b: False)

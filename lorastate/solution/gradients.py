@@ -155,6 +155,7 @@ def only_of_error(objective: str) -> None:
         )
 
 
+#: The field of b.
 SCALE = "finetuning.recalibration"
 #: Slope of log E' by log b that counts as none, and that above which none was found; how far log b is looked for.
 _FLAT, _STEEP, _FAR = 1e-7, 1e-4, 12.0
@@ -172,7 +173,8 @@ def with_best_scale(setting: Setting) -> Setting:
         lambda x: at.slope(x) if abs(at.slope(x)) > flat else 0.0, bracket=(low, high), method="brentq", xtol=1e-9
     )
     (value, slope), (first, _) = at.known[found.root], at.known[0.0]
-    if not (value <= first and abs(slope) < _STEEP):
+    # A jump of E' is no minimum, nor is what lies above the start by more than a solve is off.
+    if not (value <= first + 1e-6 * abs(first) and abs(slope) < _STEEP):
         raise _no_scale(Code.stalled, f"at b = {math.exp(found.root):.3g} it stops falling without a minimum")
     return at.setting(found.root)
 
