@@ -25,14 +25,14 @@ def measure(row: str) -> dict[str, float]:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
     import lorastate as ls
-    from lorastate.solution import theory
+    from lorastate.solution.pretraining import solve_pretraining
 
     pre = ls.Pretraining(alpha=0.1, lam=0.01, activation="identity" if row.startswith("identity") else "softmax")
     setting = ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.05))
     settings = [ls.replace(setting, "pretraining.lam", 0.01 + 0.0002 * k) for k in range(12)]
     out: dict[str, float] = {}
 
-    solve = jax.jit(lambda p: theory.solve_pretraining(p, setting.numerics, None).point)
+    solve = jax.jit(lambda p: solve_pretraining(p, setting.numerics, None).point)
 
     def run(s):
         if row == "identity pre-training":

@@ -59,7 +59,9 @@ def predictions() -> dict[str, dict]:
     out = {}
     for name, setting in settings().items():
         found = ls.predict(setting, throw=False)
-        values = {f"{stage}.{k}": v for stage in ("pretraining", "finetuning") for k, v in getattr(found, stage).items()}
+        values = {
+            f"{stage}.{k}": v for stage in ("pretraining", "finetuning") for k, v in getattr(found, stage).items()
+        }
         out[name] = {k: float(v) for k, v in values.items()}
         print(f"{name}: E' {float(found.finetuning['test_error']):.6f}, {found.code('finetuning').name}", flush=True)
     return out

@@ -39,7 +39,7 @@ def identity_batch(count: int = 10_000) -> dict:
     from jax.sharding import Mesh, PartitionSpec
 
     import lorastate as ls
-    from lorastate.solution import theory
+    from lorastate.solution.pretraining import solve_pretraining
 
     numerics = ls.Numerics()
     lams = jnp.geomspace(0.01, 0.5, count)
@@ -47,7 +47,7 @@ def identity_batch(count: int = 10_000) -> dict:
 
     def one(lam):
         pre = eqx.tree_at(lambda p: p.lam, eqx.combine(params, rest), lam)
-        point = theory.solve_pretraining(pre, numerics, None).point
+        point = solve_pretraining(pre, numerics, None).point
         return point.x, point.code
 
     devices = jax.local_devices()

@@ -67,7 +67,7 @@ def optimum() -> None:
     from scipy.optimize import minimize, minimize_scalar
 
     import lorastate as ls
-    from lorastate.solution import solution, theory
+    from lorastate.solution import solution
 
     base = _setting(0.01, 0.3)
     paths = ("pretraining.lam", "finetuning.lam")
@@ -81,7 +81,7 @@ def optimum() -> None:
         for path, x in zip(over, np.atleast_1d(u), strict=True):
             s = ls.replace(s, path, float(np.exp(x)))
         pre, fine = s.pretraining, s.finetuning_resolved
-        nodes = theory.node_sets(pre, fine, s.numerics)
+        nodes = node_sets(pre, fine, s.numerics)
         found = solution._describe_finetuning(pre, fine, nodes, *solution.solve(pre, fine, s.numerics, nodes))
         return float(found.finetuning["test_error"])
 
@@ -170,13 +170,13 @@ def _on_devices(count: int) -> float:
     from jax.sharding import Mesh, PartitionSpec
 
     import lorastate as ls
-    from lorastate.solution import theory
+    from lorastate.solution.pretraining import solve_pretraining
 
     params, rest = eqx.partition(ls.Pretraining(0.1, 0.1, activation="identity"), eqx.is_array)
 
     def one(lam):
         pre = eqx.tree_at(lambda p: p.lam, eqx.combine(params, rest), lam)
-        return theory.solve_pretraining(pre, ls.Numerics(), None).point.x
+        return solve_pretraining(pre, ls.Numerics(), None).point.x
 
     spec = PartitionSpec("lane")
     solve = jax.jit(jax.shard_map(lambda x: jax.lax.map(jax.vmap(one), x.reshape(-1, 8)),
@@ -196,11 +196,11 @@ def flops() -> None:
     from lorastate.evolution import pretraining as pt
     from lorastate.evolution.order import decode
     from lorastate.math.linear import ldl_solve
-    from lorastate.solution import solution, theory
+    from lorastate.solution import solution
 
     s = _setting(nodes=16384, finetuning_nodes=65536, replicas=32)
     pre, fine = s.pretraining, s.finetuning_resolved
-    sets = theory.node_sets(pre, fine, s.numerics)
+    sets = node_sets(pre, fine, s.numerics)
     first, second = solution.solve(pre, fine, s.numerics, sets)
 
     a = jnp.asarray(np.random.default_rng(0).normal(size=(768, 768)))

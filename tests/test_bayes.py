@@ -16,7 +16,7 @@ from lorastate.bayes.pretraining import bayes_optimal_pretraining, mmse
 from lorastate.evolution.order import decode
 from lorastate.math.quadrature import gaussian_nodes
 from lorastate.math.symmetric import complement, to_matrix
-from lorastate.solution import theory
+from lorastate.solution.pretraining import solve_pretraining
 
 
 def pre(**kw):
@@ -126,7 +126,7 @@ def test_never_below_the_learned_map():
         best = bayes_optimal_pretraining(pre(delta=delta))
         for lam in (0.003, 0.03, 0.3):
             p = pre(lam=lam, delta=delta)
-            order = decode(theory.solve_pretraining(p, ls.Numerics(), None).point.x)
+            order = decode(solve_pretraining(p, ls.Numerics(), None).point.x)
             assert float(order.overlap**2 / order.norm(p.label_size)) <= float(best.Q) + 1e-12
 
 

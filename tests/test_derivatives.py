@@ -18,7 +18,9 @@ from lorastate.evolution.order import decode
 from lorastate.math.implicit import attach
 from lorastate.model.channel.frozen_map import learned_map
 from lorastate.runtime.program import Program
-from lorastate.solution import theory
+from lorastate.solution.finetuning import describe_finetuning
+from lorastate.solution.nodes import node_sets
+from lorastate.solution.pretraining import describe_pretraining
 from lorastate.solution.solve import solve
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
@@ -34,7 +36,7 @@ class Case:
 
     def __init__(self, activation):
         self.setting = setting(activation)
-        self.nodes = theory.node_sets(self.setting.pretraining, self.setting.finetuning_resolved, NUMERICS)
+        self.nodes = node_sets(self.setting.pretraining, self.setting.finetuning_resolved, NUMERICS)
         self.described = Program(self.error, quick=True)
 
     def at(self, u):
@@ -50,8 +52,8 @@ class Case:
 
     def error(self, u, found):
         (pre, fine), (of_map, second) = self.at(u), found
-        first = theory.describe_pretraining(pre, self.nodes, of_map)
-        return theory.describe_finetuning(pre, fine, self.nodes, first, second).finetuning["test_error"]
+        first = describe_pretraining(pre, self.nodes, of_map)
+        return describe_finetuning(pre, fine, self.nodes, first, second).finetuning["test_error"]
 
     def value(self, u):
         return float(self.described(u, self.solve(u)))

@@ -22,7 +22,9 @@ from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem
 from lorastate.simulation import losses, samples
 from lorastate.simulation.measures import lora_overlaps
-from lorastate.solution import theory
+from lorastate.solution.finetuning import replicon
+from lorastate.solution.nodes import node_sets
+from lorastate.solution.stage import response_gap
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=4096, replicas=2)
 
@@ -142,7 +144,7 @@ def draws(solution):
     """Draws of all replicas as one set."""
     s = solution.setting
     fine, frozen = s.finetuning_resolved, frozen_map(solution)
-    nodes = theory.node_sets(s.pretraining, fine, s.numerics).finetuning
+    nodes = node_sets(s.pretraining, fine, s.numerics).finetuning
     parts = [ft.draws(fine, frozen, jax.tree_util.tree_map(lambda a, r=r: jnp.asarray(a[r]), nodes)) for r in (0, 1)]
     d = jax.tree_util.tree_map(lambda *a: jnp.concatenate(a, -1), *parts)
     return d._replace(weight=d.weight / 2)
@@ -269,8 +271,8 @@ def test_replicon_where_directions_are_free_to_turn():
     # The prediction, by its definition.
     size = alpha * np.einsum("n,nklab->kl", weight, b**2)
     pair = np.array([[size[0, 0], size[0, 1:].sum()], [size[1:, 0].sum() / 2, size[1:, 1:].sum() / 2]])
-    share = jnp.sum(d.weight * theory.response_gap(problem.terms(chi)[2], problem.v, 2), -1)
-    got = theory.replicon(fine, share)
+    share = jnp.sum(d.weight * response_gap(problem.terms(chi)[2], problem.v, 2), -1)
+    got = replicon(fine, share)
     assert float(got) == pytest.approx(np.max(np.linalg.eigvals(pair).real), rel=1e-10)
     assert float(got) > 1
 

@@ -12,7 +12,9 @@ from lorastate.evolution.order import decode
 from lorastate.runtime import program
 from lorastate.setting.fields import continuous_fields
 from lorastate.setting.paths import get
-from lorastate.solution import theory
+from lorastate.solution.finetuning import LoraStage
+from lorastate.solution.nodes import node_sets
+from lorastate.solution.pretraining import MapStage, solve_pretraining
 
 # The same sizes as in test_cli and test_documents: what is compiled for one serves the others.
 SMALL = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}
@@ -42,14 +44,12 @@ def pretrain():
 
     @jax.jit
     def solve(pre, nodes):
-        sol = theory.solve_pretraining(pre, ls.Numerics(**SMALL), nodes).point
+        sol = solve_pretraining(pre, ls.Numerics(**SMALL), nodes).point
         order = decode(sol.x)
         return jnp.stack([order.response, order.overlap, order.norm(pre.label_size)]), sol.code
 
     def run(pre, numerics):
-        nodes = theory.node_sets(
-            pre, ls.Finetuning(alpha=1, lam=1, delta=0.5, activation="identity", tokens=2), numerics
-        )
+        nodes = node_sets(pre, ls.Finetuning(alpha=1, lam=1, delta=0.5, activation="identity", tokens=2), numerics)
         return solve(pre, nodes.pretraining)
 
     return run
@@ -156,9 +156,8 @@ def test_one_trace_for_many_settings(kept, monkeypatch, tmp_path):
     # Without a folder of traced programs, and with an empty one.
     monkeypatch.setattr(program, "_folder", lambda: tmp_path if kept else None)
     calls = []
-    for name in ("map_predictions", "lora_predictions"):
-        original = getattr(theory, name)
-        monkeypatch.setattr(theory, name, lambda *a, f=original: (calls.append(1), f(*a))[1])
+    for stage in (MapStage, LoraStage):
+        monkeypatch.setattr(stage, "predictions", lambda *a, f=stage.predictions: (calls.append(1), f(*a))[1])
     jax.clear_caches()
     base = setting("identity")
     ls.predict(base)
