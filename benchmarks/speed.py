@@ -155,14 +155,48 @@ def command_smooth() -> dict:
     return {"cold": first, "warm": second, "rate": ""}
 
 
-def command_wells() -> dict:
-    """The same with lambda' = 0.05, where nodes are split: another search is compiled."""
-    first, second = _command("predict", "examples/softmax.toml")
+def command_broken() -> dict:
+    """The same with Delta = 2 and lambda' = 0.05, where symmetry is broken: another search is compiled."""
+    given = ("--set", "pretraining.delta=2", "--set", "finetuning.lam=0.05")
+    first, second = _command("predict", "examples/softmax.toml", *given)
     return {"cold": first, "warm": second, "rate": ""}
 
 
+def _broken(pre: dict, fine: dict, nodes: int) -> dict:
+    """One setting with broken symmetry on six seeds."""
+    import lorastate as ls
+
+    stages = ls.Pretraining(kappa=1.5, **pre), ls.Finetuning(**fine)
+    times, values, bars = [], [], []
+    for seed in range(6):
+        start = time.perf_counter()
+        found = ls.predict(ls.Setting(*stages, ls.Numerics(16384, nodes, seed=seed)))
+        values.append(float(found.test_error))
+        times.append(time.perf_counter() - start)
+        bars.append(found.stderr("finetuning", "test_error"))
+    error, spread = statistics.mean(bars) / values[0], statistics.stdev(values) / statistics.mean(values)
+    rate = f"error of E' {error:.2%} as reported, {spread:.2%} as seen over 6 seeds"
+    return {"cold": times[0], "warm": statistics.median(times[1:]), "rate": rate}
+
+
+def broken_3() -> dict:
+    """Figure 1 right, T = 3, symmetry broken, 32768 nodes."""
+    return _broken({"alpha": 0.1, "lam": 0.01, "delta": 2.0}, {"alpha": 3.0, "lam": 0.05}, 32768)
+
+
+def broken_3_fine() -> dict:
+    """The same with 131072 nodes."""
+    return _broken({"alpha": 0.1, "lam": 0.01, "delta": 2.0}, {"alpha": 3.0, "lam": 0.05}, 131072)
+
+
+def broken_2() -> dict:
+    """Setting A of the tables of benchmarks/README.md, T = 2, symmetry broken, 65536 nodes."""
+    pre = {"alpha": 0.042275, "lam": 0.00175652, "kappa0": 1.43304, "delta": 2.58385, "tokens": 2}
+    return _broken(pre, {"alpha": 6.48606, "lam": 0.175731}, 65536)
+
+
 def figure_one() -> dict:
-    """`lorastate figure 1`: 13 points of every curve, 96 solves, process to PNG, with an empty and a filled cache."""
+    """`lorastate figure 1`, process to PNG, with an empty and a filled cache."""
     with tempfile.TemporaryDirectory() as out:
         first, second = _command("figure", "1", "--out", out)
     return {"cold": first, "warm": second, "rate": ""}
@@ -180,7 +214,8 @@ def simulation() -> dict:
 ROWS = {
     f.__name__: f
     for f in (
-        identity_batch, softmax_one, gradients, softmax_sweep, command_smooth, command_wells, figure_one, simulation,
+        identity_batch, softmax_one, gradients, softmax_sweep, broken_3, broken_3_fine, broken_2,
+        command_smooth, command_broken, figure_one, simulation,
     )
 }  # fmt: skip
 
