@@ -127,6 +127,6 @@ def test_other_shapes(tokens, pre):
     s = setting("softmax", fine_lam=0.2, tokens=tokens, **pre)
     _, slopes = ls.gradient(s)
     for path in ("pretraining.kappa0", "pretraining.kappa", "finetuning.alpha"):
-        x = float(ls.setting_file.get(s, path))
+        x = float(ls.get(s, path))
         up, down = (ls.gradient(ls.replace(s, path, x * (1 + h)))[0] for h in (1e-5, -1e-5))
         assert (up - down) / (2e-5 * x) == pytest.approx(slopes[path], rel=5e-5, abs=1e-7), path

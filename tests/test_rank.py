@@ -302,7 +302,7 @@ def test_gradients_against_central_differences(of):
     value, slopes = ls.gradient(s, of=of)
     assert value == pytest.approx(float(getattr(solved(2, 2), of)), rel=1e-12)
     for path in ("pretraining.lam", "finetuning.lam", "finetuning.alpha", "pretraining.delta"):
-        x = float(ls.setting_file.get(s, path))
+        x = float(ls.get(s, path))
         h = 1e-4 * x
         up, down = (float(getattr(ls.predict(ls.replace(s, path, x + e)), of)) for e in (h, -h))
         assert slopes[path] == pytest.approx((up - down) / (2 * h), rel=2e-5, abs=1e-7), path
@@ -361,7 +361,7 @@ def test_bad_ranks(name, value):
 def test_ranks_in_settings():
     s = setting(3, 2)
     assert (s.finetuning_resolved.rank, s.finetuning_resolved.teacher_rank) == (3, 2)
-    again = ls.setting_file.setting_from_dict(ls.setting_to_dict(s), ["finetuning.rank=4"])
+    again = ls.setting_from_dict(ls.setting_to_dict(s), ["finetuning.rank=4"])
     assert (again.finetuning.rank, again.finetuning.teacher_rank) == (4, 2)
     assert ls.replace(again, "finetuning.lam", 0.2).finetuning.rank == 4
     assert "finetuning.rank" not in ls.continuous_fields(s)
