@@ -64,13 +64,16 @@ def spectral_abscissa(jac):
     return 16 * scale * _log_norm_of_power(total, 18)
 
 
+@jax.jit
 def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
-    """Solves (H + shift) x = g at every node by an unrolled L D L^T; no LAPACK call.
+    """Solves (H + shift) x = g at every node by L D L^T; no LAPACK call.
 
     H (n, n, N) symmetric, g (n, N). Pivots d become max(|d|, floor), so that with `floor > 0` the matrix is
     positive definite and -x a descent direction even where H is not (Gill and Murray's modification).
     Returns x (n, N) and the smallest original pivot (N,), negative where H + shift is indefinite.
     """
+    if h.shape[0] > _UNROLLED:
+        return _ldl_loops(h, g, shift, floor)
     n = h.shape[0]
     low = [[h[i, j] + shift if i == j else h[i, j] for j in range(i + 1)] for i in range(n)]
     inverse, original = [], []
@@ -96,3 +99,30 @@ def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
     for d in original[1:]:
         smallest = jnp.minimum(smallest, d)
     return jnp.stack(x), smallest
+
+
+#: Rows up to which elimination is unrolled: above, the program would be larger than what it saves.
+_UNROLLED = 10
+
+
+def _ldl_loops(h, g, shift, floor):
+    """`ldl_solve` in loops over rows: a program of the same size whatever n is."""
+    n = h.shape[0]
+    rows = jnp.arange(n)[:, None]
+    a = jnp.where(jnp.eye(n, dtype=bool)[:, :, None], h + shift, h)
+
+    def eliminate(a, k):
+        d = a[k, k]
+        inverse = 1.0 / jnp.maximum(jnp.abs(d), floor)
+        raw = jnp.where(rows > k, a[:, k], 0.0)
+        column = raw * inverse
+        return a - raw[:, None] * column[None], (column, inverse, d)
+
+    _, (low, inverse, original) = jax.lax.scan(eliminate, a, jnp.arange(n))  # low[k]: column k
+    x = jax.lax.fori_loop(0, n, lambda k, x: x - low[k] * x[k], g) * inverse
+
+    def back(k, x):
+        i = n - 1 - k
+        return x.at[i].add(-jnp.sum(low[i] * x, 0))
+
+    return jax.lax.fori_loop(0, n, back, x), jnp.min(original, 0)

@@ -107,9 +107,6 @@ def _curvature(h, a, b):
     return jnp.sum(h * (a * b)[:, None, None], 0) + eye * jnp.sum(hb * a[None], 1) + cross
 
 
-@jax.jit
-
-
 class _State(NamedTuple):
     trial: Any
     u: Any
