@@ -99,7 +99,7 @@ def train(path: Path, count: int, dimension: int, runs: int, moves: int, out: Pa
         (e, de), (t, dt) = entry["theory"]["test_error"], entry["deep"]["test_error"]
         print(f"{row['index']:4d} {row['symmetry']:17s} E' {e:.4f}({de:.4f}) trained {t:.4f}({dt:.4f}) "
               f"informed {entry['informed']['test_error'][0]:.4f}  {100 * (t / e - 1):+.1f} %  "
-              f"{(t - e) / np.hypot(de, dt):+.1f} sigma  o_w {entry['theory']['overlap'][0]:.3f} "
+              f"{(t - e) / np.hypot(de, dt):+.1f} sigma  o_w {entry['theory']['overlap'][0] or 0.0:.3f} "
               f"{entry['deep']['overlap'][0]:.3f}", flush=True)  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from lorastate.setting.paths import get, replace
 from lorastate.setting.stages import Finetuning, Pretraining, Setting
 from lorastate.solution.gradients import gradient
 
+pytestmark = pytest.mark.unit
+
 jax.config.update("jax_enable_x64", True)
 
 MINIMAL = """
