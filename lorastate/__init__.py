@@ -33,6 +33,7 @@ _NAMES = {
     "diagnosis.explain": "explain noise_decomposition",
     "diagnosis.thresholds": "weak_recovery_threshold interpolation_threshold branches instability_threshold",
     "diagnosis.second_step": "breaking_error",
+    "diagnosis.cross_check": "cross_check",
     "design.mismatch": "measure_mismatch find_mismatch Mismatch",
     "sweeps.sweep": "sweep SweepInterrupted SweepIncomplete",
     "solution.gradients": "gradient",

@@ -17,6 +17,7 @@ from .output import print_json, say, warn
 from .tables import (
     TITLE,
     branch_line,
+    cross_check_table,
     describe,
     limits_table,
     number,
@@ -39,6 +40,9 @@ class Predict:
     breaking_error: Annotated[
         bool, arg(help="In a glass, also what a second step of symmetry breaking would change (a minute more).")
     ] = False
+    cross_check: Annotated[
+        bool, arg(help="Both fixed points and all gradients of E' once more, by another solver (a minute more).")
+    ] = False
     json: Json = False
 
     def __call__(self) -> int:
@@ -60,6 +64,8 @@ class Predict:
         summary["rs"] = found.rs if broken else None
         if self.breaking_error and found.ok:
             summary["breaking_error"] = second_step.breaking_error(found)
+        if self.cross_check and found.ok:
+            summary["cross_check"] = checked(setting)
         if self.json:
             print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
         else:
@@ -74,7 +80,21 @@ class Predict:
             say(status_line(summary["status"]))
             say(symmetry_lines(summary))
             say(branch_line(found.branches))
+            if other := summary.get("cross_check"):
+                say(cross_check_table(dict(other)))
         return 0
+
+
+def checked(setting: Setting) -> dict[str, Any] | None:
+    """What another solver says; None, and why, where it has nothing to say."""
+    from ..diagnosis.cross_check import cross_check
+    from ..errors import SettingError
+
+    try:
+        return cross_check(setting)
+    except SettingError as error:
+        warn(f"no cross-check: {error}")
+        return None
 
 
 def limits_of(setting: Setting) -> Any:

@@ -252,3 +252,11 @@ def sweep_lines(found: Mapping[str, Any]) -> str:
         error = f"{found['best']['test_error']:.6g} +- {found['best']['stderr']:.1e}"
         lines.append(f"lowest E' = {error} at {at}")
     return "\n".join(lines)
+
+
+def cross_check_table(found: dict[str, Any]) -> str:
+    """What another solver finds, beside ours."""
+    rows = {"E'": found["value"], **{f"dE'/d {path}": slope for path, slope in found["gradient"].items()}}
+    names = ("ours", "other", "difference")
+    cells = [[name, *(number(row[key]) for key in names)] for name, row in rows.items()]
+    return table(["another solver (jaxopt)", *names], cells)

@@ -1,4 +1,4 @@
-"""L-BFGS for the finite-size training of `simulation`: the only module that imports jaxopt."""
+"""L-BFGS for the finite-size training of `simulation`."""
 
 from __future__ import annotations
 
