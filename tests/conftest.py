@@ -53,3 +53,16 @@ def _few_programs_at_a_time():
     yield
     if next(_finished) % 8 == 0 and _memory_maps() > 30_000:
         jax.clear_caches()
+
+
+#: Files whose tests make no whole solve, but for those that are marked `solve`: the layer `pytest -m unit`.
+_UNIT = (
+    "test_fixed_point", "test_generalization", "test_layout", "test_prox", "test_quadrature", "test_setting",
+    "test_spectrum", "test_theory_page", "test_wells",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in _UNIT and not item.get_closest_marker("solve"):
+            item.add_marker("unit")

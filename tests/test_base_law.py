@@ -11,8 +11,6 @@ from lorastate.errors import SettingError
 from lorastate.model.spectra import wishart as spectrum
 from lorastate.model.spectra.laws import Atoms, BaseLaw, FreeSum, Part, PowerLaw, Wishart
 
-pytestmark = pytest.mark.unit
-
 LEGENDRE = np.polynomial.legendre.leggauss(400)
 GRID = [*itertools.product((0.2, 0.5, 1.0, 3.0), (0.02, 0.1, 0.5, 10.0)), (1.3, 0.1), (0.05, 1e-3), (0.5, 0.134)]
 

@@ -20,8 +20,6 @@ from lorastate.math.fixed_point import (  # noqa: E402
     spectral_radius,
 )
 
-pytestmark = pytest.mark.unit
-
 PICARD = Method(burn_in=-1)
 PLAIN = Method(burn_in=-1, damping=0.0)
 

@@ -9,8 +9,6 @@ from lorastate.evolution.order import Order
 from lorastate.evolution.test_errors import finetuning_error, node_dimension, pretraining_error, row_error
 from lorastate.math.quadrature import gaussian_nodes, over_replicas
 
-pytestmark = pytest.mark.unit
-
 LAW = (2.25, 1.33, 1.26)
 LORA = Order(0.4, 0.7, 0.5)
 

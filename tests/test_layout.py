@@ -3,9 +3,6 @@
 import ast
 
 import layout
-import pytest
-
-pytestmark = pytest.mark.unit
 
 
 def test_imports_go_down():

@@ -23,8 +23,6 @@ from lorastate.math.symmetric import (  # noqa: E402
 from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
 from lorastate.model.proximal import MapProblem, VectorProblem, minimise  # noqa: E402
 
-pytestmark = pytest.mark.unit
-
 
 def rows(z):
     return jax.nn.softmax(z, axis=1)

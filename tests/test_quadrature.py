@@ -22,8 +22,6 @@ from lorastate.model.channel.fields import field_dimension  # noqa: E402
 from lorastate.model.channel.frozen_map import FrozenMap  # noqa: E402
 from lorastate.model.channel.inputs import Fresh  # noqa: E402
 
-pytestmark = pytest.mark.unit
-
 # dimension, nodes, replicas, mirrored coordinates
 SETS = [
     (1, 2048, 8, None),

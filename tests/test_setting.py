@@ -17,8 +17,6 @@ from lorastate.setting.paths import get, replace
 from lorastate.setting.stages import Finetuning, Pretraining, Setting
 from lorastate.solution.gradients import gradient
 
-pytestmark = pytest.mark.unit
-
 jax.config.update("jax_enable_x64", True)
 
 MINIMAL = """
@@ -495,6 +493,7 @@ def test_contradictions(make, words):
     assert all(word in str(error.value) for word in [*words, "allowed"]), error.value
 
 
+@pytest.mark.solve
 def test_a_beta_that_follows_counts_in_the_slope():
     stages = Pretraining(0.1, 0.1, tokens=2, beta=2.0), Numerics(512, 1024, 2)
     unsaid, named = (Setting(stages[0], Finetuning(3.0, 1.0, activation=a), stages[1]) for a in (None, "softmax"))

@@ -21,8 +21,6 @@ from lorastate.model.spectra.wishart import (
     stieltjes,
 )
 
-pytestmark = pytest.mark.unit
-
 jax.config.update("jax_enable_x64", True)
 
 

@@ -4,9 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.unit
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "theory.md").read_text()
 

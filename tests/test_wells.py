@@ -13,8 +13,6 @@ from lorastate.model import proximal as prox
 from lorastate.model import wells
 from lorastate.model.channel.frozen_map import FrozenMap
 
-pytestmark = pytest.mark.unit
-
 # Noisy labels and a weak ridge: many nodes have several wells.
 FINE = ls.Setting(ls.Pretraining(0.1, 0.003, delta=2.0), ls.Finetuning(3.0, 0.05)).finetuning_resolved
 FROZEN = FrozenMap(jnp.array(1.6), jnp.array(2.6), jnp.array(2.0))
