@@ -70,3 +70,11 @@ def test_studies_are_listed():
     assert len(STUDIES) >= 5
     assert [name for name in STUDIES if f"(notebooks/{name}.ipynb)" not in readme] == []
     assert "python notebooks/run.py" in readme
+
+
+def test_a_channel_of_ones_own(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import flipped_labels
+
+    flipped_labels.test_theory_agrees_with_training()
+    assert len((ROOT / "examples" / "flipped_labels.py").read_text().splitlines()) < 80
