@@ -189,27 +189,9 @@ def solve_broken(
     return _solve(fine, frozen, first, numerics, nodes, Search(1, False, starts))
 
 
-#: (q - p)/q below which minima are as good as one, and the growth up to which such a solution is taken.
-_ONE, _NEARLY_STABLE = 1e-3, 1.5
-
-
-def _at_the_line(fine: Finetuning, points):
-    """At the line of instability minima are nearly one, and how far they are apart grows or falls as the samples have
-    it: that repels nobody."""
-
-    def code(x, code, growth):
-        p, *_, q = ft.order_at(fine, x).norms(ft.TEACHER_SIZE)
-        nearly = jnp.all(q - p < _ONE * q) & (growth < _NEARLY_STABLE)
-        return jnp.where((code == Code.unstable) & nearly, int(Code.ok), code)
-
-    return points._replace(code=jax.vmap(code)(points.x, points.code, points.growth))
-
-
 def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, search: Search) -> SecondStage:
     prepared = ft.prepare(fine, frozen, nodes)
     points, found, memory, same, coarse = search_finetuning(fine, frozen, numerics, prepared, search)
-    if search.levels:
-        points = _at_the_line(fine, points)
     # Where the second start found nothing new it stands for the first.
     tried = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), points)
     energies = jnp.where(same, found.energy[0], found.energy)
