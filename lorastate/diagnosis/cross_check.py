@@ -21,7 +21,7 @@ from ..math.quadrature import over_replicas
 from ..math.second_opinion import anderson
 from ..setting.stages import Setting
 from ..solution.finetuning import frozen_at
-from ..solution.gradients import OBJECTIVES, check_objective, evaluate, total_slopes
+from ..solution.gradients import OBJECTIVES, check_objective, evaluated, total_slopes
 from ..solution.solve import solve
 
 #: How far away from the solution the other solver starts, in the solver's coordinates.
@@ -36,11 +36,11 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
     find) and for recalibration "error", `SolveError` where our own solve fails.
     """
     check_objective(of)
-    here = evaluate(setting, of)
-    if here.failure is not None:
-        raise here.failure
     pre, fine = setting.pretraining, setting.finetuning_resolved
     nodes, first, second = solve(pre, fine, setting.numerics)
+    here = evaluated(setting, of, nodes, first, second)
+    if here.failure is not None:
+        raise here.failure
     if ft.order_at(fine, second.solved.point.x).levels:
         raise SettingError("symmetry is broken here; allowed: a setting that is replica symmetric")
     params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)

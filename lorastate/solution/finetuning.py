@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,15 +26,13 @@ from .stage import Solved, Stage, attached, averaged, averages, error_bars, resp
 
 
 class LoraStage(Stage):
-    """Fine-tuning on a frozen map, with `levels` steps of symmetry breaking."""
+    """Fine-tuning on a frozen map, with as many steps of symmetry breaking as the coordinates have."""
 
     fine: Finetuning
     frozen: FrozenMap
-    levels: int = eqx.field(static=True)
 
-    @property
-    def outer(self):
-        return self.levels
+    def outer(self, x):
+        return ft.order_at(self.fine, x).levels
 
     def step(self, x, const):
         return ft.step(x, (self.fine, self.frozen), const)
@@ -227,7 +224,7 @@ def describe_finetuning(
 ) -> Evaluation:
     """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
     solved = second.solved
-    stage = LoraStage(fine, frozen_at(pre, fine, first.x), ft.order_at(fine, solved.point.x).levels)
+    stage = LoraStage(fine, frozen_at(pre, fine, first.x))
     const = lora_nodes(fine, nodes, solved.point.x, second.found), solved.inner
     x = attached(stage, solved, const, jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse))
     values = stage.predictions(x, mean(averages(stage, x, *const)), test_errors(stage, x, nodes.finetuning_test))
@@ -241,10 +238,9 @@ def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, no
     pre, fine, out = jax.lax.stop_gradient((pre, fine, out))
     of_map, of_lora, found = out.solved
     bars, map_x = map_errors(pre, numerics, nodes, out.pretraining, of_map)
-    levels = ft.order_at(fine, of_lora.point.x).levels
 
     def make(map_x):
-        return LoraStage(fine, frozen_at(pre, fine, map_x), levels)
+        return LoraStage(fine, frozen_at(pre, fine, map_x))
 
     prepared = lora_nodes(fine, nodes, of_lora.point.x, found)
     lora = error_bars(make, of_lora, prepared, nodes.finetuning_test, numerics.replicas, out.finetuning, map_x)

@@ -102,8 +102,12 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
 
 def evaluate(setting: Setting, objective: str) -> Point:
     """An objective and its slopes, whatever became of the solves."""
+    return evaluated(setting, objective, *solve(setting.pretraining, setting.finetuning_resolved, setting.numerics))
+
+
+def evaluated(setting: Setting, objective: str, nodes, first, second) -> Point:
+    """The same from what `solve` has found."""
     pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes, first, second = solve(pre, fine, setting.numerics)
     value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
     slopes = total_slopes(setting, grads)
     ends = {"finetuning": (second.solved.point.code, second.solved.point.residual)}

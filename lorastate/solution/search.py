@@ -209,7 +209,7 @@ def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, se
         code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
     if search.alone:
-        _, gap = mean(averages(LoraStage(fine, frozen, 0), best.point.x, prepared, best.inner))
+        _, gap = mean(averages(LoraStage(fine, frozen), best.point.x, prepared, best.inner))
         rough = rough | ~(replicon(fine, gap) < 1)
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((o.overlap, o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))

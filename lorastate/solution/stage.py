@@ -24,8 +24,7 @@ from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas
 class Stage(eqx.Module):
     """A stage of training as its description sees it. `x` are order parameters in the solver's coordinates."""
 
-    @property
-    def outer(self) -> int:
+    def outer(self, x) -> int:
         """How many of the last coordinates are those of a maximum (see `lorastate.math.fixed_point.Map`)."""
         return 0
 
@@ -68,7 +67,8 @@ class Solved(NamedTuple):
 
 def attached(stage: Stage, solved: Solved, const, x=None):
     """The fixed point with its derivative by everything that `stage` is made of."""
-    return attach(_step, stage.outer, solved.point.x if x is None else x, stage, const)
+    x = solved.point.x if x is None else x
+    return attach(_step, stage.outer(x), x, stage, const)
 
 
 def _step(x, stage: Stage, const):
@@ -172,7 +172,7 @@ def _own_solutions(make, solved: Solved, nodes: Nodes, replicas: int, *upstream)
 
         def shifted(a, x, *upstream):
             stage = make(*upstream)
-            return newton_step(solved.jacobian, stage.image(a, x) - x, stage.outer, uphill=_UPHILL)
+            return newton_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), uphill=_UPHILL)
 
         found, inner = over_replicas(at, nodes, for_parts(xs, nodes), inner, *upstream_of_parts)
         found = by_replica(found, replicas)
