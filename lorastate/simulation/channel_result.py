@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import Code, SettingError, SolveError
 from ..setting.stages import Setting
 from ..solution.solution import PretrainingSolution
+from .measures import mean_of, stderr_of
 from .searches import SEARCHES
 
 #: A minimum counts as worse than another if its loss is higher by this share, and its overlap lower.
@@ -67,12 +68,12 @@ class ChannelSimulation:
     def mean(self, search: str, name: str, only_converged: bool = False) -> float:
         """Mean over runs; `SolveError` if one did not converge, unless `only_converged` leaves it out."""
         sample = self._sample(search, name, only_converged)
-        return float(np.mean(sample)) if len(sample) else np.nan
+        return mean_of(sample)
 
     def stderr(self, search: str, name: str, only_converged: bool = False) -> float:
         """Standard error of `mean` (ddof = 1); NaN for fewer than two runs."""
         sample = self._sample(search, name, only_converged)
-        return float(np.std(sample, ddof=1) / np.sqrt(len(sample))) if len(sample) > 1 else np.nan
+        return stderr_of(sample)
 
     @property
     def worse_starts(self) -> dict[str, float]:

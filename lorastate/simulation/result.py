@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import Code, SettingError, SolveError
 from ..predictions import measured_names
 from ..setting.stages import Setting
+from .measures import mean_of, stderr_of
 from .sizes import Sizes
 
 #: What is measured of each stage, in the order of tables.
@@ -77,12 +78,12 @@ class Simulation:
     def mean(self, stage: str, name: str, only_converged: bool = False) -> float:
         """Mean over runs; `SolveError` if one did not converge, unless `only_converged` leaves it out."""
         sample = self._sample(stage, name, only_converged)
-        return float(np.mean(sample)) if len(sample) else np.nan
+        return mean_of(sample)
 
     def stderr(self, stage: str, name: str, only_converged: bool = False) -> float:
         """Standard error of `mean` (ddof = 1); NaN for fewer than two runs."""
         sample = self._sample(stage, name, only_converged)
-        return float(np.std(sample, ddof=1) / np.sqrt(len(sample))) if len(sample) > 1 else np.nan
+        return stderr_of(sample)
 
     def summary(self, only_converged: bool = False) -> dict[str, dict[str, dict[str, float | None]]]:
         """{stage: {name: {"mean", "stderr"}}} of plain floats, None where undefined."""
