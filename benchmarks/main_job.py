@@ -25,14 +25,15 @@ def measure(row: str) -> dict[str, float]:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
     import lorastate as ls
-    from lorastate.solution.pretraining import solve_pretraining
+    from lorastate.solution.pretraining import search_pretraining
+    from lorastate.solution.problem import Problem
 
     pre = ls.Pretraining(alpha=0.1, lam=0.01, activation="identity" if row.startswith("identity") else "softmax")
     setting = ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.05))
     settings = [ls.replace(setting, "pretraining.lam", 0.01 + 0.0002 * k) for k in range(12)]
     out: dict[str, float] = {}
 
-    solve = jax.jit(lambda p: solve_pretraining(p, setting.numerics, None).point)
+    solve = jax.jit(lambda p: search_pretraining(Problem.of_pretraining(p, setting.numerics)).point)
 
     def run(s):
         if row == "identity pre-training":

@@ -39,7 +39,8 @@ def identity_batch(count: int = 10_000) -> dict:
     from jax.sharding import Mesh, PartitionSpec
 
     import lorastate as ls
-    from lorastate.solution.pretraining import solve_pretraining
+    from lorastate.solution.pretraining import search_pretraining
+    from lorastate.solution.problem import Problem
 
     numerics = ls.Numerics()
     lams = jnp.geomspace(0.01, 0.5, count)
@@ -47,7 +48,7 @@ def identity_batch(count: int = 10_000) -> dict:
 
     def one(lam):
         pre = eqx.tree_at(lambda p: p.lam, eqx.combine(params, rest), lam)
-        point = solve_pretraining(pre, numerics, None).point
+        point = search_pretraining(Problem.of_pretraining(pre, numerics)).point
         return point.x, point.code
 
     devices = jax.local_devices()

@@ -16,7 +16,8 @@ from lorastate.bayes.pretraining import bayes_optimal_pretraining, mmse
 from lorastate.evolution.order import decode
 from lorastate.math.quadrature import gaussian_nodes
 from lorastate.math.symmetric import complement, to_matrix
-from lorastate.solution.pretraining import solve_pretraining
+from lorastate.solution.pretraining import search_pretraining
+from lorastate.solution.problem import Problem
 
 
 def pre(**kw):
@@ -126,7 +127,7 @@ def test_never_below_the_learned_map():
         best = bayes_optimal_pretraining(pre(delta=delta))
         for lam in (0.003, 0.03, 0.3):
             p = pre(lam=lam, delta=delta)
-            order = decode(solve_pretraining(p, ls.Numerics(), None).point.x)
+            order = decode(search_pretraining(Problem.of_pretraining(p, ls.Numerics())).point.x)
             assert float(order.overlap**2 / order.norm(p.label_size)) <= float(best.Q) + 1e-12
 
 

@@ -19,8 +19,8 @@ from lorastate.math.implicit import attach
 from lorastate.model.channel.frozen_map import learned_map
 from lorastate.runtime.program import Program
 from lorastate.solution.finetuning import describe_finetuning
-from lorastate.solution.nodes import node_sets
 from lorastate.solution.pretraining import describe_pretraining
+from lorastate.solution.problem import Problem
 from lorastate.solution.solve import solve
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
@@ -36,24 +36,22 @@ class Case:
 
     def __init__(self, activation):
         self.setting = setting(activation)
-        self.nodes = node_sets(self.setting.pretraining, self.setting.finetuning_resolved, NUMERICS)
         self.described = Program(self.error, quick=True)
 
     def at(self, u):
-        s = ls.replace(ls.replace(self.setting, "pretraining.lam", u[0]), "finetuning.lam", u[1])
-        return s.pretraining, s.finetuning_resolved
+        return Problem.of(ls.replace(ls.replace(self.setting, "pretraining.lam", u[0]), "finetuning.lam", u[1]))
 
     def solve(self, u, allowed=(Code.ok,)):
         """What the searches find, without derivatives."""
-        _, first, second = solve(*self.at(u), NUMERICS)
+        _, first, second = solve(self.at(u))
         assert len(second.solved.point.x) == 3  # replica symmetric
         assert int(first.status["code"]) in allowed and int(second.solved.point.code) in allowed
         return first.solved, second
 
     def error(self, u, found):
-        (pre, fine), (of_map, second) = self.at(u), found
-        first = describe_pretraining(pre, self.nodes, of_map)
-        return describe_finetuning(pre, fine, self.nodes, first, second).finetuning["test_error"]
+        problem, (of_map, second) = self.at(u), found
+        first = describe_pretraining(problem, of_map)
+        return describe_finetuning(problem, first, second).finetuning["test_error"]
 
     def value(self, u):
         return float(self.described(u, self.solve(u)))
@@ -101,8 +99,8 @@ def test_implicit_is_unrolled(activation):
         return jax.lax.fori_loop(0, 150, once, x)
 
     def both_stages(derivative, u, found):
-        (p, f), (of_map, second) = case.at(u), found
-        nodes = case.nodes
+        problem, (of_map, second) = case.at(u), found
+        (p, f), nodes = problem.stages, problem.nodes
         const = None if nodes.pretraining is None else (nodes.pretraining, of_map.inner)
         x = derivative(pt.step, of_map.point.x, p, const)
         given = f, learned_map(p, decode(x))

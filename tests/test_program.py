@@ -19,8 +19,8 @@ import lorastate as ls
 from lorastate.math.quadrature import gaussian_nodes
 from lorastate.runtime import program
 from lorastate.runtime.program import Program
-from lorastate.solution.nodes import node_sets
-from lorastate.solution.pretraining import solve_pretraining
+from lorastate.solution.pretraining import search_pretraining
+from lorastate.solution.problem import Problem
 from lorastate.solution.stage import Bars
 
 NUMERICS = ls.Numerics(512, 1024, 2)
@@ -35,16 +35,16 @@ def folder(tmp_path):
 
 
 def solve(p, lam, **more):
-    return p(ls.Pretraining(0.1, lam, activation="identity", tokens=2, **more), NUMERICS, None)
+    return p(problem(ls.Pretraining(0.1, lam, activation="identity", tokens=2, **more)))
+
+
+def problem(pre):
+    return Problem.of_pretraining(pre, NUMERICS)
 
 
 class Halved(eqx.Module):
     def __call__(self, z):
         return z / 2
-
-
-def nodes(pre):
-    return node_sets(pre, ls.Finetuning(1.0, 1.0, activation="identity", tokens=2), NUMERICS).pretraining
 
 
 def fail(*_):
@@ -58,35 +58,35 @@ def same(a, b):
 
 
 def test_a_second_start_does_not_trace(folder, monkeypatch):
-    usual = jax.jit(lambda pre: solve_pretraining(pre, NUMERICS, None))
-    first = Program(solve_pretraining, quick=True)
+    usual = jax.jit(search_pretraining)
+    first = Program(search_pretraining, quick=True)
     found = solve(first, 0.1)
     (file,) = folder.iterdir()
     with monkeypatch.context() as patched:
         patched.setattr(Program, "_export", fail)
-        second = Program(solve_pretraining, quick=True)
+        second = Program(search_pretraining, quick=True)
         same(solve(second, 0.1), found)
         # Other values, the same program; and what jit alone finds.
-        want = usual(ls.Pretraining(0.1, 0.2, activation="identity", tokens=2))
+        want = usual(problem(ls.Pretraining(0.1, 0.2, activation="identity", tokens=2)))
         np.testing.assert_allclose(solve(second, 0.2).point.x, want.point.x, rtol=1e-12)
     assert list(folder.iterdir()) == [file]
     # Another static field is another program.
     solve(first, 0.1, task={"a": 1.0, "c": 0.2, "kappa_perp": 1.0})
-    first(ls.Pretraining(0.1, 0.1, activation="identity", tokens=3), NUMERICS, None)
+    first(problem(ls.Pretraining(0.1, 0.1, activation="identity", tokens=3)))
     assert len(list(folder.iterdir())) == 3
 
 
 def test_a_damaged_or_foreign_file_is_made_anew(folder, monkeypatch):
-    found = solve(Program(solve_pretraining), 0.1)
+    found = solve(Program(search_pretraining), 0.1)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"not a program"):
         file.write_bytes(damaged)
-        same(solve(Program(solve_pretraining), 0.1), found)
+        same(solve(Program(search_pretraining), 0.1), found)
         assert len(file.read_bytes()) == len(whole)
     # Another version of the package reads nothing of this one.
     monkeypatch.setattr(program, "_version", lambda: "another")
-    solve(Program(solve_pretraining), 0.1)
+    solve(Program(search_pretraining), 0.1)
     assert len(list(folder.iterdir())) == 2
 
 
@@ -99,13 +99,13 @@ def test_what_cannot_be_known_again_is_not_kept(folder):
     for activation in (lambda z: z / 2, jnp.tanh, Halved()):
         pre = ls.Pretraining(0.1, 0.1, activation=activation, tokens=2)
         assert not program._known((pre, NUMERICS)) and program._known((pre.lam, NUMERICS, None, {"a": [1.0]}))
-        assert np.isfinite(Program(solve_pretraining)(pre, NUMERICS, nodes(pre)).point.x).all()
+        assert np.isfinite(Program(search_pretraining)(problem(pre)).point.x).all()
     assert not folder.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(folder):
     folder.write_text("a file in its place")
-    assert np.all(np.isfinite(solve(Program(solve_pretraining), 0.1).point.x))
+    assert np.all(np.isfinite(solve(Program(search_pretraining), 0.1).point.x))
     assert folder.read_text() == "a file in its place"
 
 
@@ -117,12 +117,12 @@ class Planted:
 
 
 def test_nothing_in_the_folder_is_run(folder):
-    found = solve(Program(solve_pretraining), 0.1)
+    found = solve(Program(search_pretraining), 0.1)
     (file,) = folder.iterdir()
     plants = pickle.dumps(Planted())
     for planted in (plants, hashlib.sha256(plants).digest() + plants):
         file.write_bytes(planted)
-        same(solve(Program(solve_pretraining), 0.1), found)
+        same(solve(Program(search_pretraining), 0.1), found)
     assert not Planted.ran
     # Not even a class of another package, or what is not a class of values.
     here = "lorastate.runtime.program"
@@ -132,14 +132,14 @@ def test_nothing_in_the_folder_is_run(folder):
 
 
 def test_a_changed_byte_is_seen(folder):
-    found = solve(Program(solve_pretraining), 0.1)
+    found = solve(Program(search_pretraining), 0.1)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     for place in (3, 40, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(OSError, match="damaged"):
             program._read(file)
-    same(solve(Program(solve_pretraining), 0.1), found)
+    same(solve(Program(search_pretraining), 0.1), found)
 
 
 def test_trees_survive(folder):
@@ -157,7 +157,7 @@ def test_trees_survive(folder):
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are different there")
 def test_a_folder_of_others_is_not_used(folder, monkeypatch):
-    solve(Program(solve_pretraining), 0.1)
+    solve(Program(search_pretraining), 0.1)
     assert folder.stat().st_mode & 0o777 == 0o700
     (file,) = folder.iterdir()
     for mode in (0o770, 0o777, 0o702):
@@ -165,7 +165,7 @@ def test_a_folder_of_others_is_not_used(folder, monkeypatch):
         with pytest.raises(PermissionError, match="others may write"):
             program._read(file)
         file.rename(tmp := folder.with_name("away"))
-        assert np.isfinite(solve(Program(solve_pretraining), 0.1).point.x).all()
+        assert np.isfinite(solve(Program(search_pretraining), 0.1).point.x).all()
         assert not list(folder.iterdir())
         tmp.rename(file)
     folder.chmod(0o700)
@@ -187,12 +187,12 @@ def test_the_oldest_makes_room(folder, monkeypatch):
 
 
 def test_what_was_edited_since_it_was_imported_is_not_kept(folder, monkeypatch):
-    found = solve(Program(solve_pretraining), 0.1)
+    found = solve(Program(search_pretraining), 0.1)
     (file,) = folder.iterdir()
     file.unlink()
     with monkeypatch.context() as patched:
         patched.setattr(program, "source_on_disk", lambda: "edited")
-        same(solve(Program(solve_pretraining), 0.1), found)
+        same(solve(Program(search_pretraining), 0.1), found)
         np.testing.assert_array_equal(program.kept_arrays("some", lambda: (np.ones(3),))[0], np.ones(3))
     assert not list(folder.iterdir()) and not nodes_kept(folder)
 
@@ -271,7 +271,7 @@ def accelerator(monkeypatch):
 
 def test_a_cuda_machine_has_its_own_programs(folder, accelerator):
     # Here a program for CUDA cannot run: then it is compiled as usual.
-    assert np.isfinite(solve(Program(solve_pretraining), 0.1).point.x).all()
+    assert np.isfinite(solve(Program(search_pretraining), 0.1).point.x).all()
     (file,) = folder.iterdir()
     assert program._read(file)[0].platforms == ("cuda",) and program.platform() == "cuda"
 
@@ -280,7 +280,7 @@ def test_programs_follow_the_default_device(folder, accelerator):
     cpu = jax.devices("cpu")[0]
     for device in (cpu, "cpu"):
         with jax.default_device(device):
-            solve(Program(solve_pretraining), 0.1)
+            solve(Program(search_pretraining), 0.1)
             assert list(program.together(lambda _: program.platform(), range(3))) == ["cpu"] * 3
     assert program.platform([np.ones(3), jax.device_put(1.0, cpu)]) == "cpu"
     (file,) = folder.iterdir()

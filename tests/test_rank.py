@@ -23,7 +23,7 @@ from lorastate.model.proximal import VectorProblem
 from lorastate.simulation import losses, samples
 from lorastate.simulation.measures import lora_overlaps
 from lorastate.solution.finetuning import replicon
-from lorastate.solution.nodes import node_sets
+from lorastate.solution.problem import Problem
 from lorastate.solution.stage import response_gap
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=4096, replicas=2)
@@ -144,7 +144,7 @@ def draws(solution):
     """Draws of all replicas as one set."""
     s = solution.setting
     fine, frozen = s.finetuning_resolved, frozen_map(solution)
-    nodes = node_sets(s.pretraining, fine, s.numerics).finetuning
+    nodes = Problem.of(s).nodes.finetuning
     parts = [ft.draws(fine, frozen, jax.tree_util.tree_map(lambda a, r=r: jnp.asarray(a[r]), nodes)) for r in (0, 1)]
     d = jax.tree_util.tree_map(lambda *a: jnp.concatenate(a, -1), *parts)
     return d._replace(weight=d.weight / 2)

@@ -13,8 +13,8 @@ from lorastate.runtime import program
 from lorastate.setting.fields import continuous_fields
 from lorastate.setting.paths import get
 from lorastate.solution.finetuning import LoraStage
-from lorastate.solution.nodes import node_sets
-from lorastate.solution.pretraining import MapStage, solve_pretraining
+from lorastate.solution.pretraining import MapStage, search_pretraining
+from lorastate.solution.problem import Problem
 
 # The same sizes as in test_cli and test_documents: what is compiled for one serves the others.
 SMALL = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}
@@ -43,14 +43,13 @@ def pretrain():
     """Jitted pre-training solve -> (V, M, Q, code)."""
 
     @jax.jit
-    def solve(pre, nodes):
-        sol = solve_pretraining(pre, ls.Numerics(**SMALL), nodes).point
+    def solve(problem):
+        sol = search_pretraining(problem).point
         order = decode(sol.x)
-        return jnp.stack([order.response, order.overlap, order.norm(pre.label_size)]), sol.code
+        return jnp.stack([order.response, order.overlap, order.norm(problem.pre.label_size)]), sol.code
 
     def run(pre, numerics):
-        nodes = node_sets(pre, ls.Finetuning(alpha=1, lam=1, delta=0.5, activation="identity", tokens=2), numerics)
-        return solve(pre, nodes.pretraining)
+        return solve(Problem.of_pretraining(pre, numerics))
 
     return run
 

@@ -20,8 +20,8 @@ from ..evolution.order import decode
 from ..math.quadrature import over_replicas
 from ..math.second_opinion import anderson
 from ..setting.stages import Setting
-from ..solution.finetuning import frozen_at
 from ..solution.gradients import OBJECTIVES, check_objective, evaluated, total_slopes
+from ..solution.problem import Problem
 from ..solution.solve import solve
 
 #: How far away from the solution the other solver starts, in the solver's coordinates.
@@ -36,20 +36,20 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
     find) and for recalibration "error", `SolveError` where our own solve fails.
     """
     check_objective(of)
-    pre, fine = setting.pretraining, setting.finetuning_resolved
-    nodes, first, second = solve(pre, fine, setting.numerics)
-    here = evaluated(setting, of, nodes, first, second)
+    problem, first, second = solve(Problem.of(setting))
+    here = evaluated(setting, of, problem, first, second)
     if here.failure is not None:
         raise here.failure
-    if ft.order_at(fine, second.solved.point.x).levels:
+    if ft.order_at(problem.fine, second.solved.point.x).levels:
         raise SettingError("symmetry is broken here; allowed: a setting that is replica symmetric")
-    params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)
+    params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
+    nodes = problem.nodes
     x0, y0 = (jax.lax.stop_gradient(v) + _AWAY for v in (first.x, second.solved.point.x))
 
     def value(params):
-        pre, fine = eqx.combine(params, rest)
-        x, left = anderson(lambda x, pre: _map_image(x, pre, nodes.pretraining), x0, pre)
-        frozen = frozen_at(pre, fine, x)
+        here = problem.at(eqx.combine(params, rest))
+        x, left = anderson(lambda x, pre: _map_image(x, pre, nodes.pretraining), x0, here.pre)
+        fine, frozen = here.fine, here.frozen(x)
         y, left_too = anderson(lambda y, args: _lora_image(y, args, nodes.finetuning), y0, (fine, frozen))
         found = OBJECTIVES[of](fine, frozen, ft.order_at(fine, y), nodes.finetuning_test)
         return found, jnp.stack([left, left_too])

@@ -8,20 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..bayes.frozen_map import frozen_map
 from ..errors import succeeded
 from ..evolution import finetuning as ft
-from ..evolution import pretraining as pt
-from ..evolution.order import SPREAD_FLOOR, Order, decode, directions, from_norm
+from ..evolution.order import SPREAD_FLOOR, Order, directions, from_norm
 from ..evolution.test_errors import finetuning_error
 from ..math.implicit import nan_slope
 from ..math.quadrature import Nodes, in_blocks, mean
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
-from ..setting.numerics import Numerics
-from ..setting.stages import Finetuning, Pretraining
-from .nodes import NodeSets
+from ..setting.stages import Finetuning
 from .pretraining import FirstStage, map_errors
+from .problem import Problem
 from .stage import Solved, Stage, attached, averaged, averages, error_bars, response_gap, status_of, test_errors
 
 
@@ -174,18 +171,6 @@ def lora_error(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes |
 # ---- description -----------------------------------------------------------------------------------------------
 
 
-def frozen_at(pre: Pretraining, fine: Finetuning, x) -> FrozenMap:
-    """The frozen map at the solver's coordinates `x` of pre-training."""
-    return frozen_map(fine.inputs, pre, decode(x), pt.downstream_overlap(pre, x))
-
-
-def lora_nodes(fine: Finetuning, nodes: NodeSets, x, found) -> Nodes:
-    """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them."""
-    chosen = nodes.broken if ft.order_at(fine, x).levels else nodes.finetuning
-    assert chosen is not None
-    return chosen._replace(found=found)
-
-
 class Branches(NamedTuple):
     """Fine-tuning solutions from the informative [0] and the small [1] start: m and q along the teacher, free energy,
     code; and which of them was taken."""
@@ -219,29 +204,30 @@ class Evaluation(NamedTuple):
     solved: tuple[Solved, Solved, Any]  # of both stages, and what the channel searched for
 
 
-def describe_finetuning(
-    pre: Pretraining, fine: Finetuning, nodes: NodeSets, first: FirstStage, second: SecondStage
-) -> Evaluation:
+def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage) -> Evaluation:
     """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
     solved = second.solved
-    stage = LoraStage(fine, frozen_at(pre, fine, first.x))
-    const = lora_nodes(fine, nodes, solved.point.x, second.found), solved.inner
+    stage = LoraStage(problem.fine, problem.frozen(first.x))
+    const = problem.nodes_at(solved.point.x, second.found), solved.inner
     x = attached(stage, solved, const, jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse))
-    values = stage.predictions(x, mean(averages(stage, x, *const)), test_errors(stage, x, nodes.finetuning_test))
+    values = stage.predictions(
+        x, mean(averages(stage, x, *const)), test_errors(stage, x, problem.nodes.finetuning_test)
+    )
     values = {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
     status = {"pretraining": first.status, "finetuning": status_of(solved.point)}
     return Evaluation(first.values, values, second.branches, status, (first.solved, solved, second.found))
 
 
-def quadrature_errors(pre: Pretraining, fine: Finetuning, numerics: Numerics, nodes: NodeSets, out: Evaluation):
+def quadrature_errors(problem: Problem, out: Evaluation):
     """`Bars` of both stages, from the spread over replicas (see `error_bars`)."""
-    pre, fine, out = jax.lax.stop_gradient((pre, fine, out))
+    stages, out = jax.lax.stop_gradient((problem.stages, out))
+    problem = problem.at(stages)
     of_map, of_lora, found = out.solved
-    bars, map_x = map_errors(pre, numerics, nodes, out.pretraining, of_map)
+    bars, map_x = map_errors(problem, out.pretraining, of_map)
 
     def make(map_x):
-        return LoraStage(fine, frozen_at(pre, fine, map_x))
+        return LoraStage(problem.fine, problem.frozen(map_x))
 
-    prepared = lora_nodes(fine, nodes, of_lora.point.x, found)
-    lora = error_bars(make, of_lora, prepared, nodes.finetuning_test, numerics.replicas, out.finetuning, map_x)
+    prepared, test = problem.nodes_at(of_lora.point.x, found), problem.nodes.finetuning_test
+    lora = error_bars(make, of_lora, prepared, test, problem.numerics.replicas, out.finetuning, map_x)
     return bars, lora[0]

@@ -21,7 +21,8 @@ from ..runtime.program import Program
 from ..setting.fields import BY_PATH, Field, fields
 from ..setting.paths import replace
 from ..setting.stages import Setting
-from .finetuning import frozen_at, lora_error, lora_nodes, lora_overlap
+from .finetuning import lora_error, lora_overlap
+from .problem import Problem
 from .solve import failure, solve
 
 #: Objectives by name, each to be minimised, as functions of the stage, the frozen map, the order parameters of
@@ -33,23 +34,23 @@ OBJECTIVES = {
 }
 
 
-def value_and_slopes(objective: str, pre, fine, nodes, of_map, second):
+def value_and_slopes(objective: str, problem: Problem, of_map, second):
     """An objective and its derivatives, shaped like (pre, fine), at the fixed points that were found.
 
     Few inputs and no tape: forward mode needs a tenth of the memory of reverse mode, and compiles faster. Each stage is
     differentiated once, in its own order parameters and in everything that it is given; the chain rule does the rest.
     """
-    params, rest = eqx.partition((pre, fine), eqx.is_inexact_array)
-    x, y = of_map.point.x, second.solved.point.x
-    prepared, levels = lora_nodes(fine, nodes, y, second.found), ft.order_at(fine, y).levels
+    params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
+    x, y, nodes = of_map.point.x, second.solved.point.x, problem.nodes
+    prepared, levels = problem.nodes_at(y, second.found), ft.order_at(problem.fine, y).levels
 
     def map_step(x, params, inner):
         pre, _ = eqx.combine(params, rest)
         return pt.step(x, pre, None if nodes.pretraining is None else (nodes.pretraining, inner))
 
     def lora(x, params):
-        pre, fine = eqx.combine(params, rest)
-        return fine, frozen_at(pre, fine, x)
+        here = problem.at(eqx.combine(params, rest))
+        return here.fine, here.frozen(x)
 
     def lora_step(y, given, inner):
         return ft.step(y, lora(*given), (prepared, inner))
@@ -102,20 +103,19 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
 
 def evaluate(setting: Setting, objective: str) -> Point:
     """An objective and its slopes, whatever became of the solves."""
-    return evaluated(setting, objective, *solve(setting.pretraining, setting.finetuning_resolved, setting.numerics))
+    return evaluated(setting, objective, *solve(Problem.of(setting)))
 
 
-def evaluated(setting: Setting, objective: str, nodes, first, second) -> Point:
+def evaluated(setting: Setting, objective: str, problem: Problem, first, second) -> Point:
     """The same from what `solve` has found."""
-    pre, fine = setting.pretraining, setting.finetuning_resolved
-    value, grads = _value_and_slopes(objective, pre, fine, nodes, first.solved, second)
+    value, grads = _value_and_slopes(objective, problem, first.solved, second)
     slopes = total_slopes(setting, grads)
     ends = {"finetuning": (second.solved.point.code, second.solved.point.residual)}
-    if fine.inputs.needs_map:
+    if problem.fine.inputs.needs_map:
         ends = {"pretraining": (first.status["code"], first.status["residual"])} | ends
     for stage, (code, residual) in ends.items():
         if not succeeded(int(code)):
-            return Point(float(value), slopes, failure(stage, Code(int(code)), residual, pre, first.values))
+            return Point(float(value), slopes, failure(stage, Code(int(code)), residual, problem.pre, first.values))
     if not all(map(math.isfinite, slopes.values())):
         return Point(float(value), slopes, SolveError("gradient", Code.nonfinite, f"objective {objective}"))
     return Point(float(value), slopes)

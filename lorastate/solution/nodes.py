@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..evolution import finetuning as ft
 from ..evolution import pretraining as pt
 from ..evolution.test_errors import node_dimension
@@ -25,23 +27,35 @@ DEEP, _MORE = 0.4, 4
 
 class NodeSets(NamedTuple):
     """Quadrature nodes of each expectation; None where a closed form needs none. `broken`: those of fine-tuning with
-    samples inside, for steps of symmetry breaking."""
+    samples inside, for steps of symmetry breaking. `seed`: of all of them, an array."""
 
     pretraining: Nodes | None
-    finetuning: Any
     pretraining_test: Nodes | None
-    finetuning_test: Nodes | None
+    seed: Any
+    finetuning: Any = None
+    finetuning_test: Nodes | None = None
     broken: Nodes | None = None
 
+    @property
+    def pretraining_alone(self) -> NodeSets:
+        """Those of pre-training."""
+        return NodeSets(self.pretraining, self.pretraining_test, self.seed)
 
-def node_sets(pre: Pretraining, fine: Finetuning, numerics: Numerics) -> NodeSets:
-    """The node sets of a setting (cached: they depend on static fields only), but for `broken`."""
-    assert fine.tokens is not None
-    map_nodes, map_test = map_node_sets(pre, numerics)
-    count, r, seed = numerics.finetuning_nodes, numerics.replicas, numerics.seed
+
+def node_sets(pre: Pretraining, fine: Finetuning | None, numerics: Numerics) -> NodeSets:
+    """The node sets of a setting (cached: they depend on static fields only), but for `broken`; without `fine` those of
+    pre-training."""
+    of_map = _plain(pt.node_dimension(pre), numerics.nodes, numerics, 0, _MAP_PART)
+    map_test = _plain(
+        node_dimension(pre.activation, pre.tokens), 2 * numerics.finetuning_nodes, numerics, 10**6, _TEST_PART
+    )
+    nodes = NodeSets(of_map, map_test, np.array(numerics.seed))
+    if fine is None:
+        return nodes
+    count, r = numerics.finetuning_nodes, numerics.replicas
     order, part = (ft.node_order(fine), _LORA_PART) if count >= r * _LORA else (None, None)
-    lora = gaussian_nodes(ft.node_dimension(fine), count, r, seed, ft.mirrored(fine), order, part)
-    return NodeSets(map_nodes, lora, map_test, test_nodes(fine, numerics))
+    lora = gaussian_nodes(ft.node_dimension(fine), count, r, numerics.seed, ft.mirrored(fine), order, part)
+    return nodes._replace(finetuning=lora, finetuning_test=test_nodes(fine, numerics))
 
 
 def test_nodes(fine: Finetuning, numerics: Numerics) -> Nodes | None:
@@ -49,15 +63,6 @@ def test_nodes(fine: Finetuning, numerics: Numerics) -> Nodes | None:
     assert fine.tokens is not None
     d = node_dimension(fine.activation, fine.tokens, (fine.rank, fine.teacher_rank))
     return _plain(d, 2 * numerics.finetuning_nodes, numerics, 2 * 10**6, _TEST_PART)
-
-
-def map_node_sets(pre: Pretraining, numerics: Numerics) -> tuple[Nodes | None, Nodes | None]:
-    """Nodes of pre-training and of its test errors."""
-    d = node_dimension(pre.activation, pre.tokens)
-    return (
-        _plain(pt.node_dimension(pre), numerics.nodes, numerics, 0, _MAP_PART),
-        _plain(d, 2 * numerics.finetuning_nodes, numerics, 10**6, _TEST_PART),
-    )
 
 
 def _plain(d: int, count: int, numerics: Numerics, stream: int, part: int) -> Nodes | None:
@@ -74,7 +79,7 @@ def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics, deep: boo
     count, r = max(numerics.finetuning_nodes // _FEWER, 64 * numerics.replicas), numerics.replicas
     order = ft.node_order(fine) if count >= r * _LORA // _FEWER else None
     broken = nested_nodes(
-        ft.node_dimension(fine), count, r, numerics.seed, ft.mirrored(fine), order, _BROKEN_PART,
+        ft.node_dimension(fine), count, r, int(nodes.seed), ft.mirrored(fine), order, _BROKEN_PART,
         fine.rank * fine.tokens, (numerics.samples * (_MORE if deep else 1),),
     )  # fmt: skip
     return nodes._replace(broken=broken)

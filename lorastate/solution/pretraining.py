@@ -14,12 +14,12 @@ from ..evolution.order import RESPONSE_FLOOR, Order, decode
 from ..evolution.test_errors import pretraining_error
 from ..math.fixed_point import Method, Rules, iterate, plain_map
 from ..math.implicit import nan_slope
-from ..math.quadrature import Nodes, Slots, in_blocks, mean
+from ..math.quadrature import Slots, in_blocks, mean
 from ..math.symmetric import dimension
 from ..model import wells
 from ..setting.numerics import Numerics
 from ..setting.stages import Pretraining
-from .nodes import NodeSets
+from .problem import Problem
 from .stage import Bars, Solved, Stage, attached, averages, error_bars, response_gap, status_of, test_errors
 
 
@@ -109,9 +109,9 @@ def rules_of(numerics: Numerics, parts: int, rough: float, settle: float = np.in
     return [Rules.of(coarse, 1), Rules.of(fine, parts, exact=False)]
 
 
-def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: Nodes | None) -> Solved:
+def search_pretraining(problem: Problem) -> Solved:
     """Fixed point of pre-training (no derivative), from the usual start or, where that fails, that of weak ridges."""
-    pre = jax.lax.stop_gradient(pre)
+    pre, numerics, nodes = jax.lax.stop_gradient(problem.pre), problem.numerics, problem.nodes.pretraining
     if nodes is None:
         fmap, memory = plain_map(pt.step, pre), Slots.of(None)
         rules = [Rules.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))]
@@ -171,8 +171,9 @@ class FirstStage(NamedTuple):
     solved: Solved
 
 
-def describe_pretraining(pre: Pretraining, nodes: NodeSets, solved: Solved) -> FirstStage:
+def describe_pretraining(problem: Problem, solved: Solved) -> FirstStage:
     """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
+    pre, nodes = problem.pre, problem.nodes
     stage, found = MapStage(pre), solved.inner
     const = None if nodes.pretraining is None else (nodes.pretraining, found)
     lost = 0.0 if nodes.pretraining is None else wells.lost(found)
@@ -185,10 +186,11 @@ def describe_pretraining(pre: Pretraining, nodes: NodeSets, solved: Solved) -> F
     return FirstStage(values, x, status_of(solved.point._replace(code=code)), solved)
 
 
-def map_errors(pre: Pretraining, numerics: Numerics, nodes: NodeSets, values: dict[str, Any], solved: Solved):
+def map_errors(problem: Problem, values: dict[str, Any], solved: Solved):
     """`Bars` of pre-training, and the order parameters (R, n) of every replica."""
+    nodes, replicas = problem.nodes, problem.numerics.replicas
     if nodes.pretraining is None or nodes.pretraining_test is None:
-        xs = jnp.broadcast_to(solved.point.x, (numerics.replicas, len(solved.point.x)))
+        xs = jnp.broadcast_to(solved.point.x, (replicas, len(solved.point.x)))
         return Bars({k: 0.0 * v for k, v in values.items()}, jnp.zeros(())), xs
-    stage = MapStage(pre)
-    return error_bars(lambda: stage, solved, nodes.pretraining, nodes.pretraining_test, numerics.replicas, values)
+    stage = MapStage(problem.pre)
+    return error_bars(lambda: stage, solved, nodes.pretraining, nodes.pretraining_test, replicas, values)

@@ -20,10 +20,11 @@ from ..math.quadrature import Nodes, Slots, mean
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.numerics import Numerics
-from ..setting.stages import Finetuning, Pretraining
-from .finetuning import Branches, LoraStage, SecondStage, frozen_at, replicon
+from ..setting.stages import Finetuning
+from .finetuning import Branches, LoraStage, SecondStage, replicon
 from .nodes import DEEP
 from .pretraining import FirstStage, rules_of, stacked
+from .problem import Problem
 from .stage import Solved, averages
 
 
@@ -169,29 +170,26 @@ def _lowest(code, energies):
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
 
 
-def solve_symmetric(
-    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, alone: bool = True
-) -> SecondStage:
+def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> SecondStage:
     """Replica-symmetric fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest
     free energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not
     do; without, on any, for a comparison: where nodes have two wells that is not the solution of the theory."""
-    fine, frozen = jax.lax.stop_gradient((fine, frozen_at(pre, fine, first.x)))
+    fine = jax.lax.stop_gradient(problem.fine)
     starts = jnp.stack([start(fine, True), start(fine, False)])
-    return _solve(fine, frozen, first, numerics, nodes, Search(0, alone, starts))
+    return _solve(problem, first, problem.nodes.finetuning, Search(0, alone, starts))
 
 
-def solve_broken(
-    pre: Pretraining, fine: Finetuning, first: FirstStage, numerics: Numerics, nodes: Nodes, coarse
-) -> SecondStage:
+def solve_broken(problem: Problem, first: FirstStage, coarse) -> SecondStage:
     """The same with one step of symmetry breaking; `coarse`: where a replica-symmetric search came to."""
-    fine, frozen = jax.lax.stop_gradient((fine, frozen_at(pre, fine, first.x)))
+    fine = jax.lax.stop_gradient(problem.fine)
     starts = jnp.stack([broken_start(fine, coarse, True), broken_start(fine, coarse, False)])
-    return _solve(fine, frozen, first, numerics, nodes, Search(1, False, starts))
+    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts))
 
 
-def _solve(fine, frozen, first: FirstStage, numerics: Numerics, nodes: Nodes, search: Search) -> SecondStage:
+def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> SecondStage:
+    fine, frozen = jax.lax.stop_gradient((problem.fine, problem.frozen(first.x)))
     prepared = ft.prepare(fine, frozen, nodes)
-    points, found, memory, same, coarse = search_finetuning(fine, frozen, numerics, prepared, search)
+    points, found, memory, same, coarse = search_finetuning(fine, frozen, problem.numerics, prepared, search)
     # Where the second start found nothing new it stands for the first.
     tried = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), points)
     energies = jnp.where(same, found.energy[0], found.energy)

@@ -19,10 +19,10 @@ from ..predictions import summary_names
 from ..runtime.program import Program
 from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning, Pretraining, Setting
-from .finetuning import Branches, frozen_at
+from .finetuning import Branches
 from .gradients import searches_scale, with_best_scale
-from .nodes import NodeSets, map_node_sets
 from .pretraining import map_errors
+from .problem import Problem, frozen_at
 from .solve import answer, failure, lost, solve, solve_pretraining, traced_answer
 from .stage import final_status
 
@@ -196,13 +196,9 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     asked = setting
     if searches_scale(setting):
         setting = with_best_scale(setting)
-    pre, fine, numerics = setting.pretraining, setting.finetuning_resolved, setting.numerics
-    known = all(map(is_concrete, (*jax.tree_util.tree_leaves((pre, fine)), jnp.zeros(()))))
-    if known:
-        found = answer(pre, fine, numerics.without_seed, *solve(pre, fine, numerics))
-    else:
-        found = traced_answer(pre, fine, numerics)
-    values, errors, status, branches = found
+    problem = Problem.of(setting)
+    known = problem.known
+    values, errors, status, branches = answer(*solve(problem)) if known else traced_answer(problem)
     if setting is not asked:
         errors["finetuning"]["recalibration"] = jnp.asarray(jnp.nan)  # of the search: not known
     solution = Solution(asked, values["pretraining"], values["finetuning"], errors, status, branches)
@@ -277,17 +273,15 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     grad nothing is raised: the values of a failed solve are NaN there, and so are their derivatives.
     """
     require_float64()
-    pre, numerics = pretraining, Numerics() if numerics is None else numerics
-    nodes, still = map_node_sets(pre, numerics), numerics.without_seed
-    sets = NodeSets(nodes[0], None, nodes[1], None)
-    first = solve_pretraining(pre, still, sets)
-    bars, _ = _map_errors(pre, still, sets, first.values, first.solved)
+    problem = Problem.of_pretraining(pretraining, Numerics() if numerics is None else numerics)
+    first = solve_pretraining(problem)
+    bars, _ = _map_errors(problem, first.values, first.solved)
     status = final_status(first.status, bars)
     values, x = first.values, first.x
     known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
     if not known:
         values, x = lost((values, x), succeeded(status["code"]))
-    solution = PretrainingSolution(pre, values, bars.errors, status, x)
+    solution = PretrainingSolution(pretraining, values, bars.errors, status, x)
     if throw and known:
         solution.require_ok()
     return solution

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from ..errors import Code, SolveError, succeeded
 from ..math.implicit import nan_slope
 from ..runtime.program import Program
-from ..setting.numerics import Numerics
-from ..setting.stages import Finetuning, Pretraining
+from ..setting.stages import Pretraining
 from .finetuning import describe_finetuning, quadrature_errors
-from .nodes import NodeSets, node_sets, with_broken
-from .pretraining import FirstStage, describe_pretraining
-from .pretraining import solve_pretraining as search_pretraining
+from .pretraining import FirstStage, describe_pretraining, search_pretraining
+from .problem import Problem
 from .search import solve_broken, solve_symmetric
 from .stage import final_status
 
@@ -36,68 +34,66 @@ def by_work(programs: tuple[Program, Program], nodes: int, solves: int = _SOLVES
     return programs[nodes * solves > _MUCH]
 
 
-def solve_pretraining(pre: Pretraining, numerics: Numerics, nodes: NodeSets) -> FirstStage:
-    """Pre-training, `numerics` without its seed."""
-    solved = by_work(_search_pretraining, 4 * numerics.nodes)(pre, numerics, nodes.pretraining)
-    return _describe_pretraining(pre, NodeSets(nodes.pretraining, None, nodes.pretraining_test, None), solved)
+def solve_pretraining(problem: Problem) -> FirstStage:
+    """The first stage of a problem."""
+    problem = problem.pretraining_alone
+    solved = by_work(_search_pretraining, 4 * problem.numerics.nodes)(problem)
+    return _describe_pretraining(problem, solved)
 
 
-def solve(pre: Pretraining, fine: Finetuning, numerics: Numerics):
-    """Both stages without derivatives, compiled once per kind of setting: `(nodes, FirstStage, SecondStage)`.
+def solve(problem: Problem):
+    """Both stages without derivatives, compiled once per kind of setting: `(Problem, FirstStage, SecondStage)`.
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
     with one step of symmetry breaking, in a deep glass once more with more samples, or, if `numerics.symmetry` asks for
     it, with nodes that have two wells. Outside of transformations only: there is nothing to look at inside.
     """
-    nodes, still = node_sets(pre, fine, numerics), numerics.without_seed
-    first = solve_pretraining(pre, still, nodes)
-    given = pre, fine, first, still
-    second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, True)
+    numerics, first = problem.numerics, solve_pretraining(problem)
+    second = by_work(_solve_symmetric, numerics.finetuning_nodes)(problem, first, True)
     if numerics.symmetry == "rs":
         if bool(jnp.any(second.solved.inner.two)) or not succeeded(int(second.solved.point.code)):
-            second = by_work(_solve_symmetric, numerics.finetuning_nodes)(*given, nodes.finetuning, False)
+            second = by_work(_solve_symmetric, numerics.finetuning_nodes)(problem, first, False)
     elif bool(second.rough) or numerics.symmetry == "1rsb":
         coarse, work = second.coarse, numerics.finetuning_nodes * numerics.samples // 4
         for deep in (False, True):
-            nodes = with_broken(nodes, fine, numerics, deep)
-            second = by_work(_solve_broken, work)(*given, nodes.broken, coarse)
+            problem = problem.with_broken(deep)
+            second = by_work(_solve_broken, work)(problem, first, coarse)
             if not bool(second.rough):
                 break
-    return nodes, first, second
+    return problem, first, second
 
 
-def answer(pre, fine, numerics, nodes, first, second):
+def answer(problem, first, second):
     """(values, errors, status) of both stages and the branches, with the codes that quadrature errors decide."""
-    out = _describe_finetuning(pre, fine, nodes, first, second)
-    bars = by_work(_quadrature_errors, numerics.finetuning_nodes)(pre, fine, numerics, nodes, out)
+    out = _describe_finetuning(problem, first, second)
+    bars = by_work(_quadrature_errors, problem.numerics.finetuning_nodes)(problem, out)
     bars = dict(zip(("pretraining", "finetuning"), bars, strict=True))
     values = {"pretraining": out.pretraining, "finetuning": out.finetuning}
     status = {stage: final_status(out.status[stage], bars[stage]) for stage in bars}
     return values, {stage: b.errors for stage, b in bars.items()}, status, out.branches
 
 
-def traced_answer(pre, fine, numerics):
+def traced_answer(problem: Problem):
     """`answer` inside a transformation, where both searches have to be there: NaN where the solve failed, since
     nobody can look at the code."""
-    nodes = with_broken(node_sets(pre, fine, numerics), fine, numerics)
-    numerics = numerics.without_seed
-    first = solve_pretraining(pre, numerics, nodes)
-    second = _solve_symmetric[0](pre, fine, first, numerics, nodes.finetuning, numerics.symmetry != "rs")
+    problem, symmetry = problem.with_broken(), problem.numerics.symmetry
+    first = solve_pretraining(problem)
+    second = _solve_symmetric[0](problem, first, symmetry != "rs")
 
     def symmetric():
-        return answer(pre, fine, numerics, nodes, first, second)
+        return answer(problem, first, second)
 
     def broken():
-        found = _solve_broken[0](pre, fine, first, numerics, nodes.broken, second.coarse)
+        found = _solve_broken[0](problem, first, second.coarse)
         point = found.solved.point
         code = jnp.where(found.rough & succeeded(point.code), int(Code.deep_glass), point.code)
         found = found._replace(solved=found.solved._replace(point=point._replace(code=code)))
-        return answer(pre, fine, numerics, nodes, first, found)
+        return answer(problem, first, found)
 
-    if numerics.symmetry == "auto":
+    if symmetry == "auto":
         values, errors, status, branches = jax.lax.cond(second.rough, broken, symmetric)
     else:
-        values, errors, status, branches = symmetric() if numerics.symmetry == "rs" else broken()
+        values, errors, status, branches = symmetric() if symmetry == "rs" else broken()
     good = {stage: succeeded(status[stage]["code"]) for stage in status}
     values = {stage: lost(v, good[stage]) for stage, v in values.items()}
     return values, errors, status, branches

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -19,8 +18,8 @@ from ..setting.paths import replace
 from ..setting.stages import Setting
 from ..solution import gradients
 from ..solution.finetuning import describe_finetuning, quadrature_errors
-from ..solution.nodes import node_sets, with_broken
-from ..solution.pretraining import describe_pretraining, solve_pretraining
+from ..solution.pretraining import describe_pretraining, search_pretraining
+from ..solution.problem import Problem
 from ..solution.search import solve_broken, solve_symmetric
 from ..solution.solve import by_work
 from ..solution.stage import final_status
@@ -67,79 +66,49 @@ def kind(setting: Setting) -> Any:
 # ---- programs --------------------------------------------------------------------------------------------------
 
 
-def _sharded(f, mesh: Mesh):
-    """`f(*lane, *shared)` on every lane, shared out over the devices of the mesh."""
+def across(f, mesh: Mesh, problem: Problem, *given):
+    """`f(problem, *given)` on every lane, shared out over the devices of the mesh: the stages of the problem and the
+    arrays in `given` are stacked, its nodes are those of every lane."""
+    stacked, rest = eqx.partition((problem.stages, given), eqx.is_array)
 
-    def many(lanes, shared):
+    def many(lanes, nodes):
         def one(lane):
-            return f(*lane, *shared)
+            stages, given = eqx.combine(lane, rest)
+            return f(problem._replace(nodes=nodes).at(stages), *given)
 
         return jax.lax.map(one, lanes) if mesh.devices.flat[0].platform == "cpu" else jax.vmap(one)(lanes)
 
     lane, every = PartitionSpec("lane"), PartitionSpec()
-    return jax.shard_map(many, mesh=mesh, in_specs=(lane, every), out_specs=lane, check_vma=False)
+    shared = jax.shard_map(many, mesh=mesh, in_specs=(lane, every), out_specs=lane, check_vma=False)
+    return shared(stacked, problem.nodes)
+
+
+_across = Program(across, quick=True), Program(across)
 
 
 # Several programs, as in `solution`: the compiler's time and memory grow faster than a program's size.
 
 
-def _pretrain(mesh, numerics, rest, params, nodes):
-    def one(params, nodes):
-        pre, _ = eqx.combine(params, rest)
-        return describe_pretraining(pre, nodes, solve_pretraining(pre, numerics, nodes.pretraining))
-
-    return _sharded(one, mesh)((params,), (nodes,))
+def _pretrain(problem: Problem):
+    return describe_pretraining(problem, search_pretraining(problem))
 
 
-def _symmetric(mesh, numerics, alone, rest, params, nodes, first):
-    def one(params, first, nodes):
-        pre, fine = eqx.combine(params, rest)
-        return solve_symmetric(pre, fine, first, numerics, nodes, alone)
-
-    return _sharded(one, mesh)((params, first), (nodes.finetuning,))
-
-
-def _broken(mesh, numerics, rest, params, nodes, first, coarse):
-    def one(params, first, coarse, nodes):
-        pre, fine = eqx.combine(params, rest)
-        return solve_broken(pre, fine, first, numerics, nodes, coarse)
-
-    return _sharded(one, mesh)((params, first, coarse), (nodes.broken,))
+def _row(problem: Problem, first, second) -> dict[str, Any]:
+    """Every prediction with its error bar, and the status, by column."""
+    out = describe_finetuning(problem, first, second)
+    bars, row = quadrature_errors(problem, out), {}
+    for stage, values, bar in zip(STAGES, (out.pretraining, out.finetuning), bars, strict=True):
+        status = final_status(out.status[stage], bar)
+        good = succeeded(status["code"])
+        for name, value in values.items():
+            row[f"{stage}.{name}"] = jnp.where(good, value, jnp.nan)
+            row[f"{stage}.{name}_stderr"] = jnp.where(good, bar.errors[name], jnp.nan)
+        row |= {f"{stage}.{k}": 1.0 * status[k] for k in ("code", "residual", "rate", "steps")}
+    return row
 
 
-_pretrainings = Program(_pretrain, quick=True), Program(_pretrain)
-_symmetrics = Program(_symmetric, quick=True), Program(_symmetric)
-_brokens = Program(_broken, quick=True), Program(_broken)
-
-
-def _describe(mesh, numerics, rest, params, nodes, first, second):
-    def one(params, first, second, nodes):
-        pre, fine = eqx.combine(params, rest)
-        out = describe_finetuning(pre, fine, nodes, first, second)
-        bars = quadrature_errors(pre, fine, numerics, nodes, out)
-        row = {}
-        for stage, values, bar in zip(STAGES, (out.pretraining, out.finetuning), bars, strict=True):
-            status = final_status(out.status[stage], bar)
-            good = succeeded(status["code"])
-            for name, value in values.items():
-                row[f"{stage}.{name}"] = jnp.where(good, value, jnp.nan)
-                row[f"{stage}.{name}_stderr"] = jnp.where(good, bar.errors[name], jnp.nan)
-            row |= {f"{stage}.{k}": 1.0 * status[k] for k in ("code", "residual", "rate", "steps")}
-        return row
-
-    return _sharded(one, mesh)((params, first, second), (nodes,))
-
-
-_descriptions = Program(_describe, quick=True), Program(_describe)
-
-
-@partial(Program, quick=True)
-def _slopes(mesh, objective, rest, params, nodes, first, second):
-    def one(params, first, second, nodes):
-        pre, fine = eqx.combine(params, rest)
-        return gradients.value_and_slopes(objective, pre, fine, nodes, first.solved, second)[1]
-
-    return _sharded(one, mesh)((params, first, second), (nodes,))
+def _slopes(problem: Problem, first, second, objective: str):
+    return gradients.value_and_slopes(objective, problem, first.solved, second)[1]
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------
@@ -191,32 +160,31 @@ class Chunk:
     def __init__(self, settings: Sequence[Setting], mesh: Mesh, lanes: int, deep: bool | None = None):
         """`deep`: whether for deep glasses, where symmetry is broken."""
         self.settings, self.mesh, self.lanes = settings, mesh, lanes
-        stages = [eqx.partition((s.pretraining, s.finetuning_resolved), eqx.is_array) for s in settings]
+        problem = Problem.of(settings[0])
+        stages = [problem.stages, *((s.pretraining, s.finetuning_resolved) for s in settings[1:])]
         stages += [stages[-1]] * (lanes - len(stages))
-        self.params = jax.tree_util.tree_map(lambda *a: np.stack(a), *(p for p, _ in stages))
-        self.rest = stages[0][1]
-        pre, fine, numerics = settings[0].pretraining, settings[0].finetuning_resolved, settings[0].numerics
-        self.nodes = node_sets(pre, fine, numerics)
+        self.problem = problem.at(jax.tree_util.tree_map(lambda *a: np.stack(a), *stages))
         if deep is not None:
-            self.nodes = with_broken(self.nodes, fine, numerics, deep)
-        self.numerics = numerics.without_seed
+            self.problem = self.problem.with_broken(deep)
+        self.numerics = problem.numerics
 
     def take(self, index: Sequence[int], tree):
         """Lanes of what another chunk has found, padded."""
         padded = np.array([*index, *[index[-1]] * (self.lanes - len(index))])
         return jax.tree_util.tree_map(lambda a: np.asarray(a)[padded], jax.device_get(tree))
 
+    def run(self, work: int, f, *given):
+        """`f(problem, *given)` of every lane; `work`: nodes of a lane."""
+        return by_work(_across, work, _SOLVES)(f, self.mesh, self.problem, *given)
+
     def first(self):
-        program = by_work(_pretrainings, 4 * self.numerics.nodes, _SOLVES)
-        return program(self.mesh, self.numerics, self.rest, self.params, self.nodes)
+        return self.run(4 * self.numerics.nodes, _pretrain)
 
     def symmetric(self, first, alone: bool):
-        program = by_work(_symmetrics, self.numerics.finetuning_nodes, _SOLVES)
-        return program(self.mesh, self.numerics, alone, self.rest, self.params, self.nodes, first)
+        return self.run(self.numerics.finetuning_nodes, solve_symmetric, first, alone)
 
     def broken(self, first, coarse):
-        program = by_work(_brokens, self.numerics.finetuning_nodes * self.numerics.samples // 4, _SOLVES)
-        return program(self.mesh, self.numerics, self.rest, self.params, self.nodes, first, coarse)
+        return self.run(self.numerics.finetuning_nodes * self.numerics.samples // 4, solve_broken, first, coarse)
 
     def rough(self, second) -> list[int]:
         """Lanes whose search was too rough."""
@@ -229,13 +197,11 @@ class Chunk:
 
     def rows(self, first, second, objective: str | None) -> list[dict[str, float]]:
         """Every prediction of every setting, and the slopes of the objective."""
-        given = self.rest, self.params, self.nodes, first, second
-        describe = by_work(_descriptions, self.numerics.finetuning_nodes, _SOLVES)
-        table = jax.device_get(describe(self.mesh, self.numerics, *given))
+        table = jax.device_get(self.run(self.numerics.finetuning_nodes, _row, first, second))
         rows = [{name: float(column[k]) for name, column in table.items()} for k in range(len(self.settings))]
         if objective is None:
             return rows
-        slopes = jax.device_get(_slopes(self.mesh, objective, *given))
+        slopes = jax.device_get(_across[0](_slopes, self.mesh, self.problem, first, second, objective))
         for k, row in enumerate(rows):
             lane = jax.tree_util.tree_map(lambda a, k=k: a[k], slopes)
             failed = not all(succeeded(int(row[f"{s}.code"])) for s in STAGES)
