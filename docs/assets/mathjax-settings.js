@@ -1,0 +1,6 @@
+// What pymdownx.arithmatex marks as mathematics, and nothing else.
+window.MathJax = {
+  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], tags: "none" },
+  chtml: { scale: 0.95 },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex", enableMenu: false },
+};

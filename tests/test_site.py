@@ -1,0 +1,162 @@
+"""Documentation: links lead somewhere, names and commands are there, snippets run and print what is said.
+
+`mkdocs build --strict` checks the site itself: that every page is listed, that formulas and code are marked as such.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import tyro
+
+import lorastate as ls
+from lorastate.cli.checks import check_fields
+from lorastate.cli.commands import Command, spread
+from lorastate.cli.figure import Figure
+from lorastate.figures import FIGURES
+from lorastate.sweeps.grid import parse_axis
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+_FENCE = re.compile(r"(?ms)^```(\w*)[^\n]*\n(.*?)^```")
+#: A snippet and, right after it, what it prints.
+_SNIPPET = re.compile(r"(?ms)^```python\n(.*?)^```(?:\s*^```text\n(.*?)^```)?")
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    titles = re.findall(r"(?m)^#+ (.+)$", _FENCE.sub("", text))
+    return {re.sub(r"[ ]+", "-", re.sub(r"[^\w\- ]", "", title.lower()).strip()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    for _, target in re.findall(r"\[([^\[\]]*)\]\(([^)\s]+)\)", _FENCE.sub("", PAGES[page])):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.is_file(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+def test_reference_has_every_public_name():
+    listed = [name for page in PAGES.values() for name in re.findall(r"(?m)^::: (\S+)$", page)]
+    assert sorted(listed) == sorted(f"lorastate.{module}.{name}" for name, module in ls._HOME.items())
+    overview = PAGES["docs/api/index.md"]
+    assert [name for name in ls._HOME if f"`{name}`" not in overview] == []
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+_NAMES = "|".join(kind.__origin__.__name__.lower() for kind in Command.__args__)
+
+
+def commands():
+    """Every command line of this package that a page shows, without what stands for something else."""
+    for name, page in PAGES.items():
+        shown = re.findall(rf"(?m)^(?:    |\$ )?(?:.*&& )?(lorastate (?:{_NAMES}) (?:.*\\\n)*.*)$", page)
+        for line in [*shown, *re.findall(rf"`(lorastate (?:{_NAMES}) [^`]+)`", page)]:
+            line = re.sub(r"\\\n *", "", line)
+            if "..." not in line and "$" not in line:
+                yield pytest.param(line, id=f"{name}: {line[:60]}")
+
+
+@pytest.mark.parametrize("line", list(commands()))
+def test_commands_are_understood(line):
+    words = shlex.split(line.replace("--processes N", "--processes 2").replace("--process I", "--process 0"))[1:]
+    words = ["examples/softmax.toml" if word == "SETTING" else word for word in words]
+    command = tyro.cli(Command, args=spread(words), prog="lorastate")
+    if isinstance(command, Figure):
+        assert command.which in (*FIGURES, "all")
+        return
+    setting = ls.load_setting(ROOT / command.setting, command.set)
+    for axis in getattr(command, "grid", ()):
+        path, values = parse_axis(axis)
+        ls.replace(setting, path, values[0])
+    if over := getattr(command, "over", ""):
+        check_fields("--over", over.split(","), ls.continuous_fields(setting))
+
+
+def test_every_command_and_option_is_listed():
+    page = PAGES["docs/commands.md"]
+    for kind in (command.__origin__ for command in Command.__args__):
+        row = re.search(rf"(?m)^\| `{kind.__name__.lower()}` \|.*$", page)
+        assert row, kind
+        listed = set(re.findall(r"`(--[\w-]+)`", row[0]))
+        options = {f"--{field.name.replace('_', '-')}" for field in fields(kind)} - {"--setting", "--set", "--which"}
+        assert listed == options, kind
+
+
+# ---- snippets ----------------------------------------------------------------------------------------------------
+
+#: Numerics of the examples while snippets run: those of test_theory, what is compiled there serves here.
+_FEW = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def same(said: str, printed: str) -> bool:
+    """Whether a page says what was printed, up to what few nodes change of numbers."""
+    if _NUMBER.sub("#", said).split() != _NUMBER.sub("#", printed).split():
+        return False
+    pairs = zip(_NUMBER.findall(said), _NUMBER.findall(printed), strict=True)
+    return all(abs(float(a) - float(b)) <= 0.05 + 0.1 * abs(float(a)) for a, b in pairs)
+
+
+def test_same_sees_what_differs():
+    assert same("E' = 0.386 +- 0.0004\n", "E' = 0.385  +- 0.0041")
+    assert not same("E' = 0.386", "E' = 0.586") and not same("E' = 0.386", "E = 0.386")
+    assert not same("3 minima", "3 minima and 2 more")
+
+
+@pytest.fixture
+def examples(tmp_path, monkeypatch):
+    """A directory with the examples, solved with few nodes."""
+    (tmp_path / "examples").mkdir()
+    for path in (ROOT / "examples").glob("*.toml"):
+        text = re.sub(r"(?ms)^\[numerics\].*", "", path.read_text())
+        few = "\n".join(f"{key} = {value}" for key, value in _FEW.items())
+        (tmp_path / "examples" / path.name).write_text(f"{text}\n[numerics]\n{few}\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.solve
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if _SNIPPET.search(text)])
+def test_snippets(page, examples):
+    """All snippets of a page, one after the other, as a reader would paste them."""
+    names: dict = {}
+    for code, said in _SNIPPET.findall(PAGES[page]):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, page, "exec"), names)
+        assert not said or same(said, printed.getvalue()), printed.getvalue()
+    if page == "README.md":
+        assert 0.3 < float(names["best"].after.test_error) < float(names["solution"].test_error)
+
+
+@pytest.mark.solve
+def test_adding_a_prediction(examples, tmp_path):
+    """The lines that the page adds, added to a copy of the package."""
+    shutil.copytree(ROOT / "lorastate", tmp_path / "lorastate")
+    page = PAGES["docs/how_to/add_a_prediction.md"]
+    hunks = re.findall(r"(?ms)^```diff\n(.*?)^```", page)
+    for file, hunk in zip(("predictions.py", "solution/finetuning.py"), hunks, strict=True):
+        path, lines = tmp_path / "lorastate" / file, hunk.splitlines()
+        kept = [line[1:] for line in lines if line.startswith(" ")]
+        text = path.read_text()
+        assert text.count("\n".join(kept)) == 1
+        path.write_text(text.replace("\n".join(kept), "\n".join(line[1:] for line in lines)))
+    words = [sys.executable, "-m", "lorastate", "predict", "examples/softmax.toml"]
+    shown = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    said, found = (re.search(r"(?m)^ *angle +(\S+) +\S+ +(.*)$", text) for text in (page, shown))
+    assert abs(float(found[1]) - float(said[1])) < 0.1 * float(said[1]) and found[2] == said[2]
