@@ -35,7 +35,8 @@ def test_names_and_modules_in_a_fresh_process():
 
 def test_names_in_documents_and_scripts():
     root = Path(__file__).parent.parent
-    for path in (root / "README.md", *root.glob("benchmarks/*.py"), *root.glob("notebooks/*.ipynb")):
+    documents = (root / "README.md", *root.glob("docs/**/*.md"))
+    for path in (*documents, *root.glob("benchmarks/*.py"), *root.glob("notebooks/*.ipynb")):
         text = path.read_text()
         if "import lorastate as ls" in text:
             missing = [name for name in re.findall(r"\bls\.([A-Za-z]\w*)", text) if not hasattr(ls, name)]
