@@ -21,7 +21,7 @@ from lorastate.runtime.program import Program
 from lorastate.solution.finetuning import describe_finetuning
 from lorastate.solution.pretraining import describe_pretraining
 from lorastate.solution.problem import Problem
-from lorastate.solution.solve import solve
+from lorastate.solution.solve import solve_alone
 
 NUMERICS = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
 
@@ -43,7 +43,7 @@ class Case:
 
     def solve(self, u, allowed=(Code.ok,)):
         """What the searches find, without derivatives."""
-        _, first, second = solve(self.at(u))
+        _, first, second = solve_alone(self.at(u))
         assert len(second.solved.point.x) == 3  # replica symmetric
         assert int(first.status["code"]) in allowed and int(second.solved.point.code) in allowed
         return first.solved, second
@@ -51,7 +51,7 @@ class Case:
     def error(self, u, found):
         problem, (of_map, second) = self.at(u), found
         first = describe_pretraining(problem, of_map)
-        return describe_finetuning(problem, first, second).finetuning["test_error"]
+        return describe_finetuning(problem, first, second)["test_error"]
 
     def value(self, u):
         return float(self.described(u, self.solve(u)))

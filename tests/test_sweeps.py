@@ -20,7 +20,7 @@ from lorastate.cli.sweep import Sweep
 from lorastate.model.spectra import laws as base_law
 from lorastate.setting.files import setting_to_dict
 from lorastate.solution import gradients
-from lorastate.sweeps import lanes
+from lorastate.sweeps import chunks
 from lorastate.sweeps import sweep as sweeps
 from lorastate.sweeps.dataset import summary
 from lorastate.sweeps.grid import parse_axis
@@ -332,8 +332,8 @@ def test_devices_follow_the_default_one(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", local_devices)
     for default, backend in ((None, None), (cpu[-1], "cpu"), ("cpu", "cpu")):
         with jax.default_device(default):
-            assert lanes.chosen_devices(None) == [cpu[-1] if default is cpu[-1] else cpu[0]]
-            assert lanes.chosen_devices("all") == list(cpu)
+            assert chunks.chosen_devices(None) == [cpu[-1] if default is cpu[-1] else cpu[0]]
+            assert chunks.chosen_devices("all") == list(cpu)
         assert asked == [backend] * 2
         asked.clear()
 
@@ -453,7 +453,7 @@ def test_a_process_that_dies_is_reported_and_a_restart_completes(tmp_path, start
     ],
 )
 def test_static_axes_need_programs_of_their_own(path, values, apart):
-    one, other = (lanes.kind(ls.replace(setting(), path, value)) for value in values)
+    one, other = (chunks.kind(ls.replace(setting(), path, value)) for value in values)
     assert (one != other) == apart
 
 

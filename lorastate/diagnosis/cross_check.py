@@ -22,7 +22,7 @@ from ..math.second_opinion import anderson
 from ..setting.stages import Setting
 from ..solution.gradients import OBJECTIVES, check_objective, evaluated, total_slopes
 from ..solution.problem import Problem
-from ..solution.solve import solve
+from ..solution.solve import solve_alone
 
 #: How far away from the solution the other solver starts, in the solver's coordinates.
 _AWAY = 0.05
@@ -36,15 +36,16 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
     find) and for recalibration "error", `SolveError` where our own solve fails.
     """
     check_objective(of)
-    problem, first, second = solve(Problem.of(setting))
-    here = evaluated(setting, of, problem, first, second)
+    found = solve_alone(Problem.of(setting))
+    problem, here = found.problem, evaluated(setting, of, found)
     if here.failure is not None:
         raise here.failure
-    if ft.order_at(problem.fine, second.solved.point.x).levels:
+    y = found.second.solved.point.x
+    if ft.order_at(problem.fine, y).levels:
         raise SettingError("symmetry is broken here; allowed: a setting that is replica symmetric")
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
     nodes = problem.nodes
-    x0, y0 = (jax.lax.stop_gradient(v) + _AWAY for v in (first.x, second.solved.point.x))
+    x0, y0 = (jax.lax.stop_gradient(v) + _AWAY for v in (found.first.x, y))
 
     def value(params):
         here = problem.at(eqx.combine(params, rest))

@@ -19,7 +19,18 @@ from ..model.channel.frozen_map import FrozenMap
 from ..setting.stages import Finetuning
 from .pretraining import FirstStage, map_errors
 from .problem import Problem
-from .stage import Solved, Stage, attached, averaged, averages, error_bars, response_gap, status_of, test_errors
+from .stage import (
+    Solved,
+    Stage,
+    attached,
+    averaged,
+    averages,
+    error_bars,
+    final_status,
+    response_gap,
+    status_of,
+    test_errors,
+)
 
 
 class LoraStage(Stage):
@@ -185,7 +196,7 @@ class Branches(NamedTuple):
 class SecondStage(NamedTuple):
     """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
     was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
-    breaking the glass is deep. `coarse` (n,): where the first stage of the informative search ended."""
+    breaking the glass is deep (where `numerics.symmetry` is not "auto": whether another search is asked for). `coarse` (n,): where the first stage of the informative search ended."""
 
     solved: Solved
     branches: Branches
@@ -194,40 +205,45 @@ class SecondStage(NamedTuple):
     coarse: Any
 
 
-class Evaluation(NamedTuple):
-    """Values and status of both stages, and what `quadrature_errors` starts from."""
+class Answer(NamedTuple):
+    """Predictions, error bars and status, by stage, and the branches of fine-tuning."""
 
-    pretraining: dict[str, Any]
-    finetuning: dict[str, Any]
-    branches: Branches
+    values: dict[str, dict[str, Any]]
+    errors: dict[str, dict[str, Any]]
     status: dict[str, dict[str, Any]]
-    solved: tuple[Solved, Solved, Any]  # of both stages, and what the channel searched for
+    branches: Branches
 
 
-def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage) -> Evaluation:
-    """Predictions of fine-tuning on the branch that was taken, and the status of both stages."""
+def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage) -> dict[str, Any]:
+    """Predictions of fine-tuning on the branch that was taken, with their derivatives."""
     solved = second.solved
     stage = LoraStage(problem.fine, problem.frozen(first.x))
     const = problem.nodes_at(solved.point.x, second.found), solved.inner
     x = attached(stage, solved, const, jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse))
-    values = stage.predictions(
-        x, mean(averages(stage, x, *const)), test_errors(stage, x, problem.nodes.finetuning_test)
-    )
-    values = {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
-    status = {"pretraining": first.status, "finetuning": status_of(solved.point)}
-    return Evaluation(first.values, values, second.branches, status, (first.solved, solved, second.found))
+    errors = test_errors(stage, x, problem.nodes.finetuning_test)
+    values = stage.predictions(x, mean(averages(stage, x, *const)), errors)
+    return {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
 
 
-def quadrature_errors(problem: Problem, out: Evaluation):
+def quadrature_errors(problem: Problem, first: FirstStage, second: SecondStage, values: dict[str, Any]):
     """`Bars` of both stages, from the spread over replicas (see `error_bars`)."""
-    stages, out = jax.lax.stop_gradient((problem.stages, out))
-    problem = problem.at(stages)
-    of_map, of_lora, found = out.solved
-    bars, map_x = map_errors(problem, out.pretraining, of_map)
+    stages, first, second, values = jax.lax.stop_gradient((problem.stages, first, second, values))
+    problem, solved = problem.at(stages), second.solved
+    of_map, map_x = map_errors(problem, first)
 
     def make(map_x):
         return LoraStage(problem.fine, problem.frozen(map_x))
 
-    prepared, test = problem.nodes_at(of_lora.point.x, found), problem.nodes.finetuning_test
-    lora = error_bars(make, of_lora, prepared, test, problem.numerics.replicas, out.finetuning, map_x)
-    return bars, lora[0]
+    nodes, test = problem.nodes_at(solved.point.x, second.found), problem.nodes.finetuning_test
+    of_lora, _ = error_bars(make, solved, nodes, test, problem.numerics.replicas, values, map_x)
+    return of_map, of_lora
+
+
+def answer(problem: Problem, first: FirstStage, second: SecondStage) -> Answer:
+    """Every prediction with its error bar, and the codes that error bars decide."""
+    lora = describe_finetuning(problem, first, second)
+    values = {"pretraining": first.values, "finetuning": lora}
+    status = {"pretraining": first.status, "finetuning": status_of(second.solved.point)}
+    bars = dict(zip(values, quadrature_errors(problem, first, second, lora), strict=True))
+    status = {stage: final_status(status[stage], bars[stage]) for stage in bars}
+    return Answer(values, {stage: b.errors for stage, b in bars.items()}, status, second.branches)

@@ -17,13 +17,13 @@ from ..evolution import finetuning as ft
 from ..evolution import pretraining as pt
 from ..math.implicit import sensitivity
 from ..model.channel.recalibration import LeastError
-from ..runtime.program import Program
 from ..setting.fields import BY_PATH, Field, fields
 from ..setting.paths import replace
 from ..setting.stages import Setting
-from .finetuning import lora_error, lora_overlap
+from .finetuning import SecondStage, lora_error, lora_overlap
+from .pretraining import FirstStage
 from .problem import Problem
-from .solve import failure, solve
+from .solve import Solves, failure, solve_alone
 
 #: Objectives by name, each to be minimised, as functions of the stage, the frozen map, the order parameters of
 #: fine-tuning and the test nodes.
@@ -34,14 +34,14 @@ OBJECTIVES = {
 }
 
 
-def value_and_slopes(objective: str, problem: Problem, of_map, second):
+def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, objective: str):
     """An objective and its derivatives, shaped like (pre, fine), at the fixed points that were found.
 
     Few inputs and no tape: forward mode needs a tenth of the memory of reverse mode, and compiles faster. Each stage is
     differentiated once, in its own order parameters and in everything that it is given; the chain rule does the rest.
     """
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
-    x, y, nodes = of_map.point.x, second.solved.point.x, problem.nodes
+    x, y, nodes = first.solved.point.x, second.solved.point.x, problem.nodes
     prepared, levels = problem.nodes_at(y, second.found), ft.order_at(problem.fine, y).levels
 
     def map_step(x, params, inner):
@@ -60,14 +60,16 @@ def value_and_slopes(objective: str, problem: Problem, of_map, second):
         return OBJECTIVES[objective](fine, frozen, ft.order_at(fine, y), nodes.finetuning_test)
 
     each = jax.tree_util.tree_map
-    dx = sensitivity(map_step, x, params, of_map.inner)
+    dx = sensitivity(map_step, x, params, first.solved.inner)
     by_x, by_params = sensitivity(lora_step, y, (x, params), second.solved.inner, levels)
     dy = each(lambda partial, dx: partial + by_x @ dx, by_params, dx)
     at_y, at_x, partial = jax.jacfwd(value, argnums=(0, 1, 2))(y, x, params)
     return value(y, x, params), each(lambda p, dx, dy: p + at_x @ dx + at_y @ dy, partial, dx, dy)
 
 
-_value_and_slopes = Program(value_and_slopes, quick=True)
+def slopes_at(found: Solves, objective: str):
+    """`value_and_slopes` of every lane; compilation is most of their time."""
+    return found.lanes.run(value_and_slopes, 0, found.first, found.second, objective)
 
 
 def check_objective(name: str) -> str:
@@ -103,12 +105,13 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
 
 def evaluate(setting: Setting, objective: str) -> Point:
     """An objective and its slopes, whatever became of the solves."""
-    return evaluated(setting, objective, *solve(Problem.of(setting)))
+    return evaluated(setting, objective, solve_alone(Problem.of(setting)))
 
 
-def evaluated(setting: Setting, objective: str, problem: Problem, first, second) -> Point:
-    """The same from what `solve` has found."""
-    value, grads = _value_and_slopes(objective, problem, first.solved, second)
+def evaluated(setting: Setting, objective: str, found: Solves) -> Point:
+    """The same from what `solve_alone` has found."""
+    problem, first, second = found.problem, found.first, found.second
+    value, grads = slopes_at(found, objective)
     slopes = total_slopes(setting, grads)
     ends = {"finetuning": (second.solved.point.code, second.solved.point.residual)}
     if problem.fine.inputs.needs_map:

@@ -186,9 +186,14 @@ def describe_pretraining(problem: Problem, solved: Solved) -> FirstStage:
     return FirstStage(values, x, status_of(solved.point._replace(code=code)), solved)
 
 
-def map_errors(problem: Problem, values: dict[str, Any], solved: Solved):
+def solve_pretraining(problem: Problem) -> FirstStage:
+    """The first stage of a problem, with the derivatives of its predictions."""
+    return describe_pretraining(problem, search_pretraining(problem))
+
+
+def map_errors(problem: Problem, first: FirstStage) -> tuple[Bars, Any]:
     """`Bars` of pre-training, and the order parameters (R, n) of every replica."""
-    nodes, replicas = problem.nodes, problem.numerics.replicas
+    nodes, replicas, values, solved = problem.nodes, problem.numerics.replicas, first.values, first.solved
     if nodes.pretraining is None or nodes.pretraining_test is None:
         xs = jnp.broadcast_to(solved.point.x, (replicas, len(solved.point.x)))
         return Bars({k: 0.0 * v for k, v in values.items()}, jnp.zeros(())), xs

@@ -176,7 +176,12 @@ def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> 
     do; without, on any, for a comparison: where nodes have two wells that is not the solution of the theory."""
     fine = jax.lax.stop_gradient(problem.fine)
     starts = jnp.stack([start(fine, True), start(fine, False)])
-    return _solve(problem, first, problem.nodes.finetuning, Search(0, alone, starts))
+    found, asked = _solve(problem, first, problem.nodes.finetuning, Search(0, alone, starts)), problem.numerics.symmetry
+    if asked == "1rsb":
+        return found._replace(rough=jnp.array(True))
+    if asked == "rs":  # wells matter here only because these nodes are taken to have one
+        return found._replace(rough=jnp.any(found.solved.inner.two) | ~succeeded(found.solved.point.code))
+    return found
 
 
 def solve_broken(problem: Problem, first: FirstStage, coarse) -> SecondStage:

@@ -16,20 +16,17 @@ from ..errors import Code, is_concrete, require_float64, succeeded
 from ..model.channel.frozen_map import FrozenMap
 from ..model.spectra.learned import LearnedSpectrum
 from ..predictions import summary_names
-from ..runtime.program import Program
 from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning, Pretraining, Setting
 from .finetuning import Branches
 from .gradients import searches_scale, with_best_scale
+from .lanes import Lanes
 from .pretraining import map_errors
 from .problem import Problem, frozen_at
-from .solve import answer, failure, lost, solve, solve_pretraining, traced_answer
+from .solve import failure, lost, pretrained, solve_alone, traced_answer
 from .stage import final_status
 
 _SUMMARY = {stage: summary_names(stage) for stage in ("pretraining", "finetuning")}
-
-
-_map_errors = Program(map_errors, quick=True)
 
 
 class Solution(eqx.Module):
@@ -198,7 +195,7 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
         setting = with_best_scale(setting)
     problem = Problem.of(setting)
     known = problem.known
-    values, errors, status, branches = answer(*solve(problem)) if known else traced_answer(problem)
+    values, errors, status, branches = solve_alone(problem).answer() if known else traced_answer(problem)
     if setting is not asked:
         errors["finetuning"]["recalibration"] = jnp.asarray(jnp.nan)  # of the search: not known
     solution = Solution(asked, values["pretraining"], values["finetuning"], errors, status, branches)
@@ -274,8 +271,9 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     """
     require_float64()
     problem = Problem.of_pretraining(pretraining, Numerics() if numerics is None else numerics)
-    first = solve_pretraining(problem)
-    bars, _ = _map_errors(problem, first.values, first.solved)
+    lane = Lanes(problem)
+    first = pretrained(lane)
+    bars, _ = lane.run(map_errors, 0, first)
     status = final_status(first.status, bars)
     values, x = first.values, first.x
     known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))

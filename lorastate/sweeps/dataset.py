@@ -14,7 +14,7 @@ from ..errors import Code, succeeded
 from ..predictions import prediction
 from ..setting.files import setting_to_dict
 from ..setting.stages import Setting
-from .lanes import GRADIENT, STAGES
+from .chunks import GRADIENT, STAGES
 
 if TYPE_CHECKING:
     import xarray

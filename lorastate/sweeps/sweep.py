@@ -29,10 +29,10 @@ from ..setting.files import description
 from ..setting.paths import replace_all
 from ..setting.stages import Setting
 from ..solution import gradients
+from .chunks import GRADIENT, chosen_devices, kind, lanes_on, run
 from .dataset import labelled
 from .grid import plain_axes, points
 from .journal import Alive, Journal, held, write_whole
-from .lanes import GRADIENT, chosen_devices, kind, lanes_on, run
 
 if TYPE_CHECKING:
     import xarray

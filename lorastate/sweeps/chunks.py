@@ -1,0 +1,97 @@
+"""Chunks: settings of one kind that go through the same programs together, on the devices that were chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..errors import SettingError, SolveError, succeeded
+from ..setting.paths import replace
+from ..setting.stages import Setting
+from ..solution import gradients
+from ..solution.lanes import Lanes
+from ..solution.problem import Problem
+from ..solution.solve import Solves, solve
+
+#: Lanes that a device takes at once: a CPU runs them one by one, and few of them share out the work evenly.
+_LANES = {"cpu": 4}
+_LANES_ELSEWHERE = 32
+#: How the names of derivatives begin in a row, and the stages that the other names begin with.
+GRADIENT = "gradient."
+STAGES = ("pretraining", "finetuning")
+
+
+def chosen_devices(devices: Any) -> list[Any]:
+    """JAX devices from a number, "all", a list of them, or None for the default one."""
+    config: Any = jax.config
+    default = config.jax_default_device
+    local = jax.local_devices(backend=getattr(default, "platform", default))
+    if devices is None:
+        return [default if isinstance(default, jax.Device) else local[0]]
+    if devices == "all":
+        return local
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        if not 1 <= devices <= len(local):
+            raise SettingError(f"devices = {devices} is out of range; allowed: 1 to {len(local)}, or 'all'")
+        return local[:devices]
+    if isinstance(devices, Sequence) and not isinstance(devices, str) and devices:
+        return list(devices)
+    raise SettingError(f"devices = {devices!r} is unknown; allowed: a number, 'all', or a list of JAX devices")
+
+
+def lanes_on(devices: Sequence[Any], chunk: int | None) -> int:
+    """Settings that go through a program at once, `chunk` or the usual number on each device."""
+    return len(devices) * (chunk or _LANES.get(devices[0].platform, _LANES_ELSEWHERE))
+
+
+def kind(setting: Setting) -> Any:
+    """What settings that go through the same program have in common: all that is static."""
+    return jax.tree_util.tree_structure((setting.pretraining, setting.finetuning_resolved, setting.numerics))
+
+
+def run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, width: int) -> list[dict[str, float]]:
+    """Rows of a chunk of settings of one kind, padded to the `width` that the programs were compiled for."""
+    plain, lost = [], {}
+    for k, s in enumerate(settings):
+        try:
+            plain.append(gradients.with_best_scale(s) if gradients.searches_scale(s) else s)
+        except SolveError as error:  # what does not depend on b is there all the same
+            plain.append(replace(s, "finetuning.recalibration", 1.0))
+            lost[k] = error.code
+    rows: list[dict[str, float]] = [{} for _ in plain]
+    for index, found in solve(Lanes.of([Problem.of(s) for s in plain], mesh, width)):
+        for k, row in zip(index, _rows([plain[k] for k in index], found, objective), strict=True):
+            rows[k] = row
+    for s, row in zip(settings, rows, strict=True):
+        if gradients.searches_scale(s):
+            row["finetuning.recalibration_stderr"] = math.nan  # of the search: not known
+    for k, code in lost.items():
+        if succeeded(int(rows[k]["pretraining.code"])):
+            rows[k] |= dict.fromkeys((name for name in rows[k] if not name.startswith("pretraining.")), math.nan)
+            rows[k]["finetuning.code"] = float(code)
+    return rows
+
+
+def _rows(settings: Sequence[Setting], found: Solves, objective: str | None) -> list[dict[str, float]]:
+    """Every prediction of every setting with its error bar and status, and the slopes of the objective: NaN where a
+    stage was not solved."""
+    answers = jax.device_get(found.answer())
+    slopes = None if objective is None else jax.device_get(gradients.slopes_at(found, objective)[1])
+    rows = []
+    for k, setting in enumerate(settings):
+        answer, slope = jax.tree_util.tree_map(lambda a, k=k: a[k], (answers, slopes))
+        row, solved = {}, {stage: succeeded(int(answer.status[stage]["code"])) for stage in STAGES}
+        for stage in STAGES:
+            for name, value in answer.values[stage].items():
+                pair = (value, answer.errors[stage][name]) if solved[stage] else (math.nan, math.nan)
+                row[f"{stage}.{name}"], row[f"{stage}.{name}_stderr"] = map(float, pair)
+            row |= {f"{stage}.{k}": float(answer.status[stage][k]) for k in ("code", "residual", "rate", "steps")}
+        if objective is not None:
+            sign = (-1.0 if objective == "overlap" else 1.0) if all(solved.values()) else math.nan
+            row |= {GRADIENT + p: sign * s for p, s in gradients.total_slopes(setting, slope).items()}
+        rows.append(row)
+    return rows
