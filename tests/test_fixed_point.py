@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 jax.config.update("jax_enable_x64", True)
 
 from lorastate.errors import Code, succeeded  # noqa: E402
-from lorastate.math.fixed_point import (  # noqa: E402
-    Method,
-    fixed_point,
+from lorastate.math.fixed_point import Method, fixed_point  # noqa: E402
+from lorastate.math.linear import (  # noqa: E402
+    cholesky,
     small_solve,
+    solve_lower,
+    solve_transposed,
     spectral_abscissa,
     spectral_radius,
 )
+from lorastate.math.roots import change_between, root_between  # noqa: E402
 
 PICARD = Method(burn_in=-1)
 PLAIN = Method(burn_in=-1, damping=0.0)
@@ -358,6 +361,24 @@ def test_small_solve_with_row_exchanges(n):
     tiny[0, 0] = 1e-17  # the naive elimination loses all digits here
     if n > 1:
         np.testing.assert_allclose(small_solve(tiny, np.ones(n)), np.linalg.solve(tiny, np.ones(n)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_triangular_factors_against_numpy(n):
+    rng = np.random.default_rng(n)
+    root, b = rng.standard_normal((n, n)), rng.standard_normal((n, 3))
+    a = root @ root.T + 0.1 * np.eye(n)
+    low = cholesky(a)
+    np.testing.assert_allclose(low, np.linalg.cholesky(a), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(solve_transposed(low, solve_lower(low, b)), np.linalg.solve(a, b), rtol=1e-10)
+
+
+def test_roots_and_changes_on_the_host():
+    asked = []
+    assert root_between(lambda x: asked.append(x) or x**3 - 2, 0.0, 2.0) == pytest.approx(2 ** (1 / 3), abs=1e-10)
+    assert root_between(lambda x: asked.append(x) or x - 0.25, 0.0, 2.0) in asked  # a point that was looked at
+    for holds in (lambda x: x < 0.7, lambda x: x >= 0.7):
+        assert change_between(holds, 0.0, 1.0, 1e-6) == pytest.approx(0.7, abs=1e-6)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -14,13 +14,13 @@ The teacher of the update has rank one; the rank of the update plays no part.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import brentq
 
 from ..errors import Code, SettingError, SolveError, require_float64
+from ..math.roots import root_between
 from ..model.activation import Activation, Custom
 from ..setting.stages import Finetuning
 from .posterior import REPLICAS, posterior_nodes, response
@@ -111,12 +111,6 @@ class _Equation:
         slope = (self.excess(log_s + h, 1) - self.excess(log_s - h, 1)) / (2 * h)
         images = np.log1p(self.alpha * self.averages(log_s)[0])
         return float(np.std(images, ddof=1) / np.sqrt(REPLICAS)) / abs(slope)
-
-
-def root_between(f, a: float, b: float, xtol: float = 1e-10) -> float:
-    """Root of a function that changes sign between a and b."""
-    found: Any = brentq(f, a, b, xtol=xtol)
-    return float(found)
 
 
 def _closed_in(excess, a: float, b: float) -> float:

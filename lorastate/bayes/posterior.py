@@ -10,11 +10,10 @@ and is sampled from three laws: the prior, and Gaussians around its peak and aro
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from ..math.linear import cholesky, solve_lower, solve_transposed
 from ..math.quadrature import Nodes, gaussian_nodes
 from ..math.symmetric import complement, to_matrix
 from ..runtime.program import Program
@@ -66,12 +65,12 @@ def _peak(s, noise, omega, g, n, shift: bool):
     def step(_, y):
         chi, residual, curvature = parts(y)
         slope = y + root / noise * (residual @ chi)
-        low = _cholesky(eye + s / noise * (curvature + jnp.sqrt(jnp.sum(residual**2)) * eye))
-        return y - _solve_transposed(low, _solve_lower(low, slope))
+        low = cholesky(eye + s / noise * (curvature + jnp.sqrt(jnp.sum(residual**2)) * eye))
+        return y - solve_transposed(low, solve_lower(low, slope))
 
     y = jax.lax.fori_loop(0, 20, step, g)
     _, residual, curvature = parts(y)
-    exact, convex = (_cholesky(0.8 * (eye + s / noise * a)) for a in (curvature + residual, curvature))
+    exact, convex = (cholesky(0.8 * (eye + s / noise * a)) for a in (curvature + residual, curvature))
     return y, jnp.where(jnp.all(jnp.isfinite(exact)), exact, convex)
 
 
@@ -80,7 +79,7 @@ def _posterior_mean(s, noise, omega, g, n, peak, low, xi, shift: bool):
     mirror image: the posterior is even in chi but for omega."""
     t, root = len(g), jnp.sqrt(s)
     c, center = omega + root * g, 2 * omega / root  # the image of y is -y - center
-    around = _solve_transposed(low, xi.T).T
+    around = solve_transposed(low, xi.T).T
     up = jnp.concatenate([peak + around, peak - around])
     y = jnp.concatenate([xi, -xi, up, -up - center])
     log_det = jnp.sum(jnp.log(jnp.diag(low)))
@@ -98,34 +97,6 @@ def _posterior_mean(s, noise, omega, g, n, peak, low, xi, shift: bool):
     cross = 2 * d @ (n @ c) + jnp.sum((d @ n) * d, 1)
     log = (2 * jnp.sqrt(2 * noise) * cross - square) / (4 * noise) + prior - log_mixture
     return jax.nn.softmax(log) @ y, jax.nn.logsumexp(log) - jnp.log(len(y))
-
-
-def _cholesky(a):
-    """Lower triangular L with L L^T = a, for a few rows, without LAPACK."""
-    n = a.shape[0]
-    low: list[list[Any]] = [[jnp.zeros(())] * n for _ in range(n)]
-    for i in range(n):
-        for j in range(i + 1):
-            rest = a[i, j] - sum((low[i][k] * low[j][k] for k in range(j)), jnp.zeros(()))
-            low[i][j] = jnp.sqrt(rest) if i == j else rest / low[j][j]
-    return jnp.stack([jnp.stack(row) for row in low])
-
-
-def _solve_lower(low, b):
-    """x with L x = b."""
-    x: list[Any] = []
-    for i in range(low.shape[0]):
-        x.append((b[i] - sum((low[i, k] * x[k] for k in range(i)), jnp.zeros(()))) / low[i, i])
-    return jnp.stack(x)
-
-
-def _solve_transposed(low, b):
-    """x with L^T x = b."""
-    n = low.shape[0]
-    x: list[Any] = [None] * n
-    for i in reversed(range(n)):
-        x[i] = (b[i] - sum((low[k, i] * x[k] for k in range(i + 1, n)), jnp.zeros(()))) / low[i, i]
-    return jnp.stack(x)
 
 
 @Program

@@ -8,6 +8,7 @@ All are roots found on the host. Source: arXiv:2606.05899, arXiv:2509.24914.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -16,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..bayes.finetuning import root_between
 from ..bayes.finetuning import weak_recovery_threshold as bayes_threshold
 from ..bayes.frozen_map import frozen_map as seen_map
 from ..bayes.pretraining import bayes_optimal_pretraining
 from ..errors import Code, SettingError, SolveError, require_float64, succeeded
 from ..evolution.order import Order, from_norm
+from ..math.roots import change_between, root_between
 from ..model.activation import revealed
 from ..setting.paths import replace
 from ..setting.stages import Pretraining, Setting
@@ -108,10 +109,7 @@ def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) 
             f"finetuning.alpha has no weak-recovery threshold between 0.01 and 100 (o_w {side} {_FOUND:g} throughout); "
             "allowed: settings that have one"
         )
-    while high - low > 0.01:
-        middle = (low + high) / 2
-        low, high = (low, middle) if found(middle) else (middle, high)
-    return math.exp((low + high) / 2)
+    return math.exp(change_between(found, low, high, 0.01))
 
 
 def bayes_recovery_threshold(setting: Setting) -> float:
@@ -128,20 +126,17 @@ def instability_threshold(setting: Setting, path: str, low: float, high: float, 
     phases, and `SolveError` where a solve fails.
     """
 
-    def broken(value: float) -> bool:
-        return predict(replace(setting, path, value)).symmetry == "one-step broken"
+    @functools.cache
+    def broken(log_value: float) -> bool:
+        return predict(replace(setting, path, math.exp(log_value))).symmetry == "one-step broken"
 
     if not 0 < low < high:
         raise SettingError(f"low = {low!r}, high = {high!r} are no range; allowed: 0 < low < high")
-    first = broken(low)
-    if first == broken(high):
-        phase = "one-step broken" if first else "replica symmetric"
+    ends = math.log(low), math.log(high)
+    if broken(ends[0]) == broken(ends[1]):
+        phase = "one-step broken" if broken(ends[0]) else "replica symmetric"
         raise SettingError(f"{path} = {low:g} and {high:g} are both {phase}; allowed: a range across the line")
-    a, b = np.log(low), np.log(high)
-    while b - a > rtol:
-        middle = (a + b) / 2
-        a, b = (middle, b) if broken(float(np.exp(middle))) == first else (a, middle)
-    return float(np.exp((a + b) / 2))
+    return math.exp(change_between(broken, *ends, rtol))
 
 
 class BranchPair(NamedTuple):

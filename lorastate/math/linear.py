@@ -126,3 +126,31 @@ def _ldl_loops(h, g, shift, floor):
         return x.at[i].add(-jnp.sum(low[i] * x, 0))
 
     return jax.lax.fori_loop(0, n, back, x), jnp.min(original, 0)
+
+
+def cholesky(a):
+    """Lower triangular L with L L^T = a, for a few rows, without LAPACK."""
+    n = a.shape[0]
+    low: list[list[Any]] = [[jnp.zeros(())] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(i + 1):
+            rest = a[i, j] - sum((low[i][k] * low[j][k] for k in range(j)), jnp.zeros(()))
+            low[i][j] = jnp.sqrt(rest) if i == j else rest / low[j][j]
+    return jnp.stack([jnp.stack(row) for row in low])
+
+
+def solve_lower(low, b):
+    """x with L x = b, L lower triangular."""
+    x: list[Any] = []
+    for i in range(low.shape[0]):
+        x.append((b[i] - sum((low[i, k] * x[k] for k in range(i)), jnp.zeros(()))) / low[i, i])
+    return jnp.stack(x)
+
+
+def solve_transposed(low, b):
+    """x with L^T x = b, L lower triangular."""
+    n = low.shape[0]
+    x: list[Any] = [None] * n
+    for i in reversed(range(n)):
+        x[i] = (b[i] - sum((low[k, i] * x[k] for k in range(i + 1, n)), jnp.zeros(()))) / low[i, i]
+    return jnp.stack(x)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-from scipy.optimize import root_scalar
 
 from ..errors import Code, SettingError, SolveError, require_float64, succeeded
 from ..evolution import finetuning as ft
 from ..evolution import pretraining as pt
 from ..math.implicit import sensitivity
+from ..math.roots import root_between
 from ..model.channel.recalibration import LeastError
 from ..setting.fields import BY_PATH, Field, fields
 from ..setting.paths import replace
@@ -176,14 +176,12 @@ def with_best_scale(setting: Setting) -> Setting:
         return at.setting(0.0)
     low, high = _bracket(at)
     flat = min(_FLAT, 1e-6 * max(abs(at.slope(low)), abs(at.slope(high))))
-    found: Any = root_scalar(
-        lambda x: at.slope(x) if abs(at.slope(x)) > flat else 0.0, bracket=(low, high), method="brentq", xtol=1e-9
-    )
-    (value, slope), (first, _) = at.known[found.root], at.known[0.0]
+    root = root_between(lambda x: at.slope(x) if abs(at.slope(x)) > flat else 0.0, low, high, 1e-9)
+    (value, slope), (first, _) = at.known[root], at.known[0.0]
     # A jump of E' is no minimum, nor is what lies above the start by more than a solve is off.
     if not (value <= first + 1e-6 * abs(first) and abs(slope) < _STEEP):
-        raise _no_scale(Code.stalled, f"at b = {math.exp(found.root):.3g} it stops falling without a minimum")
-    return at.setting(found.root)
+        raise _no_scale(Code.stalled, f"at b = {math.exp(root):.3g} it stops falling without a minimum")
+    return at.setting(root)
 
 
 class _OfScale:
