@@ -81,7 +81,6 @@ class LoraStage(Stage):
         live = norms[-1] > _LIVE
         phi = ft.free_energy(fine, order, a)
         m, p, q = (jnp.where(live, v, 0.0) for v in (order.overlap, norms[0], norms[-1]))
-        penalty = jnp.sum(directions(fine.rank, fine.teacher_rank) * c.qhat * order.response)
         none, broken = jnp.full((), jnp.nan), jnp.array(False)
         breaking = complexity = none
         if order.levels:
@@ -93,7 +92,7 @@ class LoraStage(Stage):
             **_by_direction({"v": order.response, "m": m, "p": p, "q": q, **hats}),
             "overlap": lora_overlap(fine, order),
             "train_loss": phi,
-            "train_error": fine.alpha * a.potential - penalty / 2,
+            "train_error": train_error(fine, order, c, a),
             "test_error": errors[0],
             "test_error_frozen": errors[1],
             "effective_noise": fine.effective_noise(frozen),
@@ -127,6 +126,14 @@ def lora_overlap(fine: Finetuning, order: Order):
     live = size > _LIVE
     most = jnp.sqrt(k * jnp.where(live, size, 1.0) * (ft.TEACHER_SIZE * np.sqrt(fine.teacher_rank)))
     return jnp.where(live, jnp.sum(n * order.overlap) / most, jnp.nan)
+
+
+def train_error(fine: Finetuning, order: Order, c: ft.Conjugates, a: ft.Averages):
+    """alpha' E ||sigma(Z_W + chi chi^T) - sigma(Y')||_F^2 = alpha' c - Tr q' v/2: the data part of the training loss.
+
+    Per D. What c has beyond it is the proximal term."""
+    proximal = jnp.sum(directions(fine.rank, fine.teacher_rank) * c.qhat * order.response) / 2
+    return fine.alpha * a.potential - proximal
 
 
 def replicon(fine: Finetuning, gap):

@@ -79,13 +79,19 @@ class MapStage(Stage):
             **c._asdict(),
             "overlap": jnp.where(live, M / jnp.sqrt(jnp.where(live, Q, 1.0) * pre.Q0), jnp.nan),
             "train_loss": pt.free_energy(pre, order, a),
-            "train_error": pre.alpha * a.potential - c.qhat * order.response / 4,
+            "train_error": train_error(pre, order, c, a),
             "test_error": errors[0],
             "test_error_noiseless": errors[1],
             "rank_fraction": 1 - pre.law.mass_below(eps, delta),
             "replicon": jnp.where(live, replicon(pre, order, c, gap), jnp.nan),
             "double_well_share": a.two_wells + jnp.zeros(()),
         }
+
+
+def train_error(pre: Pretraining, order: Order, c: pt.Conjugates, a: pt.Averages):
+    """alpha E ||sigma(Z) - sigma(Y)||_F^2 = alpha C - q^ V/4: the data part of the training loss, per D^2. What C has
+    beyond it is the proximal term, E ||Z - Omega||_F^2/(4 V) = q^ V/(4 alpha)."""
+    return pre.alpha * a.potential - c.qhat * order.response / 4
 
 
 def replicon(pre: Pretraining, order: Order, c: pt.Conjugates, gap):

@@ -207,6 +207,8 @@ class Reused(Inputs):
         return Fields(y0, to_matrix(attach_minimum(self._problem(frozen, y, omega), found)))
 
     def moments(self, frozen, delta, tokens, drop_shift):
+        """Of Y0 and Z_W = (a Y + Omega)/(1 + a), a = 4 V/T^2 (identity). With the same noise on the same task and b = 1
+        they make Delta_eff = (Delta/2 + Q0 - 2 M + Q)/(1 + 4 V/T^2)^2."""
         a, (yy, yy_old, of_label) = _pull(frozen, tokens), self._covariances(frozen, delta)
         zz = (a**2 * frozen.label_size + 2 * a * of_label + frozen.norm) / (1 + a) ** 2
         return Moments(yy, (a * yy_old + frozen.overlap) / (1 + a), zz)

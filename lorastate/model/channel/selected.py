@@ -77,6 +77,8 @@ class Selected(Inputs):
         return Fields(_slope(M, Q) * zw + root(size - M * _slope(M, Q)) * noise, zw)
 
     def moments(self, frozen, delta, tokens, drop_shift):
+        """E Z_W^2 = s Q, E Y0 Z_W = s M, E Y0^2 = Q0 + delta'/2 - (1 - s) M^2/Q, with s = P(n/2 + 1, y)/rho at the
+        rho-quantile y of the Gamma(n/2) law, P its regularised incomplete gamma function."""
         half = self._scored(tokens) / 2
         edge = attach_quantile(half, self.rho, quantile(half, jax.lax.stop_gradient(self.rho)))
         # E |z|^2 given |z|^2 <= edge, over n: the chi-squared law with n + 2 degrees of freedom.
