@@ -23,7 +23,7 @@ from .gradients import searches_scale, with_best_scale
 from .lanes import Lanes
 from .pretraining import map_errors
 from .problem import Problem, frozen_at
-from .solve import failure, lost, pretrained, solve_alone, traced_answer
+from .solve import failure, or_nan, pretrained, solve_alone, traced_answer
 from .stage import final_status
 
 _SUMMARY = {stage: summary_names(stage) for stage in ("pretraining", "finetuning")}
@@ -278,7 +278,7 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     values, x = first.values, first.x
     known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
     if not known:
-        values, x = lost((values, x), succeeded(status["code"]))
+        values, x = or_nan((values, x), succeeded(status["code"]))
     solution = PretrainingSolution(pretraining, values, bars.errors, status, x)
     if throw and known:
         solution.require_ok()

@@ -109,7 +109,7 @@ def traced_answer(problem: Problem) -> Answer:
     else:
         out = symmetric() if symmetry == "rs" else broken()
     good = {stage: succeeded(out.status[stage]["code"]) for stage in out.status}
-    return out._replace(values={stage: lost(v, good[stage]) for stage, v in out.values.items()})
+    return out._replace(values={stage: or_nan(v, good[stage]) for stage, v in out.values.items()})
 
 
 def failure(stage: str, code: Code, residual: Any, pre: Pretraining, values: dict[str, Any]) -> SolveError:
@@ -121,7 +121,7 @@ def failure(stage: str, code: Code, residual: Any, pre: Pretraining, values: dic
     return SolveError(stage, code, detail)
 
 
-def lost(values, good):
+def or_nan(values, good):
     """The values, NaN with NaN slopes where a solve has failed."""
     # Added: a choice between two values would have no slope on the other.
     return jax.tree_util.tree_map(lambda v: nan_slope(v, good) + jnp.where(good, 0.0, jnp.nan), values)

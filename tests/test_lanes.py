@@ -1,0 +1,70 @@
+"""Both stages of many lanes: which searches are made for which lanes, and which of them count."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import lorastate as ls
+from lorastate.solution import solve
+from lorastate.solution.lanes import Lanes
+from lorastate.solution.problem import Problem
+
+
+class Toy(Lanes):
+    """Lanes that know their numbers: what is too rough without breaking, with it, and in a deep glass."""
+
+    def take(self, index, tree):
+        assert isinstance(self.problem, SimpleNamespace)
+        lanes = [self.problem.lanes[k] for k in index]
+        return Toy(SimpleNamespace(numerics=self.problem.numerics, lanes=lanes), len(lanes)), tree
+
+    def with_broken(self, deep):
+        return self
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    def found(rough):
+        return lambda lanes, *_: SimpleNamespace(rough=np.isin(lanes.problem.lanes, rough), coarse=None)
+
+    def run(symmetry, symmetric, broken=()):
+        made = iter([*(found(rough) for rough in broken)])
+        monkeypatch.setattr(solve, "pretrained", lambda lanes: None)
+        monkeypatch.setattr(solve, "_symmetric", found(symmetric))
+        monkeypatch.setattr(solve, "_broken", lambda *given: next(made)(*given))
+        problem = SimpleNamespace(numerics=SimpleNamespace(symmetry=symmetry), lanes=[0, 1, 2, 3])
+        return [(index, group.problem.lanes) for index, group in solve.solve(Toy(problem, 4))]
+
+    return run
+
+
+def test_a_lane_is_solved_again_until_it_will_do(groups):
+    every = [0, 1, 2, 3]
+    assert groups("auto", []) == [(every, every)]
+    assert groups("auto", [1, 3], [[]]) == [(every, every), ([1, 3], [1, 3])]
+    # 2 is a deep glass, and stays one.
+    assert groups("auto", [1, 2], [[2], [2]]) == [(every, every), ([1, 2], [1, 2]), ([2], [2])]
+    # Where no lane is finished nothing is yielded: nobody describes what does not count.
+    assert groups("1rsb", every, [every, [0]]) == [(every, every)]
+    # Replica symmetry that was asked for: the second search is the last.
+    assert groups("rs", [0, 2]) == [(every, every), ([0, 2], [0, 2])]
+
+
+def test_lanes_are_stacked_padded_and_taken():
+    def problem(lam):
+        pre = ls.Pretraining(0.1, lam, activation="identity", tokens=2)
+        return Problem.of(ls.Setting(pre, ls.Finetuning(3.0, 0.6), ls.Numerics(512, 1024, 2, seed=3)))
+
+    lanes = Lanes.of([problem(lam) for lam in (0.1, 0.2, 0.3)], mesh=True, width=4)
+    np.testing.assert_array_equal(lanes.problem.pre.lam, [0.1, 0.2, 0.3, 0.3])
+    assert lanes.where(np.array([True, False, True, True])) == [0, 2]
+    some, tree = lanes.take([0, 2], {"x": np.arange(4)})
+    assert some.count == 2
+    np.testing.assert_array_equal(some.problem.pre.lam, [0.1, 0.3, 0.3, 0.3])
+    np.testing.assert_array_equal(tree["x"], [0, 2, 2, 2])
+    # Alone there is nothing to take, and the seed is in the nodes only.
+    alone = Lanes(problem(0.1))
+    assert alone.take([0], tree) == (alone, tree)
+    assert alone.where(np.array(True)) == [0] and alone.where(np.array(False)) == []
+    assert alone.problem.numerics.seed == 0 and int(alone.problem.nodes.seed) == 3
