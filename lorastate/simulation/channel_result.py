@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Code, SettingError, SolveError
+from ..errors import Code
 from ..setting.stages import Setting
 from ..solution.solution import PretrainingSolution
-from .measures import mean_of, stderr_of
+from .runs import Runs
 from .searches import SEARCHES
 
 #: A minimum counts as worse than another if its loss is higher by this share, and its overlap lower.
@@ -18,7 +18,7 @@ _WORSE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelSimulation:
+class ChannelSimulation(Runs):
     """Training runs of fine-tuning on the law that the theory assumes.
 
     `searches[search][name]` holds one value per run, for each of `SEARCHES` ("informed", "random", "deep_random",
@@ -29,6 +29,9 @@ class ChannelSimulation:
     those descents reached a stationary point; `map` is the solved pre-training and `effective_noise` what it leaves.
     `seeds` are (seed, run): the run's key is `fold_in(key(seed), run)`.
     """
+
+    PART = "search"
+    STAGE = "finetuning"
 
     setting: Setting
     map: PretrainingSolution
@@ -45,35 +48,13 @@ class ChannelSimulation:
     seconds: np.ndarray
 
     @property
+    def tables(self) -> dict[str, dict[str, np.ndarray]]:
+        return self.searches
+
+    @property
     def lowest(self) -> dict[str, np.ndarray]:
         """The lowest minimum of every run, whatever search has found it."""
         return self.searches["deep"]
-
-    def converged(self, search: str) -> np.ndarray:
-        """In which runs the minimum of a search is a stationary point, (runs,) of bool."""
-        if search not in SEARCHES:
-            raise SettingError(f"search = {search!r} is unknown; allowed: {', '.join(SEARCHES)}")
-        return np.array([code == Code.ok for code in self.codes[search]])
-
-    def _sample(self, search: str, name: str, only_converged: bool) -> np.ndarray:
-        good = self.converged(search)
-        if name not in self.searches[search]:
-            raise SettingError(f"name = {name!r} is unknown; allowed: {', '.join(self.searches[search])}")
-        if not good.all() and not only_converged:
-            bad = np.flatnonzero(~good)
-            where = f"{search} search, in runs {bad.tolist()} of {len(good)}; only_converged=True leaves them out"
-            raise SolveError("finetuning", self.codes[search][bad[0]], where)
-        return self.searches[search][name][good]
-
-    def mean(self, search: str, name: str, only_converged: bool = False) -> float:
-        """Mean over runs; `SolveError` if one did not converge, unless `only_converged` leaves it out."""
-        sample = self._sample(search, name, only_converged)
-        return mean_of(sample)
-
-    def stderr(self, search: str, name: str, only_converged: bool = False) -> float:
-        """Standard error of `mean` (ddof = 1); NaN for fewer than two runs."""
-        sample = self._sample(search, name, only_converged)
-        return stderr_of(sample)
 
     @property
     def worse_starts(self) -> dict[str, float]:
@@ -101,16 +82,6 @@ class ChannelSimulation:
             f"loss is {loss} higher on average, and their o_w {worse['overlap']:.3f} instead of "
             f"{worse['lowest_overlap']:.3f}."
         )
-
-    def summary(self, only_converged: bool = False) -> dict[str, Any]:
-        """{search: {name: {"mean", "stderr"}}} of plain floats, None where undefined."""
-
-        def entry(search: str, name: str) -> dict[str, float | None]:
-            pair = {"mean": self.mean, "stderr": self.stderr}
-            values = {key: method(search, name, only_converged) for key, method in pair.items()}
-            return {key: x if np.isfinite(x) else None for key, x in values.items()}
-
-        return {search: {name: entry(search, name) for name in rows} for search, rows in self.searches.items()}
 
 
 def collected(options: dict[str, Any], seed: int, outcomes: list[dict]) -> ChannelSimulation:

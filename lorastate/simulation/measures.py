@@ -65,13 +65,3 @@ def rank_fraction(eigenvalues) -> float:
     """Share of eigenvalues above 1e-3 of the largest, and above 1e-6 (a map shrunk to zero has rank 0)."""
     share = float(np.mean(eigenvalues > max(1e-3 * eigenvalues[-1], 1e-6)))
     return share if np.isfinite(eigenvalues[-1]) else np.nan
-
-
-def mean_of(sample: np.ndarray) -> float:
-    """Mean over runs; NaN of none."""
-    return float(np.mean(sample)) if len(sample) else np.nan
-
-
-def stderr_of(sample: np.ndarray) -> float:
-    """Standard error of the mean over runs (ddof = 1); NaN for fewer than two."""
-    return float(np.std(sample, ddof=1) / np.sqrt(len(sample))) if len(sample) > 1 else np.nan

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Code, SettingError, SolveError
+from ..errors import Code
 from ..predictions import measured_names
 from ..setting.stages import Setting
-from .measures import mean_of, stderr_of
+from .runs import Runs
 from .sizes import Sizes
 
 #: What is measured of each stage, in the order of tables.
@@ -21,7 +21,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Simulation:
+class Simulation(Runs):
     """Finite-size training runs, measured under the names that the theory's predictions have.
 
     `pretraining` and `finetuning` map a name to an array of one value per run. With S = W W^T/sqrt(P D): `M` = Tr(S
@@ -59,41 +59,9 @@ class Simulation:
         """D."""
         return self.sizes.dimension
 
-    def converged(self, stage: str) -> np.ndarray:
-        """Which runs reached a stationary point in "pretraining" or "finetuning", (runs,) of bool."""
-        if stage not in NAMES:
-            raise SettingError(f"stage = {stage!r} is unknown; allowed: {', '.join(NAMES)}")
-        return np.array([code == Code.ok for code in self.codes[stage]])
-
-    def _sample(self, stage: str, name: str, only_converged: bool) -> np.ndarray:
-        good = self.converged(stage)
-        if name not in getattr(self, stage):
-            raise SettingError(f"name = {name!r} is unknown; allowed: {', '.join(getattr(self, stage))}")
-        if not good.all() and not only_converged:
-            bad = np.flatnonzero(~good)
-            where = f"in runs {bad.tolist()} of {len(good)}; only_converged=True leaves them out"
-            raise SolveError(stage, self.codes[stage][bad[0]], where)
-        return getattr(self, stage)[name][good]
-
-    def mean(self, stage: str, name: str, only_converged: bool = False) -> float:
-        """Mean over runs; `SolveError` if one did not converge, unless `only_converged` leaves it out."""
-        sample = self._sample(stage, name, only_converged)
-        return mean_of(sample)
-
-    def stderr(self, stage: str, name: str, only_converged: bool = False) -> float:
-        """Standard error of `mean` (ddof = 1); NaN for fewer than two runs."""
-        sample = self._sample(stage, name, only_converged)
-        return stderr_of(sample)
-
-    def summary(self, only_converged: bool = False) -> dict[str, dict[str, dict[str, float | None]]]:
-        """{stage: {name: {"mean", "stderr"}}} of plain floats, None where undefined."""
-
-        def entry(stage: str, name: str) -> dict[str, float | None]:
-            pair = {"mean": self.mean, "stderr": self.stderr}
-            values = {key: method(stage, name, only_converged) for key, method in pair.items()}
-            return {key: x if np.isfinite(x) else None for key, x in values.items()}
-
-        return {stage: {name: entry(stage, name) for name in getattr(self, stage)} for stage in NAMES}
+    @property
+    def tables(self) -> dict[str, dict[str, np.ndarray]]:
+        return {stage: getattr(self, stage) for stage in NAMES}
 
 
 class SimulationInterrupted(KeyboardInterrupt):
