@@ -32,7 +32,8 @@ def real(
     return out
 
 
-def whole(name: str, value: Any, low: int, high: int):
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number in its range."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise SettingError(f"{name} = {value!r} is not a whole number; allowed: {low} to {high}")
     if not low <= value <= high:

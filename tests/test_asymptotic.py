@@ -295,10 +295,10 @@ def test_minima_that_are_none_are_marked(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(dimension=9), "dimension = 9 is out of range; allowed: whole numbers, 10 to 10000"),
+        (dict(dimension=9), "dimension = 9 is out of range; allowed: 10 to 10000"),
         (dict(runs=0), "runs = 0"),
         (dict(starts=0), "starts = 0"),
-        (dict(moves=-1), "moves = -1 is out of range; allowed: whole numbers, 0 to 1000"),
+        (dict(moves=-1), "moves = -1 is out of range; allowed: 0 to 1000"),
         (dict(dimension=10_000, starts=9), "dimension = 10000 needs .* GiB .*; allowed: .* dimension <= "),
         (dict(test_samples=5), "test_samples has no meaning for stage = 'finetuning'; allowed: for 'both' only"),
         (dict(map_starts=2), "map_starts has no meaning"),

@@ -288,7 +288,7 @@ def test_minimise_reports_how_it_ended():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(dimension=9), "dimension = 9 is out of range; allowed: whole numbers, 10 to 10000"),
+        (dict(dimension=9), "dimension = 9 is out of range; allowed: 10 to 10000"),
         (dict(dimension=50.0), "dimension = 50.0"),
         (dict(runs=0), "runs = 0"),
         (dict(seed=-1), "seed = -1"),

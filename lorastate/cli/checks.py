@@ -54,7 +54,8 @@ def check_simulation(
 ) -> None:
     """Bad sizes are found before the theory is solved, which may take minutes; `alone`: of fine-tuning alone."""
     from ..simulation.on_channel import channel_samples
-    from ..simulation.sizes import sizes_at, whole
+    from ..simulation.sizes import sizes_at
+    from ..validation import whole
 
     check_sizes(dimension, runs, seed)
     for name, value in options.items():

@@ -26,6 +26,7 @@ from ..model.channel.recalibration import LeastError
 from ..setting.stages import Setting
 from ..solution.nodes import test_nodes
 from ..solution.solution import pretrain
+from ..validation import whole
 from .channel_draws import Sample, draw
 from .channel_result import ChannelSimulation, collected
 from .descents import Minima
@@ -35,7 +36,7 @@ from .overlap_errors import errors, overlap_matrices
 from .recalibration import theory_scale
 from .result import SimulationInterrupted
 from .searches import INFORMED, TOGETHER, searched
-from .sizes import fits_memory, known_number, rounded, whole
+from .sizes import fits_memory, known_number, rounded
 
 
 def _measured(fine: Any, sample: Sample, minima: Minima) -> list[dict[str, float]]:

@@ -29,13 +29,6 @@ class Sizes(NamedTuple):
     task_rank: int = 0
 
 
-def whole(name: str, value: Any, low: int, high: int) -> int:
-    """An option that is a whole number in its range, else a `SettingError`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise SettingError(f"{name} = {value!r} is out of range; allowed: whole numbers, {low} to {high}")
-    return int(value)
-
-
 def known_number(name: str, value: Any) -> None:
     """A `SettingError` where a field is traced, or an array."""
     if not is_concrete(value) or np.ndim(value):

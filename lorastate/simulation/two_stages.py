@@ -13,12 +13,13 @@ from tqdm import tqdm
 from ..errors import Code, SettingError, require_float64
 from ..math.lbfgs import Minimum, minimise
 from ..setting.stages import Setting
+from ..validation import whole
 from .losses import finetuning_loss, finetuning_penalty, pretraining_loss, pretraining_penalty
 from .measures import lora_overlaps, overlaps, rank_fraction, test_errors
 from .recalibration import theory_scale
 from .result import Simulation, SimulationInterrupted, collected
 from .samples import Batch, draw_batch, draw_matrix, draw_wishart, lora_update, preactivation, stream
-from .sizes import Sizes, check_memory, sizes_at, whole
+from .sizes import Sizes, check_memory, sizes_at
 from .worlds import BATCHES, World
 
 

@@ -26,8 +26,6 @@ from .problem import Problem, frozen_at
 from .solve import failure, or_nan, pretrained, solve_alone, traced_answer
 from .stage import final_status
 
-_SUMMARY = {stage: summary_names(stage) for stage in ("pretraining", "finetuning")}
-
 
 class Solution(eqx.Module):
     """Theory of one `setting`. `pretraining` and `finetuning` hold every prediction by name.
@@ -151,25 +149,24 @@ class Solution(eqx.Module):
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined, and of a
         stage that failed."""
-        values = {"pretraining": self.pretraining, "finetuning": self.finetuning}
-        good = {s: self.code(s) is Code.ok for s in values}
-        names = {s: [n for n in some if n in values[s]] for s, some in _SUMMARY.items()}
-        out: dict[str, Any] = {
-            s: {n: _plain(values[s][n]) if good[s] else None for n in some} for s, some in names.items()
-        }
-        out["quadrature_error"] = {
-            s: {n: _plain(self.errors[s][n]) if good[s] else None for n in some} for s, some in names.items()
-        }
-        out["symmetry"] = self.symmetry if good["finetuning"] else None
-        out["status"] = {
-            s: {
-                "code": self.code(s).name,
-                "residual": _plain(self.status[s]["residual"]),
-                "steps": int(self.status[s]["steps"]),
-            }
-            for s in ("pretraining", "finetuning")
-        }
-        return out
+        out = _summary({"pretraining": self.pretraining, "finetuning": self.finetuning}, self.errors, self.status)
+        good = self.code("finetuning") is Code.ok
+        return out | {"symmetry": self.symmetry if good else None}
+
+
+def _summary(values: dict[str, Any], errors: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
+    """The summary of some stages, from what is known of each."""
+
+    def plain(stage: str, table: dict[str, Any]) -> dict[str, float | None]:
+        good = int(status[stage]["code"]) == Code.ok
+        return {n: _plain(table[n]) if good else None for n in summary_names(stage) if n in table}
+
+    def end(code, residual, steps, **_) -> dict[str, Any]:
+        return {"code": Code(int(code)).name, "residual": _plain(residual), "steps": int(steps)}
+
+    out: dict[str, Any] = {stage: plain(stage, table) for stage, table in values.items()}
+    out["quadrature_error"] = {stage: plain(stage, errors[stage]) for stage in values}
+    return out | {"status": {stage: end(**status[stage]) for stage in values}}
 
 
 def _spectrum(pre: Pretraining, values) -> LearnedSpectrum:
@@ -253,14 +250,8 @@ class PretrainingSolution(eqx.Module):
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON, as `Solution.summary` has them for this stage."""
-        names, stage = _SUMMARY["pretraining"], "pretraining"
-        residual, steps = _plain(self.status["residual"]), int(self.status["steps"])
-        status = {"code": self.code.name, "residual": residual, "steps": steps}
-        return {
-            stage: {n: _plain(self.values[n]) for n in names},
-            "quadrature_error": {stage: {n: _plain(self.errors[n]) for n in names}},
-            "status": {stage: status},
-        }
+        stage = "pretraining"
+        return _summary({stage: self.values}, {stage: self.errors}, {stage: self.status})
 
 
 def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: bool = True) -> PretrainingSolution:
