@@ -43,7 +43,7 @@ class Ending(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """The problem at one point u."""
+    """A landscape at one point u."""
 
     u: np.ndarray
     setting: Setting
@@ -65,8 +65,8 @@ def check_over(setting: Setting, over: Iterable[str]) -> tuple[str, ...]:
     return over
 
 
-class Problem:
-    """An objective over some fields in unbounded coordinates u (`Field.coordinate`)."""
+class Landscape:
+    """The landscape of an objective over some fields in unbounded coordinates u (`Field.coordinate`)."""
 
     def __init__(self, setting: Setting, over: tuple[str, ...], objective: str, bar: tqdm):
         self.setting, self.over, self.objective, self.bar = setting, over, objective, bar
@@ -131,26 +131,26 @@ class Problem:
         self.bar.set_postfix_str(f"value {trial.value:.6g}, gradient {norm:.1e}")
 
 
-def descend(problem: Problem, now: Trial, tolerance: float, max_steps: int) -> tuple[Trial, Ending]:
+def descend(landscape: Landscape, now: Trial, tolerance: float, max_steps: int) -> tuple[Trial, Ending]:
     """L-BFGS from a trial; the last one, and why it ended."""
     memory = optax.scale_by_lbfgs(memory_size=8)
     state = memory.init(jnp.asarray(now.u))
-    problem.record(now, problem.relative(now, np.linalg.norm(now.slope)))
+    landscape.record(now, landscape.relative(now, np.linalg.norm(now.slope)))
     for _ in range(max_steps):
         u, value, slope = now.u, now.value, now.slope
         norm = float(np.linalg.norm(slope))
-        if problem.relative(now, norm) < tolerance:
-            return now, problem.boundary(now) or Ending(End.small, {"tolerance": tolerance})
+        if landscape.relative(now, norm) < tolerance:
+            return now, landscape.boundary(now) or Ending(End.small, {"tolerance": tolerance})
         direction, state = memory.update(jnp.asarray(slope), state, jnp.asarray(u))
         step = -np.asarray(direction)
         if not np.all(np.isfinite(step)) or step @ slope >= 0:
             step, state = -slope / norm, memory.init(jnp.asarray(u))
-        if len(problem.path) == 1:
+        if len(landscape.path) == 1:
             step = -slope / norm * 0.5  # no curvature known yet: half a unit of log
         step *= min(1.0, 1.5 / float(np.max(np.abs(step))))  # never more than a factor e^1.5 at once
         length, accepted = 1.0, False
         while length > 1e-4:
-            trial = problem.at(u + length * step)
+            trial = landscape.at(u + length * step)
             # Near the minimum the decrease drowns in rounding; the slope along the step still tells.
             enough = trial.value <= value + 1e-4 * length * (step @ slope)
             flat = abs(trial.value - value) <= 1e-12 * max(1.0, abs(value))
@@ -162,7 +162,7 @@ def descend(problem: Problem, now: Trial, tolerance: float, max_steps: int) -> t
         if not accepted:
             return now, Ending(End.no_step)
         now = trial
-        problem.record(now, problem.relative(now, np.linalg.norm(now.slope)))
+        landscape.record(now, landscape.relative(now, np.linalg.norm(now.slope)))
         if np.max(np.abs(now.u)) > 25:
             return now, Ending(End.away)
     return now, Ending(End.max_steps, {"steps": max_steps})

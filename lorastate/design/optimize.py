@@ -19,7 +19,7 @@ from ..solution.solution import predict
 from .budgets import Budget, Within
 from .budgets import budgets as _read_budgets
 from .constrained import descend_within
-from .descent import End, Ending, Problem, check_over, descend
+from .descent import End, Ending, Landscape, check_over, descend
 from .optimum import Optimum
 from .scan import best_choice
 
@@ -63,30 +63,31 @@ def optimize(
         if not checked:
             raise SettingError("over = () is empty; allowed: at least one continuous field")
         with tqdm(desc="descent", unit="solve", disable=not progress) as bar:
-            return _optimum(Problem(start, checked, objective, bar), limits, tolerance, max_steps)
+            return _optimum(Landscape(start, checked, objective, bar), limits, tolerance, max_steps)
 
     return best_choice(setting, scan, descend_from) if scan else descend_from(setting)
 
 
-def _optimum(problem: Problem, limits: tuple[Budget, ...], tolerance: float, max_steps: int) -> Optimum:
-    """The descent of a problem, with the solutions before and after."""
-    within = Within(problem.replaced, limits) if limits else None
-    start = problem.start if within is None else within.nearest(problem.start)
-    before = predict(problem.setting)
-    first = problem.begin(start)
+def _optimum(landscape: Landscape, limits: tuple[Budget, ...], tolerance: float, max_steps: int) -> Optimum:
+    """The descent of a landscape, with the solutions before and after."""
+    within = Within(landscape.replaced, limits) if limits else None
+    start = landscape.start if within is None else within.nearest(landscape.start)
+    before = predict(landscape.setting)
+    first = landscape.begin(start)
     if not first.good:
         raise SolveError("optimize", Code.nonfinite, "the gradient at the starting point is not finite")
     if within is None:
-        last, ending = descend(problem, first, tolerance, max_steps)
+        last, ending = descend(landscape, first, tolerance, max_steps)
     else:
-        last, ending = descend_within(problem, within, first, tolerance, max_steps)
-    norm = problem.path[-1]["gradient_norm"]
+        last, ending = descend_within(landscape, within, first, tolerance, max_steps)
+    norm = landscape.path[-1]["gradient_norm"]
     converged = norm < tolerance and ending.end not in (End.boundary, End.away)
     stuck = ending.end in (End.no_step, End.no_step_within)
-    if not converged and norm < 1e-5 and stuck and problem.boundary(last) is None:
+    if not converged and norm < 1e-5 and stuck and landscape.boundary(last) is None:
         converged, ending = True, Ending(End.unresolved, {"norm": norm})
     after = predict(last.setting)
+    budget_report = [] if within is None else within.report(last.u, last.slope)
     return Optimum(
-        problem.over, problem.objective, problem.setting, last.setting, before, after, norm, problem.solves, converged,
-        ending.message, problem.path, last.slopes, [] if within is None else within.report(last.u, last.slope),
+        landscape.over, landscape.objective, landscape.setting, last.setting, before, after, norm, landscape.solves,
+        converged, ending.message, landscape.path, last.slopes, budget_report,
     )  # fmt: skip

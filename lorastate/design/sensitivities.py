@@ -13,7 +13,7 @@ from ..setting.paths import get
 from ..setting.stages import Setting
 from ..solution.gradients import check_objective
 from ..solution.solution import predict
-from .descent import Problem, check_over
+from .descent import Landscape, check_over
 
 
 class Sensitivities(NamedTuple):
@@ -51,10 +51,10 @@ def sensitivities(
     require_float64()
     objective, over = check_objective(of), check_over(setting, over)
     with tqdm(disable=True) as bar:
-        problem = Problem(setting, over, objective, bar)
-        center = problem.at(problem.start)
+        landscape = Landscape(setting, over, objective, bar)
+        center = landscape.at(landscape.start)
         h, steps = 0.01, np.eye(len(over))
-        pairs = [(problem.at(center.u + h * e), problem.at(center.u - h * e)) for e in steps]
+        pairs = [(landscape.at(center.u + h * e), landscape.at(center.u - h * e)) for e in steps]
     if not all(trial.good for trial in (center, *(t for pair in pairs for t in pair))):
         predict(setting)
         raise SolveError("sensitivities", Code.nonfinite, f"objective {of}")
