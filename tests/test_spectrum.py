@@ -13,7 +13,6 @@ from lorastate.model.spectra.learned import LearnedSpectrum
 from lorastate.model.spectra.wishart import (
     J,
     band_nodes,
-    bands_quadrature,
     density,
     edges,
     mass_below,
@@ -235,8 +234,8 @@ def test_edges_and_quadrature(kappa0, delta):
     assert np.all(np.asarray(density(e - side * step, delta, kappa0)) == 0)
     assert np.all(np.asarray(density(e + side * step, delta, kappa0)) > 0)
     close = abs(delta - 0.1325) < 0.01  # next to the closing of the gap at kappa0 = 0.5
-    x, w = bands_quadrature(delta, kappa0, n=64)
     nodes = band_nodes(delta, kappa0, n=64)
+    x, w = nodes.x, nodes.w
     assert x.shape == w.shape == (128,) and bool(jnp.all(w >= 0))
     moments = [float(jnp.sum(w * x**k)) for k in range(3)]
     exact = [1.0, np.sqrt(kappa0), 1 + kappa0 + delta**2]
@@ -309,7 +308,7 @@ def test_pair_response_in_the_gap_at_edges_and_outside():
     delta, kappa0 = 0.05, 0.4
     e = ref_edges(delta, kappa0)
     middle = (e[1] + e[2]) / 2
-    x, w = bands_quadrature(delta, kappa0, n=48)
+    x, w, _ = band_nodes(delta, kappa0, n=48)
     low, high = x < middle, x > middle
     ratio = ((x - middle) / (x - x[low][:, None])) ** 2
     want = kappa0**2 + 2 * jnp.sum(w[low][:, None] * jnp.where(high, w * ratio, 0))

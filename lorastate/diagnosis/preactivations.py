@@ -1,4 +1,4 @@
-"""Laws of the pre-activations, on test and on training inputs: samples of them, and the densities of their entries.
+"""Laws of the pre-activations, on test and on training inputs: samples of them.
 
     test    (Z*, Z_W) Gaussian, covariance [[Q0, M], [M, Q]] x (1 + delta_ab);  (chi*, chi) Gaussian, [[q0, m], [m, q]]
     train   pre-training: Z_W = argmin of the inner problem at (Y, Omega); fine-tuning: chi = argmin at (Y0, Z_W, omega)
@@ -102,18 +102,6 @@ def _in_a_minimum(fine: Finetuning, order: Order, d: ft.Draws, key):
     depth = problem.terms(chi)[0].reshape(many, n)
     index = jax.random.categorical(jax.random.fold_in(key, 1), -order.breaking[0] * depth, axis=0)
     return jnp.take_along_axis(chi.reshape(-1, many, n), index[None, None], 1)[:, 0]
-
-
-def gaussian_density(x, variance):
-    """Density of an entry of a test-time pre-activation: off the diagonal its size (Q, M, ...), on it twice that."""
-    return jnp.exp(-(x**2) / (2 * variance)) / jnp.sqrt(2 * jnp.pi * variance)
-
-
-def density(samples, x, weight=None):
-    """Density at `x` of one entry (samples,) from its samples, by a Gaussian kernel (Scott's rule)."""
-    from scipy.stats import gaussian_kde
-
-    return gaussian_kde(np.asarray(samples), weights=None if weight is None else np.asarray(weight))(np.asarray(x))
 
 
 def _normal(key, rows: int, columns: int):

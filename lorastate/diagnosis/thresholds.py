@@ -1,4 +1,4 @@
-"""Thresholds: where fine-tuning starts to recover w*, where its branches cross, where pre-training can interpolate.
+"""Thresholds: where fine-tuning starts to recover w*, where symmetry breaks, where pre-training can interpolate.
 
     alpha'_c       from which on the lowest minima have m > 0; m = 0 is always a fixed point
     alpha_interp   J_1(d, 0) / (2 d n_eff),  d from  Q0 + Delta/2 = J(d, 0) - (d/2) J_1(d, 0),  J_1 = dJ/d delta
@@ -9,7 +9,6 @@ All are roots found on the host. Source: arXiv:2606.05899, arXiv:2509.24914.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -159,22 +158,3 @@ def branches(solution: Solution) -> BranchPair:
 
 def _pair(values: list) -> Any:
     return values[0], values[1]
-
-
-def branch_crossing(setting: Setting, alphas: Any = None) -> float | None:
-    """alpha' at which the free energies of two coexisting branches cross; None where they never coexist.
-
-    Looks on `alphas` (default: 9 values from 0.05 to 3), then closes in by root finding.
-    """
-    grid = np.geomspace(0.05, 3.0, 9) if alphas is None else np.asarray(alphas)
-
-    def difference(alpha):
-        pair = branches(predict(replace(setting, "finetuning.alpha", float(alpha)), throw=False))
-        return pair.free_energy[0] - pair.free_energy[1] if pair.distinct else np.nan
-
-    found = [(a, difference(a)) for a in grid]
-    both = [(a, d) for a, d in found if np.isfinite(d)]
-    for (a, up), (b, down) in itertools.pairwise(both):
-        if up * down < 0:
-            return root_between(lambda x: float(np.nan_to_num(difference(x))), a, b, xtol=1e-3)
-    return None

@@ -266,7 +266,11 @@ def _band_point(w: Array, delta: Array, kappa0: Array) -> tuple[Array, Array, Ar
 
 @partial(jax.jit, static_argnames="n")
 def band_nodes(delta: ArrayLike, kappa0: ArrayLike, n: int = 64) -> BandNodes:
-    """Nodes of :func:`bands_quadrature` with the density of mu_delta at them."""
+    """Nodes x, weights w and density, (..., 2n): ``sum w f(x) = int f dmu_delta``, ``int rho^3 dx = sum w density^2``.
+
+    n nodes a band under a cosine map that removes the square-root edges: spectral accuracy for
+    smooth f (1e-6 at n = 64 where a gap is about to close). With one band the last n weights are 0.
+    """
     delta, kappa0 = _prepare_law(delta, kappa0)
     t0, t1, gap = _band_ends(delta, kappa0)
     theta = np.pi * np.arange(n, 0, -1) / (n + 1)
@@ -278,17 +282,6 @@ def band_nodes(delta: ArrayLike, kappa0: ArrayLike, n: int = 64) -> BandNodes:
     both = gap[..., None, None] | (jnp.arange(2)[:, None] == 0)
     parts = (x, jnp.where(both, w, 0.0), rho)
     return BandNodes(*(v.reshape(*delta.shape, 2 * n) for v in parts))
-
-
-def bands_quadrature(delta: ArrayLike, kappa0: ArrayLike, n: int = 64) -> tuple[Array, Array]:
-    """Nodes and weights ``(x, w)``, shapes (..., 2n): ``sum w f(x) = int f dmu_delta``.
-
-    n nodes a band under a cosine map that removes the square-root edges: spectral accuracy for
-    smooth f (1e-6 at n = 64 where a gap is about to close). With one band the last n weights are 0.
-    The density at the nodes comes from :func:`band_nodes`: ``int rho^3 dx = sum w density^2``.
-    """
-    x, w, _ = band_nodes(delta, kappa0, n)
-    return x, w
 
 
 @partial(jax.jit, static_argnames="n")
