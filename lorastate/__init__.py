@@ -41,6 +41,7 @@ _NAMES = {
     "design.optimum": "Optimum",
     "design.sensitivities": "sensitivities Sensitivities",
     "diagnosis.preactivations": "sample_pretraining sample_finetuning",
+    "practice.assess": "assess Assessment",
     "simulation.simulate": "simulate",
     "simulation.result": "Simulation SimulationInterrupted",
     "simulation.channel_result": "ChannelSimulation",

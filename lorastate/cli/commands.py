@@ -10,6 +10,7 @@ from tyro.conf import subcommand
 
 from .figure import Figure
 from .optimize import Optimize
+from .practice import Practice
 from .predict import Explain, Gradient, Predict
 from .simulate import Simulate
 from .sweep import Sweep
@@ -22,6 +23,7 @@ Command = (
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Simulate, subcommand("simulate")]
     | Annotated[Figure, subcommand("figure")]
+    | Annotated[Practice, subcommand("practice")]
 )
 
 
