@@ -319,13 +319,14 @@ _STEP = 0.5
 # ---- the map ---------------------------------------------------------------------------------------------------
 
 
-def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: Wells, cold: Any = True) -> Wells:
-    """Inner minimisers of one part; unless `cold` the descents start at the previous ones."""
+def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: Wells, cold: Any = True, look: Any = True):
+    """Inner minimisers (`Wells`) of one part; unless `cold` the descents start at the previous ones, and, if asked to
+    `look`, where others may lie."""
     d = draws(fine, frozen, nodes)
     problem, guess = inner_problem(fine, order, d), matched(d.teacher, len(d.noise))
     if len(previous.u) == 1:
         return wells.locate_alone(problem, guess, previous, cold)
-    return wells.locate(problem, samples(order, d), guess, previous, cold)
+    return wells.locate(problem, samples(order, d), guess, previous, cold, look)
 
 
 def refresh_inner(fine, frozen, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
@@ -347,10 +348,16 @@ def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, Wells]):
 
 
 class Memory(NamedTuple):
-    """What the solver carries from step to step, of every part: inner minimisers and the averages there."""
+    """What the solver carries from step to step, of every part: inner minimisers, the averages there, and `at` which x
+    other wells were last looked for."""
 
     found: Wells
     averages: Averages
+    at: Any
+
+
+#: How far the order parameters move until wells are looked for again that were not among the lowest two.
+_LOOK = 0.01
 
 
 def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = False) -> Memory:
@@ -363,7 +370,8 @@ def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = Fal
     kind = jnp.zeros((r, 2) if spare(fine) else (r,))
     number = jnp.zeros(r)
     nothing = Averages(number, kind, kind, (kind,) * (levels + 1), (number,) * levels, number)
-    return Memory(wells.nothing(r, fine.rank * fine.tokens, n, samples, alone), nothing)
+    at = jnp.zeros((r, 5 + 3 * levels if spare(fine) else 3 + 2 * levels))
+    return Memory(wells.nothing(r, fine.rank * fine.tokens, n, samples, alone), nothing, at)
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
@@ -374,9 +382,11 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
         order, (count, hold) = order_at(fine, x), index
 
         def one(n, previous):
-            found = locate_inner(fine, frozen, order, n, previous.found, cold)
+            # y alone moves no minimiser.
+            look = cold | (jnp.max(jnp.abs(x - previous.at)[: len(x) - levels]) > _LOOK)
+            found = locate_inner(fine, frozen, order, n, previous.found, cold, look)
             a = averages_of(fine, frozen, order, n, found)
-            return a, Memory(found, a)
+            return a, Memory(found, a, jnp.where(look, x, previous.at))
 
         a, memory = sweep(one, nodes, memory, count)
         return order_parameters(fine, order, a, hold).encode(), memory

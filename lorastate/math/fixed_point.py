@@ -98,14 +98,22 @@ def newton_step(jac, residual, outer: int = 0, hold: Any = False, uphill: float 
     if not outer:
         return small_solve(gap, residual)
     m, rhs = n - outer, residual if residual.ndim == 2 else residual[:, None]
-    known = small_solve(gap[:m, :m], jnp.concatenate([rhs[:m], -gap[:m, m:]], 1))
-    direct, answer = known[:, : rhs.shape[1]], known[:, rhs.shape[1] :]
-    curvature = jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer)
+    direct = small_solve(gap[:m, :m], rhs[:m])
+    answer, bend = curvature(jac, outer)
     slope = rhs[m:] - gap[m:, :m] @ direct
-    up = jnp.clip(slope / jnp.maximum(curvature, CURVED)[:, None], -uphill, uphill)
+    up = jnp.clip(slope / jnp.maximum(bend, CURVED)[:, None], -uphill, uphill)
     up = jnp.where(hold, 0.0, up)
     step = jnp.concatenate([direct + answer @ up, up])
     return step if residual.ndim == 2 else step[:, 0]
+
+
+def curvature(jac, outer: int):
+    """How the other coordinates answer to the last `outer` ones, (n - outer, outer), and how fast the slope of what is
+    maximal in these then falls, (outer,): below zero where there is no maximum."""
+    n = len(jac)
+    gap, m = jnp.eye(n, dtype=jac.dtype) - jac, n - outer
+    answer = small_solve(gap[:m, :m], -gap[:m, m:])
+    return answer, jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer)
 
 
 class _State(NamedTuple):
@@ -224,6 +232,10 @@ def _advanced(fmap: Map, rules: Rules, s: _State) -> _State:
     patience = jnp.where(best < rules.floor, 4, 15 + rules.burn_in)
     code = jnp.where((since > patience) & (rules.burn_in >= 0), Code.stalled, code)
     code = jnp.where(~accept & (length < 0.02) & (size < rules.floor), Code.floor, code)
+    if fmap.outer:
+        # A new Jacobian near a solution that bends the wrong way: there is no maximum to be found.
+        bent = wanted & ~exact & ~jnp.asarray(rules.hold) & ~jnp.all(curvature(jac, fmap.outer)[1] > 0)
+        code = jnp.where(bent & (_misfit(fmap, s.image - s.x) < _ASTRAY), Code.stalled, code)
     code = jnp.where(accept & (_size(x) > rules.bound), Code.diverged, code)
     code = jnp.where(accept & ~finite, Code.nonfinite, code)
     done = done & finite

@@ -119,10 +119,10 @@ class _State(NamedTuple):
 
 
 #: Relative length of a pure Newton step after which a node has converged: the error is of the order of its square.
-_LAST = 1e-7
+LAST = 1e-7
 
 
-def _newton(problem, start, limit, over):
+def _newton(problem, start, limit, over, last_step):
     """Damped Newton at all nodes at once; a node that has converged, or is `over` from the start, is left alone.
 
     Every pass evaluates at the trial points and makes the next step. The last step of a node is so short that there is
@@ -141,7 +141,7 @@ def _newton(problem, start, limit, over):
         u, f, g, h = (jnp.where(good, a, b) for a, b in zip((s.trial, f, g, h), (s.u, s.f, s.g, s.h), strict=True))
         scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(u.shape[0])])), 0)
         x, _ = ldl_solve(h, g, mu * scale, 1e-3 * scale)
-        last = good & (mu == 0.0) & (_length(x, u) < _LAST)
+        last = good & (mu == 0.0) & (_length(x, u) < last_step)
         u = jnp.where(last, u - x, u)
         return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, mu, s.done | last, s.step + 1)
 
@@ -162,9 +162,11 @@ def _length(x, u):
 _FIRST = 5
 
 
-def _group(nodes: int) -> int:
-    """Nodes that descend together: on a CPU few, so that their matrices stay in the first-level cache."""
-    return min(nodes, 128) if platform() == "cpu" else nodes
+def _group(u) -> int:
+    """How many of the nodes of u (n, N) descend together: on a CPU few, so that their matrices stay in the first-level
+    cache."""
+    unknowns, nodes = u.shape
+    return min(nodes, 256 if unknowns < 3 else 128) if platform() == "cpu" else nodes
 
 
 class _Work(NamedTuple):
@@ -175,7 +177,7 @@ class _Work(NamedTuple):
     round: Any
 
 
-def locate(problem, start, max_steps: int = 150, asked: Any = None):
+def locate(problem, start, max_steps: int = 150, asked: Any = None, last: float = LAST):
     """Local minimiser reached from `start` (n, N) by a monotone damped Newton descent; carries no derivative.
 
     Returns `(u, f, converged)`: u (n, N), the minimum f (N,) and a flag per node. Nodes that are not `asked` (N,) for
@@ -183,7 +185,7 @@ def locate(problem, start, max_steps: int = 150, asked: Any = None):
     """
     problem, start = jax.lax.stop_gradient((problem, start))
     nodes = start.shape[1]
-    group = _group(nodes)
+    group = _group(start)
     if asked is None:
         order, visits, over = jnp.arange(nodes), -(-nodes // group), jnp.zeros((nodes,), bool)
     else:
@@ -203,7 +205,7 @@ def locate(problem, start, max_steps: int = 150, asked: Any = None):
             lambda: jnp.nonzero(~(s.done | s.closed), size=group, fill_value=nodes - 1)[0],
         )
         limit = jnp.where(first, min(_FIRST, max_steps), max_steps)
-        u, f, done = _newton(problem.take(index), s.u[:, index], limit, s.done[index])
+        u, f, done = _newton(problem.take(index), s.u[:, index], limit, s.done[index], last)
         return _Work(
             s.u.at[:, index].set(u),
             s.f.at[index].set(jnp.where(s.done[index], s.f[index], f)),
@@ -266,14 +268,21 @@ def attach_minimum(problem, u):
 def _attach_minimum_jvp(primals, tangents):
     problem, u = primals
     u = attach_minimum(problem, u)
-    # Only what has a tangent is differentiated: omega and the response alone, where order parameters move.
-    moves = jax.tree_util.tree_map(lambda t: not _is_zero(t), tangents[0], is_leaf=_is_zero)
-    moving, still = eqx.partition(problem, moves)
-    velocity = eqx.filter(tangents[0], moves, is_leaf=_is_zero)
-    if not jax.tree_util.tree_leaves(velocity):
+    _, dg = _moved(problem, tangents[0], u, 1)
+    if not isinstance(dg, jax.Array):
         return u, jnp.zeros_like(u)
-    dg = jax.jvp(lambda p: eqx.combine(p, still).terms(u)[1], (moving,), (velocity,))[1]
     return u, -ldl_solve(problem.terms(u)[2], dg)[0]
+
+
+def _moved(problem, tangent, u, which: int):
+    """`terms(u)[which]` and how it changes with the problem, at fixed u. Only what has a tangent is differentiated:
+    omega and the response alone, where order parameters move."""
+    moves = jax.tree_util.tree_map(lambda t: not _is_zero(t), tangent, is_leaf=_is_zero)
+    moving, still = eqx.partition(problem, moves)
+    velocity = eqx.filter(tangent, moves, is_leaf=_is_zero)
+    if not jax.tree_util.tree_leaves(velocity):
+        return problem.terms(u)[which], 0.0
+    return jax.jvp(lambda p: eqx.combine(p, still).terms(u)[which], (moving,), (velocity,))
 
 
 def _is_zero(t) -> bool:
@@ -290,12 +299,30 @@ def minimise(problem, start, max_steps: int = 150):
     return u, problem.terms(u)[0], done
 
 
+@jax.custom_jvp
+def depth(problem, u):
+    """f of `problem` at u, (N,). Its derivative in u takes the gradient that `terms` knows: at a minimiser that is next
+    to nothing, and nothing else needs to be differentiated."""
+    return problem.terms(u)[0]
+
+
+def _depth_jvp(primals, tangents):
+    problem, u = primals
+    f, df = _moved(problem, tangents[0], u, 0)
+    if not _is_zero(tangents[1]):
+        df = df + jnp.sum(problem.terms(u)[1] * tangents[1], 0)
+    return f, df
+
+
+depth.defjvp(_depth_jvp, symbolic_zeros=True)
+
+
 def polish(problem, u, steps: Any = 3):
     """A few Newton steps, each cut to 0.3, towards a minimiser that is near `u` already; carries no derivative."""
 
     problem, u = jax.lax.stop_gradient((problem, u))
     nodes = u.shape[1]
-    group = _group(nodes)
+    group = _group(u)
 
     def block(k, u):
         index = jnp.minimum(k * group + jnp.arange(group), nodes - 1)

@@ -22,16 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import proximal as prox
-from .proximal import attach_minimum
+from .proximal import attach_minimum, depth
 
 
 class Wells(NamedTuple):
     """The two lowest wells found at every sample: u (2, m, s N), the second equal to the first where there is only one;
     flags `two` and `ok` (s N,), the latter whether any descent converged. No derivative.
 
-    `anchors` (S, m, N): where descents from many starts have ended at the node itself, the `loss` (S, N) there, and
-    which of them each sample was `tried` from (_ANCHORS, s N). Where no node should have two wells there is room for
-    one alone, u (1, m, N), and `two` says where that may be wrong.
+    `anchors` (_ANCHORS, m, N): the deepest places where descents from many starts have ended at the node itself, the
+    `loss` (_ANCHORS, N) there, infinite for what is none, and which of them each sample was `tried` from (_TRIED, s N),
+    -1 for none. Where no node should have two wells there is room for one alone, u (1, m, N), and `two` says where that
+    may be wrong.
     """
 
     u: Any
@@ -48,9 +49,8 @@ def nothing(parts: int, unknowns: int, nodes: int, samples: int = 1, alone: bool
     found = Wells(jnp.zeros((parts, 1 if alone else 2, unknowns, samples * nodes)), flags, flags)
     if alone:
         return found
-    starts = len(_many_starts(jnp.zeros((unknowns, 1)), jnp.zeros((unknowns, 1))))
-    anchors, tried = jnp.zeros((parts, starts, unknowns, nodes)), jnp.zeros((parts, _ANCHORS, samples * nodes), int)
-    return found._replace(anchors=anchors, loss=jnp.zeros((parts, starts, nodes)), tried=tried)
+    anchors, tried = jnp.zeros((parts, _ANCHORS, unknowns, nodes)), jnp.zeros((parts, _TRIED, samples * nodes), int)
+    return found._replace(anchors=anchors, loss=jnp.zeros((parts, _ANCHORS, nodes)), tried=tried)
 
 
 def lost(wells: Wells):
@@ -83,14 +83,14 @@ class _Pair(NamedTuple):
         return Wells(jnp.stack([self.a, jnp.where(two, self.b, self.a)]), two, jnp.isfinite(self.fa))
 
 
-def descend(problem, starts, asked=None, count: Any = None) -> Wells:
+def descend(problem, starts, asked=None, count: Any = None, last: float = prox.LAST) -> Wells:
     """The two lowest distinct wells that descents from the first `count` (default: all) of `starts` (S, m, N) reach;
-    `asked` (S, N): at which nodes each is made."""
+    `asked` (S, N): at which nodes each is made; `last`: see `prox.locate`."""
     problem, starts = jax.lax.stop_gradient((problem, starts))
     asked = jnp.ones((len(starts), starts.shape[-1]), bool) if asked is None else asked
 
     def one(k, pair):
-        u, f, ok = prox.locate(problem, starts[k], asked=asked[k])
+        u, f, ok = prox.locate(problem, starts[k], asked=asked[k], last=last)
         return pair.meet(u, jnp.where(ok, f, jnp.inf))
 
     none = jnp.full(starts.shape[-1:], jnp.inf)
@@ -115,53 +115,87 @@ def _many_starts(omega, guess):
     return jnp.stack([omega, guess, -guess, *axes])
 
 
-#: Anchors that are tried at a sample.
-_ANCHORS = 3
+#: Anchors of a node, and how many of them are tried at a sample.
+_ANCHORS, _TRIED = 8, 3
+#: How much deeper than estimated a well may become; length of a last step of its search: solves with breaking are not
+#: exact enough for the error of its square to matter.
+_FOLLOWS, _LAST = 3.0, 1e-5
 
 
-def locate(problem, x, guess, previous: Wells, cold) -> Wells:
+def _anchored(problem, guess):
+    """The deepest distinct places (_ANCHORS, m, N) where descents from many starts, or mirror images of these, end at
+    the nodes themselves, and the loss there (_ANCHORS, N), infinite where there are fewer."""
+
+    def pull(u):
+        return jnp.sum((u - problem.omega) ** 2 / problem.v, -2) / 2
+
+    def one(start):
+        u, f, ok = prox.locate(problem, start)
+        return u, jnp.where(ok, f - pull(u), jnp.inf)
+
+    places, loss = jax.lax.map(one, _many_starts(problem.omega, guess))
+    places = jnp.concatenate([places, jax.lax.map(lambda a: prox.reflected(problem, a), places)])
+    loss = jnp.concatenate([loss, loss])
+
+    def deepest(depth, _):
+        index = jnp.argmin(depth, 0)
+        place = jnp.take_along_axis(places, index[None, None], 0)[0]
+        there = jnp.where(jnp.isfinite(jnp.min(depth, 0)), jnp.take_along_axis(loss, index[None], 0)[0], jnp.inf)
+        return jnp.where(jnp.max(jnp.abs(places - place), 1) > 100 * _SAME, depth, jnp.inf), (place, there)
+
+    return jax.lax.scan(deepest, loss + pull(places), length=_ANCHORS)[1]
+
+
+def _promising(problem, x, anchors, loss):
+    """Which anchors promise to be deepest at the samples x (m, s N), (_TRIED, s N), -1 where no other does; and those
+    anchors, (_TRIED, m, s N).
+
+    Its loss with its pull to x is an upper bound of the depth of the well of an anchor. The well follows x, which makes
+    it deeper by about |x - omega|^2/(2 v) at most: where it could not become the lowest by several times that, it
+    promises nothing.
+    """
+    m, n = problem.omega.shape
+    stiff = jnp.broadcast_to(1 / jnp.asarray(problem.v), (m, 1))[..., None]
+    points = x.reshape(m, -1, n)
+    costs = jax.lax.map(lambda al: al[1] + jnp.sum(stiff * (al[0][:, None] - points) ** 2, 0) / 2, (anchors, loss))
+    follows = jnp.sum(stiff * (points - problem.omega[:, None]) ** 2, 0) / 2
+    costs = jnp.where(costs < jnp.min(costs, 0) + _FOLLOWS * follows + _LEVEL, costs, jnp.inf)
+
+    def best(costs, _):
+        index = jnp.argmin(costs, 0)  # (s, N)
+        place = jnp.moveaxis(jnp.take_along_axis(anchors, index[:, None], 0), 0, 1)
+        known = jnp.where(jnp.isfinite(jnp.min(costs, 0)), index, -1)
+        costs = jnp.where(jnp.arange(_ANCHORS)[:, None, None] == index, jnp.inf, costs)
+        return costs, (known.reshape(-1), place.reshape(m, -1))
+
+    return jax.lax.scan(best, costs, length=_TRIED)[1]
+
+
+def locate(problem, x, guess, previous: Wells, cold, look: Any = True) -> Wells:
     """The two lowest wells at the points x (m, s N), s samples of every node of `problem` (samples first).
 
     A `cold` search looks for the anchors of every node anew. At a sample it descends from x and from the anchors, or
-    mirror images of some, that promise to be lowest there. Otherwise both wells are followed from where they were, and
-    anchors are tried where others promise most than did before.
+    mirror images of some, that promise to be lowest there. Otherwise both wells are followed from where they were, and,
+    if asked to `look`, anchors are tried where others promise most than did before.
     """
     problem, x, guess = jax.lax.stop_gradient((problem, x, guess))
-    (m, n), cold = problem.omega.shape, jnp.asarray(cold)
+    cold = jnp.asarray(cold)
+    known = previous.anchors, previous.loss
+    anchors, loss = jax.lax.cond(cold, lambda: _anchored(problem, guess), lambda: known)
 
-    def anchor(start_old):
-        start, old, old_loss = start_old
-        u, f, ok = prox.locate(problem, start, asked=jnp.broadcast_to(cold, (n,)))
-        pull = jnp.sum((u - problem.omega) ** 2 / problem.v, 0) / 2
-        return jnp.where(cold, u, old), jnp.where(cold, jnp.where(ok, f - pull, jnp.inf), old_loss)
+    def looked():
+        tried, places = _promising(problem, x, anchors, loss)
+        new = (tried >= 0) & (cold | ~jnp.any(tried[:, None] == previous.tried, 1))
+        return tried, places, new
 
-    anchors, loss = jax.lax.map(anchor, (_many_starts(problem.omega, guess), previous.anchors, previous.loss))
-    both = jnp.concatenate([anchors, jax.lax.map(lambda a: prox.reflected(problem, a), anchors)])
-    stiff = jnp.broadcast_to(1 / jnp.asarray(problem.v), (m, 1))[..., None]
-    points = x.reshape(m, -1, n)
+    def followed():
+        return previous.tried, jnp.zeros((_TRIED, *x.shape)), jnp.zeros(previous.tried.shape, bool)
 
-    def cost(a_loss):
-        """Loss of an anchor with its pull to x: an upper bound of the depth of its well there."""
-        a, loss = a_loss
-        return loss + jnp.sum(stiff * (a[:, None] - points) ** 2, 0) / 2
-
-    costs = jax.lax.map(cost, (both, jnp.concatenate([loss, loss])))
-
-    def best(costs):
-        index = jnp.argmin(costs, 0)  # (s, N)
-        return index.reshape(-1), jnp.moveaxis(jnp.take_along_axis(both, index[:, None], 0), 0, 1)
-
-    tried, places = [], []
-    for _ in range(_ANCHORS):
-        index, place = best(costs)
-        tried.append(index)
-        places.append(place.reshape(m, -1))
-        costs = jnp.where(jnp.max(jnp.abs(both[:, :, None] - place), 1) > 100 * _SAME, costs, jnp.inf)
-    tried = jnp.stack(tried)
-    new = cold | ~jnp.any(tried[:, None] == previous.tried, 1)
-    starts = jnp.stack([jnp.where(cold, x, previous.u[0]), previous.u[1], *places])
+    look = cold | look
+    tried, places, new = jax.lax.cond(look, looked, followed)
+    starts = jnp.concatenate([jnp.stack([jnp.where(cold, x, previous.u[0]), previous.u[1]]), places])
     asked = jnp.stack([jnp.ones_like(previous.two), ~cold & previous.two, *new])
-    found = descend(tiled(problem, x), starts, asked)
+    found = descend(tiled(problem, x), starts, asked, jnp.where(look, len(starts), 2), _LAST)
     return found._replace(anchors=anchors, loss=loss, tried=tried)
 
 
@@ -229,7 +263,7 @@ class Lowest(NamedTuple):
 def lowest(problem, wells: Wells) -> Lowest:
     """The wells with derivatives."""
     u = [attach_minimum(problem, u) for u in wells.u]
-    return Lowest(u, [problem.terms(a)[0] for a in u], wells.two)
+    return Lowest(u, [depth(problem, a) for a in u], wells.two)
 
 
 @jax.custom_jvp

@@ -44,27 +44,28 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     """(rules, kind, branch) of every stage of a search: both starts on a part of the nodes, there once more from a cold
     search, both on all of the nodes, and away from a solution that repels.
 
-    With breaking y is on hold until then, and set free after a cold search. phi is so flat in it that on some nodes the
-    maximum cannot be told from their noise: then all goes back to hold, and what that does to the rest is part of the
-    error bars.
+    With breaking y is on hold at first, and set free on the first nodes, then on all. phi is so flat in it that on some
+    nodes the maximum cannot be told from their noise: then all goes back to hold, and what that does to the rest is
+    part of the error bars.
     """
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
-    few = min(4, parts) if levels else 1
-    coarse, refined = coarse._replace(index=(few, True)), refined._replace(index=(parts, True))
+    first, few = (min(2, parts), min(4, parts)) if levels else (1, 1)
+    coarse, refined = coarse._replace(index=(first, True)), refined._replace(index=(parts, True))
     if levels:
         coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, hold=True, max_steps=40)
         refined = refined._replace(tolerance=max(numerics.tolerance, 1e-4), floor=1e-2, hold=True)
     if ft.spare(fine):
         # The response of spare directions overshoots, and the more so the more samples there are.
         coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
-    again = coarse._replace(burn_in=0)
-    last = refined._replace(tolerance=1e-3) if levels else refined
-    kinds = [(coarse, 0, 0), (coarse, 0, 1), (again, 0, 0), (again, 0, 1), (last, _LAST, 0), (last, _LAST, 1)]
-    kinds.append((refined._replace(settle=0.0), _ESCAPE, 0))
+    again = coarse._replace(burn_in=0, index=(few, True))
+    kinds = [(coarse, 0, 0), (coarse, 0, 1), (again, 0, 0), (again, 0, 1)]
     if levels:
-        free = refined._replace(hold=False, index=(parts, False), max_steps=_TRIES)
-        kinds += [(rules, kind, k) for rules, kind in ((free, _FREE), (refined, _BACK)) for k in (0, 1)]
+        loose, free = (r._replace(hold=False, index=(r.index[0], False), max_steps=_TRIES) for r in (again, refined))
+        kinds.append((again, _ESCAPE, 0))
+        kinds += [(rules, kind, k) for rules, kind in ((loose, _FREE), (free, _LAST), (refined, _BACK)) for k in (0, 1)]
+    else:
+        kinds += [(refined, _LAST, 0), (refined, _LAST, 1), (refined._replace(settle=0.0), _ESCAPE, 0)]
     rules, which, branch = zip(*kinds, strict=True)
     return stacked(rules), jnp.array(which), jnp.array(branch)
 
@@ -105,7 +106,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         found, memory, same = carry
         rules, kind, k = rules_kind_branch
         close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
-        same = jnp.where((kind == _LAST) & (k == 0), close, same)
+        same = jnp.where((kind == (_FREE if search.levels else _LAST)) & (k == 0), close, same)
         # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
         # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
         # NaN stops at once.
@@ -124,14 +125,18 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         memory = memory._replace(here=jnp.where(kind == _ESCAPE, found.row[1], found.row[k]))
         x0 = jnp.where(skip | higher, jnp.nan, begin)
         point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
-        optional = ((kind != 0) & (kind != _LAST)) | higher
-        kept = (~jnp.all(jnp.isfinite(point.x)) & optional) | ((kind == _FREE) & (point.code != Code.ok))
+        free = (kind == _FREE) | ((kind == _LAST) & (search.levels > 0))
+        kept = higher | (skip & (kind != _LAST)) | (free & (point.code != Code.ok))
+        kept = kept | ((kind == _ESCAPE) & ~jnp.all(jnp.isfinite(point.x)))
         energy = energy_at(point.x, memory, rules.index[0])
         new = _Found(point.x, jac, memory.here, point.code, energy, jnp.array(False))
         put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
-        stale = (kind == _FREE) & kept & ~skip & ~higher
+        # What y does to the others is known even where its place is not.
+        learnt = ~kept | ((kind == _FREE) & jnp.all(jnp.isfinite(jac)))
+        put = put._replace(jacobian=found.jacobian.at[k].set(jnp.where(learnt, jac, found.jacobian[k])))
+        stale = free & kept & ~skip & ~higher
         row = jnp.where(kept & ~stale, found.row[k], memory.here)
-        put = put._replace(row=put.row.at[k].set(row), stale=put.stale.at[k].set(stale))
+        put = put._replace(row=put.row.at[k].set(row), stale=put.stale.at[k].set(stale | put.stale[k]))
         return (put, memory, same), (point, kept)
 
     x0 = search.starts
