@@ -31,11 +31,14 @@ def broken_start(fine: Finetuning, x, informative: bool = True):
 
 
 def pushed(fine: Finetuning, x):
-    """The same response and norms with half of the largest overlap."""
+    """The same response and norms with half of the largest overlap; with one step of breaking minima that share half of
+    their norm at least."""
     order = order_at(fine, x)
-    p = order.norms(TEACHER_SIZE)[0]
+    p, q = order.norms(TEACHER_SIZE)[0], order.norm(TEACHER_SIZE)
+    p = jnp.maximum(p, q / 2)
     m = 0.5 * jnp.sqrt(_along(p) * TEACHER_SIZE)
-    return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE)).encode()
+    spread = tuple(jnp.sqrt(jnp.maximum(q - p, 0.0)) for _ in order.spread)
+    return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE), spread=spread).encode()
 
 
 def apart(fine: Finetuning, x, other):

@@ -65,7 +65,8 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
         kinds.append((again, _ESCAPE, 0))
         kinds += [(rules, kind, k) for rules, kind in ((loose, _FREE), (free, _LAST), (refined, _BACK)) for k in (0, 1)]
     else:
-        kinds += [(refined, _LAST, 0), (refined, _LAST, 1), (refined._replace(settle=0.0), _ESCAPE, 0)]
+        kinds += [(refined, _LAST, 0), (refined, _LAST, 1)]
+    kinds.append((refined._replace(settle=0.0), _ESCAPE, 0))
     rules, which, branch = zip(*kinds, strict=True)
     return stacked(rules), jnp.array(which), jnp.array(branch)
 
@@ -103,20 +104,22 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         return ft.free_energy(fine, ft.order_at(fine, x), a)
 
     def job(carry, rules_kind_branch):
-        found, memory, same = carry
+        found, memory, same, above = carry
         rules, kind, k = rules_kind_branch
+        # The two starts are compared before either has set y free: phi is maximal in it.
+        now = (kind == (_FREE if search.levels else _LAST)) & (k == 0)
         close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
-        same = jnp.where((kind == (_FREE if search.levels else _LAST)) & (k == 0), close, same)
+        same = jnp.where(now, close, same)
+        gap = found.energy - found.energy[::-1]
+        clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & succeeded(found.code)[::-1]
+        above = jnp.where(now & (search.levels > 0), clearly, above)
         # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
         # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
         # NaN stops at once.
-        lost = (found.code[0] == Code.unstable) & ~succeeded(found.code[1])
+        lost = (found.code[0] == Code.unstable) & (same | ~succeeded(found.code[1]))
         refining = (kind != 0) & (kind != _ESCAPE)
         skip = ((kind == _ESCAPE) & ~lost) | (refining & same & (k == 1))
-        higher = jnp.array(False)
-        if search.levels:
-            gap = found.energy[k] - found.energy[1 - k]
-            higher = refining & (gap > _CLEARLY * jnp.abs(found.energy[k])) & succeeded(found.code[1 - k])
+        higher = refining & above[k]
         if search.alone:
             skip = skip | ((kind > 0) & _clearly_rough(memory, found.row))
         skip = skip | ((kind == _BACK) & ~found.stale[k])
@@ -137,14 +140,15 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         stale = free & kept & ~skip & ~higher
         row = jnp.where(kept & ~stale, found.row[k], memory.here)
         put = put._replace(row=put.row.at[k].set(row), stale=put.stale.at[k].set(stale | put.stale[k]))
-        return (put, memory, same), (point, kept)
+        return (put, memory, same, above), (point, kept)
 
     x0 = search.starts
     memory = Slots.of(ft.no_memory(fine, nodes, search.levels, search.alone), 3)
     jobs = _jobs(fine, numerics, len(nodes.weight), search.levels)
     none = jnp.zeros(2)
     nothing = _Found(x0, jnp.zeros((*x0.shape, x0.shape[1])), jnp.arange(2), jnp.zeros(2, int), none, none > 0)
-    (found, memory, same), (points, kept) = jax.lax.scan(job, (nothing, memory, jnp.array(False)), jobs)
+    begin = nothing, memory, jnp.array(False), jnp.zeros(2, bool)
+    (found, memory, same, _), (points, kept) = jax.lax.scan(job, begin, jobs)
     # Of each start the last stage that was made counts.
     branch, index = jobs[2], jnp.arange(len(jobs[2]))
     last = jnp.stack([jnp.max(jnp.where((branch == k) & ~kept, index, k)) for k in (0, 1)])
@@ -170,8 +174,8 @@ def _clearly_rough(memory: Slots, rows):
 def _lowest(code, energies):
     """The branch of lowest free energy. One that was nearly solved counts where it lies clearly lower: then the answer
     is that the solve failed, not the other branch."""
-    nearly = (code == Code.stalled) | (code == Code.max_steps) | (code == Code.cycle)
-    handicap = jnp.where(succeeded(code), 0.0, jnp.where(nearly, 1e-3 * (1 + jnp.abs(energies)), jnp.inf))
+    nearly = (code == Code.floor) | (code == Code.stalled) | (code == Code.max_steps) | (code == Code.cycle)
+    handicap = jnp.where(code == Code.ok, 0.0, jnp.where(nearly, 2e-3 * (1 + jnp.abs(energies)), jnp.inf))
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
 
 
