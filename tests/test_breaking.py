@@ -12,6 +12,7 @@ from numpy.polynomial.hermite_e import hermegauss
 import lorastate as ls
 from lorastate.errors import Code
 from lorastate.evolution import finetuning as ft
+from lorastate.evolution import finetuning_map
 from lorastate.evolution.order import Order, decode
 from lorastate.math.quadrature import Nodes, nested_nodes
 from lorastate.model import wells
@@ -43,8 +44,8 @@ def nodes_of(count, samples, rank=1, teacher_rank=1, tokens=2):
 @functools.partial(jax.jit, static_argnames="levels")
 def averages_at(fine, order, nodes, levels):
     empty = jax.tree_util.tree_map(lambda a: jnp.asarray(a)[None], nodes)
-    memory = jax.tree_util.tree_map(lambda a: a[0], ft.no_memory(fine, empty, levels)).found
-    return ft.averages_of(fine, MAP, order, nodes, ft.locate_inner(fine, MAP, order, nodes, memory))
+    memory = jax.tree_util.tree_map(lambda a: a[0], finetuning_map.no_memory(fine, empty, levels)).found
+    return ft.averages_of(fine, MAP, order, nodes, finetuning_map.locate_inner(fine, MAP, order, nodes, memory))
 
 
 def test_coordinates_come_back():

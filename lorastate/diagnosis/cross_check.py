@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ..errors import SettingError
 from ..evolution import finetuning as ft
+from ..evolution import finetuning_map
 from ..evolution import pretraining as pt
 from ..evolution.order import decode
 from ..math.quadrature import over_replicas
@@ -85,7 +86,7 @@ def _lora_image(y, args, nodes):
     nodes, order = ft.prepare(fine, frozen, nodes), ft.order_at(fine, y)
 
     def at(n, w):
-        return ft.locate_inner(fine, frozen, order, n, w, True)
+        return finetuning_map.locate_inner(fine, frozen, order, n, w, True)
 
-    found = over_replicas(at, nodes, ft.no_memory(fine, nodes, 0, True).found)
+    found = over_replicas(at, nodes, finetuning_map.no_memory(fine, nodes, 0, True).found)
     return ft.step(y, args, (nodes, jax.lax.stop_gradient(found)))

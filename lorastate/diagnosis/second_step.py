@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import succeeded
 from ..evolution import finetuning as ft
+from ..evolution import finetuning_map
 from ..evolution.order import Order
 from ..math.fixed_point import Method, Rules, iterate
 from ..math.quadrature import Nodes, Slots, nested_nodes
@@ -71,8 +72,8 @@ def _at_fixed_breaking(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, test: 
     nodes, levels, x = ft.prepare(fine, frozen, nodes), start.levels, start.encode()
     method = Method(tolerance=1e-4, max_steps=60, burn_in=12, damping=0.5, floor=1e-2)
     rules = Rules.of(method)._replace(hold=True, index=(len(nodes.weight), True))
-    memory = Slots.of(ft.no_memory(fine, nodes, levels))
-    fmap = ft.state_evolution(fine, frozen, nodes, levels)
+    memory = Slots.of(finetuning_map.no_memory(fine, nodes, levels))
+    fmap = finetuning_map.state_evolution(fine, frozen, nodes, levels)
     point, _, memory = iterate(fmap, rules, True, x, jnp.zeros((len(x), len(x))), memory)
     averages = jax.tree_util.tree_map(lambda a: a.mean(0), memory.read().averages)
     found = ft.order_at(fine, point.x)

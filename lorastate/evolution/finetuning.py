@@ -36,8 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..math.fixed_point import Map
-from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
+from ..math.quadrature import Nodes, in_blocks, mean, over_replicas
 from ..model import wells
 from ..model.channel.fields import Fields, field_dimension
 from ..model.channel.frozen_map import FrozenMap
@@ -319,16 +318,6 @@ _STEP = 0.5
 # ---- the map ---------------------------------------------------------------------------------------------------
 
 
-def locate_inner(fine, frozen, order: Order, nodes: Nodes, previous: Wells, cold: Any = True, look: Any = True):
-    """Inner minimisers (`Wells`) of one part; unless `cold` the descents start at the previous ones, and, if asked to
-    `look`, where others may lie."""
-    d = draws(fine, frozen, nodes)
-    problem, guess = inner_problem(fine, order, d), matched(d.teacher, len(d.noise))
-    if len(previous.u) == 1:
-        return wells.locate_alone(problem, guess, previous, cold)
-    return wells.locate(problem, samples(order, d), guess, previous, cold, look)
-
-
 def refresh_inner(fine, frozen, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
     """Inner minimisers of one part at order parameters very near those that they were found for."""
     return wells.polish(sampled_problem(fine, order, draws(fine, frozen, nodes)), found, steps)
@@ -345,64 +334,3 @@ def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, Wells]):
     order = order_at(fine, x)
     a = mean(over_replicas(lambda n, w: averages_of(fine, frozen, order, n, w), *const))
     return order_parameters(fine, order, a).encode()
-
-
-class Memory(NamedTuple):
-    """What the solver carries from step to step, of every part: inner minimisers, the averages there, and `at` which x
-    other wells were last looked for."""
-
-    found: Wells
-    averages: Averages
-    at: Any
-
-
-#: How far the order parameters move until wells are looked for again that were not among the lowest two.
-_LOOK = 0.01
-
-
-def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = False) -> Memory:
-    """Placeholder for all parts, to be filled by the first evaluation; with `alone` for one well at every node."""
-    r, _, n = nodes.normal.shape
-    assert fine.tokens is not None
-    n, samples = n * len(fine.inputs.shares), 1
-    for z in nodes.inner[:levels]:
-        samples = samples * z.shape[2]
-    kind = jnp.zeros((r, 2) if spare(fine) else (r,))
-    number = jnp.zeros(r)
-    nothing = Averages(number, kind, kind, (kind,) * (levels + 1), (number,) * levels, number)
-    at = jnp.zeros((r, 5 + 3 * levels if spare(fine) else 3 + 2 * levels))
-    return Memory(wells.nothing(r, fine.rank * fine.tokens, n, samples, alone), nothing, at)
-
-
-def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
-    """The same sweep for the solver: finds the inner minimisers and remembers them from step to step. The index of a
-    `Rules` is (number of parts, whether y is on hold)."""
-
-    def image(x, memory, cold, index):
-        order, (count, hold) = order_at(fine, x), index
-
-        def one(n, previous):
-            # y alone moves no minimiser.
-            look = cold | (jnp.max(jnp.abs(x - previous.at)[: len(x) - levels]) > _LOOK)
-            found = locate_inner(fine, frozen, order, n, previous.found, cold, look)
-            a = averages_of(fine, frozen, order, n, found)
-            return a, Memory(found, a, jnp.where(look, x, previous.at))
-
-        a, memory = sweep(one, nodes, memory, count)
-        return order_parameters(fine, order, a, hold).encode(), memory
-
-    def jacobian(x, memory, index):
-        count, hold = index
-
-        def plain(x):
-            order = order_at(fine, x)
-
-            def at(n, m):
-                return averages_of(fine, frozen, order, n, m.found), m
-
-            a, _ = sweep(at, nodes, memory, count, write=False)
-            return order_parameters(fine, order, a, hold).encode()
-
-        return jax.jacfwd(plain)(x)
-
-    return Map(image, jacobian, Slots.commit, levels)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ..errors import Code, succeeded
 from ..evolution import finetuning as ft
+from ..evolution import finetuning_map
 from ..evolution.starts import apart, broken_start, pushed, start
 from ..math.fixed_point import iterate
 from ..math.quadrature import Nodes, Slots, mean
@@ -89,6 +90,47 @@ class _Found(NamedTuple):
     stale: Any  # whether a failed stage has written over the row
 
 
+class _Progress(NamedTuple):
+    """What is known between two stages of a search: `same`, whether both starts have found one solution, and `above`
+    (2,), which of them lies clearly above the other."""
+
+    found: _Found
+    memory: Slots
+    same: Any
+    above: Any
+
+
+def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progress:
+    """Both starts compared, before either is refined or has set y free: phi is maximal in it."""
+    now, found = (kind == (_FREE if search.levels else _LAST)) & (k == 0), s.found
+    close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
+    same = jnp.where(now, close, s.same)
+    gap = found.energy - found.energy[::-1]
+    clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & succeeded(found.code)[::-1]
+    return s._replace(same=same, above=jnp.where(now & (search.levels > 0), clearly, s.above))
+
+
+def _needless(search: Search, s: _Progress, kind, k):
+    """Whether a stage is left out, and whether that is because its branch is not the lowest."""
+    found, refining = s.found, (kind != 0) & (kind != _ESCAPE)
+    # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
+    # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
+    lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
+    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | ((kind == _BACK) & ~found.stale[k])
+    if search.alone:
+        skip = skip | ((kind > 0) & _clearly_rough(s.memory, found.row))
+    return skip, refining & s.above[k]
+
+
+def _put(found: _Found, new: _Found, k, kept, learnt, spoilt) -> _Found:
+    """What a stage has found for start k, unless what was known is `kept`; then its Jacobian, if something was
+    `learnt`, and its row, which it has `spoilt`."""
+    put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
+    jacobian = found.jacobian.at[k].set(jnp.where(~kept | learnt, new.jacobian, found.jacobian[k]))
+    row = put.row.at[k].set(jnp.where(kept & ~spoilt, found.row[k], new.row))
+    return put._replace(jacobian=jacobian, row=row, stale=put.stale.at[k].set(spoilt | put.stale[k]))
+
+
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, search: Search):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
     whether the two are the same one; where the first stage from the informative start ended. No derivatives.
@@ -96,65 +138,45 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
-    fmap = ft.state_evolution(fine, frozen, nodes, search.levels)
+    fmap = finetuning_map.state_evolution(fine, frozen, nodes, search.levels)
 
     def energy_at(x, memory: Slots, count):
         first = 1.0 * (jnp.arange(len(nodes.weight)) < count)
         a = jax.tree_util.tree_map(lambda v: jnp.tensordot(first, v, 1) / count, memory.read().averages)
         return ft.free_energy(fine, ft.order_at(fine, x), a)
 
-    def job(carry, rules_kind_branch):
-        found, memory, same, above = carry
+    def job(s: _Progress, rules_kind_branch):
         rules, kind, k = rules_kind_branch
-        # The two starts are compared before either has set y free: phi is maximal in it.
-        now = (kind == (_FREE if search.levels else _LAST)) & (k == 0)
-        close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
-        same = jnp.where(now, close, same)
-        gap = found.energy - found.energy[::-1]
-        clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & succeeded(found.code)[::-1]
-        above = jnp.where(now & (search.levels > 0), clearly, above)
-        # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
-        # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
-        # NaN stops at once.
-        lost = (found.code[0] == Code.unstable) & (same | ~succeeded(found.code[1]))
-        refining = (kind != 0) & (kind != _ESCAPE)
-        skip = ((kind == _ESCAPE) & ~lost) | (refining & same & (k == 1))
-        higher = refining & above[k]
-        if search.alone:
-            skip = skip | ((kind > 0) & _clearly_rough(memory, found.row))
-        skip = skip | ((kind == _BACK) & ~found.stale[k])
-        begin = jnp.where(kind == _ESCAPE, pushed(fine, found.x[k]), found.x[k])
+        s = _compared(fine, search, s, kind, k)
+        found, (skip, higher) = s.found, _needless(search, s, kind, k)
+        escape, free = kind == _ESCAPE, (kind == _FREE) | ((kind == _LAST) & (search.levels > 0))
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
-        memory = memory._replace(here=jnp.where(kind == _ESCAPE, found.row[1], found.row[k]))
-        x0 = jnp.where(skip | higher, jnp.nan, begin)
+        memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
+        # NaN stops at once.
+        x0 = jnp.where(skip | higher, jnp.nan, jnp.where(escape, pushed(fine, found.x[k]), found.x[k]))
         point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
-        free = (kind == _FREE) | ((kind == _LAST) & (search.levels > 0))
-        kept = higher | (skip & (kind != _LAST)) | (free & (point.code != Code.ok))
-        kept = kept | ((kind == _ESCAPE) & ~jnp.all(jnp.isfinite(point.x)))
+        failed = free & (point.code != Code.ok)
+        kept = higher | (skip & (kind != _LAST)) | failed | (escape & ~jnp.all(jnp.isfinite(point.x)))
         energy = energy_at(point.x, memory, rules.index[0])
         new = _Found(point.x, jac, memory.here, point.code, energy, jnp.array(False))
-        put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
         # What y does to the others is known even where its place is not.
-        learnt = ~kept | ((kind == _FREE) & jnp.all(jnp.isfinite(jac)))
-        put = put._replace(jacobian=found.jacobian.at[k].set(jnp.where(learnt, jac, found.jacobian[k])))
-        stale = free & kept & ~skip & ~higher
-        row = jnp.where(kept & ~stale, found.row[k], memory.here)
-        put = put._replace(row=put.row.at[k].set(row), stale=put.stale.at[k].set(stale | put.stale[k]))
-        return (put, memory, same, above), (point, kept)
+        learnt = (kind == _FREE) & jnp.all(jnp.isfinite(jac))
+        found = _put(found, new, k, kept, learnt, failed & ~skip & ~higher)
+        return s._replace(found=found, memory=memory), (point, kept)
 
     x0 = search.starts
-    memory = Slots.of(ft.no_memory(fine, nodes, search.levels, search.alone), 3)
+    memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
     jobs = _jobs(fine, numerics, len(nodes.weight), search.levels)
     none = jnp.zeros(2)
     nothing = _Found(x0, jnp.zeros((*x0.shape, x0.shape[1])), jnp.arange(2), jnp.zeros(2, int), none, none > 0)
-    begin = nothing, memory, jnp.array(False), jnp.zeros(2, bool)
-    (found, memory, same, _), (points, kept) = jax.lax.scan(job, begin, jobs)
+    begin = _Progress(nothing, memory, jnp.array(False), jnp.zeros(2, bool))
+    s, (points, kept) = jax.lax.scan(job, begin, jobs)
     # Of each start the last stage that was made counts.
     branch, index = jobs[2], jnp.arange(len(jobs[2]))
     last = jnp.stack([jnp.max(jnp.where((branch == k) & ~kept, index, k)) for k in (0, 1)])
     steps = jnp.stack([jnp.sum(jnp.where((branch == k) & ~kept, jnp.maximum(points.steps, 0), 0)) for k in (0, 1)])
     final = jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
-    return final, found, memory, same, points.x[2]
+    return final, s.found, s.memory, s.same, points.x[2]
 
 
 #: Share of nodes with two wells up to which symmetry counts as unbroken.

@@ -1,0 +1,89 @@
+"""Fine-tuning as the solver sees it: a map that finds the inner minimisers and remembers them from step to step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..math.fixed_point import Map
+from ..math.quadrature import Nodes, Slots, sweep
+from ..model import wells
+from ..model.channel.frozen_map import FrozenMap
+from ..model.wells import Wells
+from ..setting.stages import Finetuning
+from . import finetuning as ft
+from .order import Order, matched
+
+
+class Memory(NamedTuple):
+    """What the solver carries from step to step, of every part: inner minimisers, the averages there, and `at` which x
+    other wells were last looked for."""
+
+    found: Wells
+    averages: ft.Averages
+    at: Any
+
+
+#: How far the order parameters move until wells are looked for again that were not among the lowest two.
+_LOOK = 0.01
+
+
+def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = False) -> Memory:
+    """Placeholder for all parts, to be filled by the first evaluation; with `alone` for one well at every node."""
+    r, _, n = nodes.normal.shape
+    assert fine.tokens is not None
+    n, samples = n * len(fine.inputs.shares), 1
+    for z in nodes.inner[:levels]:
+        samples = samples * z.shape[2]
+    kind = jnp.zeros((r, 2) if ft.spare(fine) else (r,))
+    number = jnp.zeros(r)
+    nothing = ft.Averages(number, kind, kind, (kind,) * (levels + 1), (number,) * levels, number)
+    at = jnp.zeros((r, 5 + 3 * levels if ft.spare(fine) else 3 + 2 * levels))
+    return Memory(wells.nothing(r, fine.rank * fine.tokens, n, samples, alone), nothing, at)
+
+
+def locate_inner(
+    fine, frozen, order: Order, nodes: Nodes, previous: Wells, cold: Any = True, look: Any = True
+) -> Wells:
+    """Inner minimisers of one part; unless `cold` the descents start at the previous ones, and, if asked to
+    `look`, where others may lie."""
+    d = ft.draws(fine, frozen, nodes)
+    problem, guess = ft.inner_problem(fine, order, d), matched(d.teacher, len(d.noise))
+    if len(previous.u) == 1:
+        return wells.locate_alone(problem, guess, previous, cold)
+    return wells.locate(problem, ft.samples(order, d), guess, previous, cold, look)
+
+
+def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
+    """`finetuning.step` for the solver. The index of a `Rules` is (number of parts, whether y is on hold)."""
+
+    def image(x, memory, cold, index):
+        order, (count, hold) = ft.order_at(fine, x), index
+
+        def one(n, previous):
+            # y alone moves no minimiser.
+            look = cold | (jnp.max(jnp.abs(x - previous.at)[: len(x) - levels]) > _LOOK)
+            found = locate_inner(fine, frozen, order, n, previous.found, cold, look)
+            a = ft.averages_of(fine, frozen, order, n, found)
+            return a, Memory(found, a, jnp.where(look, x, previous.at))
+
+        a, memory = sweep(one, nodes, memory, count)
+        return ft.order_parameters(fine, order, a, hold).encode(), memory
+
+    def jacobian(x, memory, index):
+        count, hold = index
+
+        def plain(x):
+            order = ft.order_at(fine, x)
+
+            def at(n, m):
+                return ft.averages_of(fine, frozen, order, n, m.found), m
+
+            a, _ = sweep(at, nodes, memory, count, write=False)
+            return ft.order_parameters(fine, order, a, hold).encode()
+
+        return jax.jacfwd(plain)(x)
+
+    return Map(image, jacobian, Slots.commit, levels)
