@@ -285,3 +285,24 @@ def test_programs_follow_the_default_device(folder, accelerator):
     assert program.platform([np.ones(3), jax.device_put(1.0, cpu)]) == "cpu"
     (file,) = folder.iterdir()
     assert program._read(file)[0].platforms == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("told", "granted"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "20000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 16),
+        ({"cpu.max": "9000000 100000"}, 16),
+        ({"quota": "400000", "period": "100000"}, 4),
+        ({"quota": "-1", "period": "100000"}, 16),
+        ({}, 16),
+    ],
+)
+def test_cores_are_those_that_a_container_grants(tmp_path, monkeypatch, told, granted):
+    for name, text in told.items():
+        (tmp_path / name).write_text(text + "\n")
+    files = ("cpu.max",), ("quota", "period")
+    monkeypatch.setattr(program, "_QUOTAS", tuple(tuple(str(tmp_path / name) for name in row) for row in files))
+    monkeypatch.setattr(program.os, "sched_getaffinity", lambda _: set(range(16)))
+    assert program.cores() == granted

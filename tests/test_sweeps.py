@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -336,6 +337,32 @@ def test_devices_follow_the_default_one(monkeypatch):
             assert chunks.chosen_devices("all") == list(cpu)
         assert asked == [backend] * 2
         asked.clear()
+
+
+def test_no_more_lanes_than_points():
+    """Eight points on 64 devices are not 256 lanes."""
+    one, many = jax.devices("cpu")[:1], jax.devices("cpu")[:1] * 64
+    assert [chunks.lanes_on(many, chunk, points) for chunk, points in ((None, 8), (None, 100), (None, 10**4))] == [
+        64, 128, 256,
+    ]  # fmt: skip
+    assert [chunks.lanes_on(one, chunk, 8) for chunk in (None, 1, 16)] == [4, 1, 8]
+
+
+def test_sizes_that_lag_are_no_death(solved, tmp_path, monkeypatch):
+    """On a disk of the net the size of a file may be old: what another process has finished is read before it counts
+    as dead."""
+    ls.sweep(setting(), MANY, out=tmp_path)
+    journal = sweeps.Journal(tmp_path, json.loads((tmp_path / "sweep.json").read_text()), 0)
+    columns, rows = journal.rows()
+    reads = iter([(columns, {0: rows[0]})])
+    monkeypatch.setattr(journal, "rows", lambda: next(reads, (columns, rows)))
+    monkeypatch.setattr(journal, "size", lambda: 1)
+    bar = SimpleNamespace(n=0, refresh=lambda: None)
+    assert sweeps._await(journal, 18, 2, 0.0, bar) == (columns, rows)
+    lost = {index: values for index, values in rows.items() if index != 3}
+    monkeypatch.setattr(journal, "rows", lambda: (columns, lost))
+    with pytest.raises(ls.SweepIncomplete, match=r"process 1 of 2 .* 1 of its points are missing; 17 of 18"):
+        sweeps._await(journal, 18, 2, 0.0, bar)
 
 
 def test_axes_of_the_command_line():

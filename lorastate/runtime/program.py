@@ -324,9 +324,22 @@ def make_room(folder: Path, most: int) -> None:
             file.unlink(missing_ok=True)
 
 
+#: Where a container is told how much of the processor it may use: microseconds, and in how many of them (cgroups 2, 1).
+_QUOTAS = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those that it sees, or what its container grants where that is less."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in _QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # another system, or no limit ("max")
+            granted, period = map(float, " ".join(Path(file).read_text() for file in files).split())
+            if granted > 0:
+                seen = min(seen, max(1, round(granted / period)))
+    return seen
 
 
 def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:

@@ -43,9 +43,11 @@ def chosen_devices(devices: Any) -> list[Any]:
     raise SettingError(f"devices = {devices!r} is unknown; allowed: a number, 'all', or a list of JAX devices")
 
 
-def lanes_on(devices: Sequence[Any], chunk: int | None) -> int:
-    """Settings that go through a program at once, `chunk` or the usual number on each device."""
-    return len(devices) * (chunk or _LANES.get(devices[0].platform, _LANES_ELSEWHERE))
+def lanes_on(devices: Sequence[Any], chunk: int | None, points: int) -> int:
+    """Settings that go through a program at once, `chunk` or the usual number on each device; fewer where there are not
+    so many `points` of one kind, whether or not some are done."""
+    usual = chunk or _LANES.get(devices[0].platform, _LANES_ELSEWHERE)
+    return len(devices) * min(usual, -(-points // len(devices)))
 
 
 def kind(setting: Setting) -> Any:

@@ -89,7 +89,8 @@ def sweep(
     _check_options(gradient, chunk, out)
     chosen = chosen_devices(devices)
     task = _task(setting, axes, gradient)
-    mesh, lanes = Mesh(np.array(chosen), ("lane",)), lanes_on(chosen, chunk)
+    most = -(-max(map(len, task.kinds.values())) // jax.process_count())
+    mesh, lanes = Mesh(np.array(chosen), ("lane",)), lanes_on(chosen, chunk, most)
     # What is traced is made for these devices.
     with jax.default_device(chosen[0]), _opened(out, task) as journal:
         columns, rows = _finished(task, journal, mesh, lanes, patience, progress)
@@ -208,8 +209,12 @@ def _await(journal: Journal, total: int, processes: int, patience: float, bar) -
             beat = file.read_text() if file.exists() else ""
             if other not in seen or seen[other][0] != beat:
                 seen[other] = beat, time.monotonic()
-            missing = len([i for i in range(total) if i % processes == other and i not in rows])
-            if missing and time.monotonic() - seen[other][1] > patience:
+            share = range(other, total, processes)
+            if time.monotonic() - seen[other][1] <= patience or all(i in rows for i in share):
+                continue
+            columns, rows = journal.rows()  # sizes may be old news on a disk of the net, files that are opened are not
+            missing = sum(i not in rows for i in share)
+            if missing:
                 raise SweepIncomplete(
                     f"process {other} of {processes} gives no sign of life for {patience:.0f} s and {missing} of its "
                     f"points are missing; {len(rows)} of {total} are in {journal.out}: the same command completes them"
