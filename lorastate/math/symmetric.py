@@ -75,18 +75,36 @@ def hessian_to_coordinates(h):
     b = basis(tokens)
     if h.ndim == 5:
         return jnp.einsum("kab,abcdn,lcd->kln", b, h, b)
-    n = b.shape[0]
+    n, index, weight = b.shape[0], *_row_terms(tokens)
+    if tokens > _UNROLLED:
+        rows = h.reshape(tokens**3, *h.shape[3:])
+        wide = (2, n * n) + (1,) * (h.ndim - 3)
+        return jnp.sum(weight.reshape(wide) * rows[index.reshape(2, -1)], 0).reshape(n, n, *h.shape[3:])
     out: list[list] = [[None] * n for _ in range(n)]
     for k in range(n):
         for l in range(k + 1):
-            # Only rows that both basis matrices touch contribute: the sum has at most a few terms.
             terms = [
-                (b[k, a, i] * b[l, a, j]) * h[a, i, j]
-                for a in range(tokens)
-                for i in range(tokens)
-                for j in range(tokens)
-                if b[k, a, i] * b[l, a, j] != 0
+                w * h[np.unravel_index(i, (tokens,) * 3)]
+                for i, w in zip(index[:, k, l], weight[:, k, l], strict=True)
+                if w
             ]
-            total = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(h[0, 0, 0])
-            out[k][l] = out[l][k] = total
+            out[k][l] = out[l][k] = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(h[0, 0, 0])
     return jnp.stack([jnp.stack(r) for r in out])
+
+
+#: Tokens up to which a Hessian is put together entry by entry, which is faster; with more the program grows too large.
+_UNROLLED = 4
+
+
+@functools.lru_cache
+def _row_terms(tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where (in H without its last axes, flattened) and with which weight each entry of a Hessian in coordinates finds
+    its terms, (2, n_T, n_T): only rows that both basis matrices touch contribute, of which there are two at most."""
+    b = basis(tokens)
+    n = len(b)
+    index, weight = np.zeros((2, n, n), int), np.zeros((2, n, n))
+    products = np.einsum("kai,laj->klaij", b, b).reshape(n, n, -1)
+    for k, l in np.ndindex(n, n):
+        (found,) = np.nonzero(products[k, l])
+        index[: len(found), k, l], weight[: len(found), k, l] = found, products[k, l, found]
+    return index, weight
