@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -421,9 +422,10 @@ def test_predict_json(call, path, monkeypatch):
     data = outcome.json
     assert set(data) == {
         "pretraining", "finetuning", "bayes_optimal", "quadrature_error", "status", "setting", "version", "symmetry",
-        "rs",
+        "pretraining_symmetry", "rs",
     }  # fmt: skip
     assert data["symmetry"] == "replica symmetric" and data["rs"] is None
+    assert data["pretraining_symmetry"] == "replica symmetric"
     limits = data["bayes_optimal"]
     assert set(limits["pretraining"]) == {"Q", "overlap", "test_error"}
     assert set(limits["finetuning"]) == {"q", "overlap", "test_error", "effective_noise"}
@@ -472,7 +474,7 @@ def test_the_phase_is_said():
     assert "The glass is deep (p/q = 0.3)" in text and "test_error by +0.0056, overlap by -0.015" in text
     assert "found no solution" in tables.symmetry_lines({**broken, "breaking_error": None})
     stages["pretraining"]["double_well_share"] = 0.03
-    assert "Pre-training has many minima as well (3 % of its nodes" in tables.symmetry_lines(broken)
+    assert "Pre-training has many minima (3 % of its nodes" in tables.symmetry_lines(broken)
 
 
 def test_undefined_numbers_are_null(call, path, monkeypatch):
@@ -567,6 +569,13 @@ def test_optimize_without_convergence(call, path, tmp_path, descent):
     outcome = call("optimize", path, "--out", tmp_path)
     assert outcome.code == 3 and "did not converge (the steps ran out)" in outcome.message
     assert (tmp_path / "result.json").exists()
+
+
+def test_optimize_says_where_pretraining_has_many_minima(call, path, tmp_path, descent):
+    descent.after = eqx.tree_at(lambda s: s.pretraining["double_well_share"], descent.after, 0.03)
+    assert descent.after.pretraining_symmetry == "unstable"
+    outcome = call("optimize", path, "--out", tmp_path)
+    assert outcome.code == 0 and "Pre-training has many minima (3 % of its nodes" in outcome.out
 
 
 def test_optimize_verified(call, path, tmp_path, descent, monkeypatch):

@@ -15,7 +15,15 @@ from .environment import drawing
 from .exit_codes import FAILED
 from .options import Dimension, Runs, Seed, Set, SettingPath
 from .output import cannot_write, say, warn, write_json
-from .tables import budget_table, describe, optimum_table, scan_table, sensitivity_table, simulation_tables
+from .tables import (
+    budget_table,
+    describe,
+    optimum_table,
+    scan_table,
+    sensitivity_table,
+    simulation_tables,
+    stability_lines,
+)
 
 if TYPE_CHECKING:
     from ..design.optimum import Optimum
@@ -118,6 +126,8 @@ class Optimize:
 def _say_optimum(optimum: Optimum) -> None:
     say("At the optimum\n" + describe(optimum.setting))
     say(optimum_table(optimum))
+    for line in stability_lines(optimum.after.summary()):
+        say(line)
     if optimum.budgets:
         say(budget_table(optimum))
     if optimum.scanned:

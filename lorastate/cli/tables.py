@@ -78,22 +78,28 @@ def status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(one(stage) for stage in TITLE) + "."
 
 
-def symmetry_lines(summary: dict[str, Any]) -> str:
-    """In which phase fine-tuning is, and what to think of pre-training."""
+def stability_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Where the theory takes many minima for one: what there is to see of it."""
     from ..diagnosis.page import double_wells
 
     lines = []
     for stage, title in TITLE.items():
-        replicon = summary[stage]["replicon"]
+        replicon = summary[stage].get("replicon")
         if replicon is not None and replicon >= 1:
             unstable = f"replica symmetry is unstable (replicon {replicon:.3g}, stable below 1)"
             lines.append(f"{title}: {unstable}: training may differ from these numbers.")
     share = double_wells(summary)
     if share is not None:
         lines.append(
-            f"Pre-training has many minima as well ({100 * share:.2g} % of its nodes have two wells), which its"
+            f"Pre-training has many minima ({100 * share:.2g} % of its nodes have two wells), which its"
             " replica-symmetric theory takes for one: training may differ by some per cent."
         )
+    return lines
+
+
+def symmetry_lines(summary: Mapping[str, Any]) -> str:
+    """In which phase fine-tuning is, and what to think of pre-training."""
+    lines = stability_lines(summary)
     if summary["rs"]:
         rs = ", ".join(f"{name} {number(summary['rs'][name], 4)}" for name in ("test_error", "overlap", "free_energy"))
         lines.append(

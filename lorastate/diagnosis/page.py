@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ..solution.search import FEW
+from ..solution.stage import FEW
 
 
-def double_wells(summary: dict[str, Any]) -> float | None:
+def double_wells(summary: Mapping[str, Any]) -> float | None:
     """The share of pre-training's nodes that have two wells, where they are more than a few: then its minima are many,
     which its theory takes for one. Else None."""
-    share = summary["pretraining"]["double_well_share"]
+    share = summary["pretraining"].get("double_well_share")
     return share if share is not None and share > FEW else None
 
 

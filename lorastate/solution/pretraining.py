@@ -20,7 +20,7 @@ from ..model import wells
 from ..setting.numerics import Numerics
 from ..setting.stages import Pretraining
 from .problem import Problem
-from .stage import Bars, Solved, Stage, attached, averages, error_bars, response_gap, status_of, test_errors
+from .stage import FEW, Bars, Solved, Stage, attached, averages, error_bars, response_gap, status_of, test_errors
 
 
 class MapStage(Stage):
@@ -99,6 +99,14 @@ def replicon(pre: Pretraining, order: Order, c: pt.Conjugates, gap):
     from the law of m^ S* + sqrt(q^) Z: replica symmetry of pre-training is stable below one (arXiv:2509.24914)."""
     delta, eps, _ = pt.thresholds(pre, c)
     return 2 * pre.alpha / order.response**2 * gap / c.shat**2 * pre.law.pair_response(delta, eps)
+
+
+def symmetry_of(values: dict[str, Any]) -> str:
+    """Phase of pre-training from its predictions: "replica symmetric", or "unstable" where its loss has many minima,
+    which this theory takes for one: the replicon is not below one, or more than a few nodes have two wells (where a
+    minimiser jumps its response is infinite; the replicon is that of the smooth nodes)."""
+    broken = (values["replicon"] >= 1) | (values["double_well_share"] > FEW)
+    return "unstable" if bool(broken) else "replica symmetric"
 
 
 # ---- the search ------------------------------------------------------------------------------------------------

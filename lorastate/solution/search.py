@@ -26,7 +26,7 @@ from .finetuning import Branches, LoraStage, SecondStage, replicon
 from .nodes import DEEP
 from .pretraining import FirstStage, rules_of, stacked
 from .problem import Problem
-from .stage import Solved, averages
+from .stage import FEW, Solved, averages
 
 
 class Search(NamedTuple):
@@ -177,10 +177,6 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     steps = jnp.stack([jnp.sum(jnp.where((branch == k) & ~kept, jnp.maximum(points.steps, 0), 0)) for k in (0, 1)])
     final = jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
     return final, s.found, s.memory, s.same, points.x[2]
-
-
-#: Share of nodes with two wells up to which symmetry counts as unbroken.
-FEW = 1e-3
 
 
 def _rough(memory: Slots, row):

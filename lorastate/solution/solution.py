@@ -21,7 +21,7 @@ from ..setting.stages import Finetuning, Pretraining, Setting
 from .finetuning import Branches
 from .gradients import searches_scale, with_best_scale
 from .lanes import Lanes
-from .pretraining import map_errors
+from .pretraining import map_errors, symmetry_of
 from .problem import Problem, frozen_at
 from .solve import failure, or_nan, pretrained, solve_alone, traced_answer
 from .stage import final_status
@@ -110,6 +110,12 @@ class Solution(eqx.Module):
         """
         return "one-step broken" if bool(self.finetuning["broken"]) else "replica symmetric"
 
+    @property
+    def pretraining_symmetry(self) -> str:
+        """Phase of pre-training: "replica symmetric", or "unstable": its loss then has many minima, which this theory
+        takes for one, and training ends some per cent away from it (see `benchmarks/README.md`)."""
+        return symmetry_of(self.pretraining)
+
     @functools.cached_property
     def rs(self) -> dict[str, Any]:
         """E', o_w and phi of the replica-symmetric solution, and its code, for comparison where symmetry is broken and
@@ -166,6 +172,8 @@ def _summary(values: dict[str, Any], errors: dict[str, Any], status: dict[str, A
 
     out: dict[str, Any] = {stage: plain(stage, table) for stage, table in values.items()}
     out["quadrature_error"] = {stage: plain(stage, errors[stage]) for stage in values}
+    good = int(status["pretraining"]["code"]) == Code.ok
+    out["pretraining_symmetry"] = symmetry_of(values["pretraining"]) if good else None
     return out | {"status": {stage: end(**status[stage]) for stage in values}}
 
 
@@ -232,6 +240,11 @@ class PretrainingSolution(eqx.Module):
     def stderr(self, name: str) -> float:
         """Quadrature standard error of a prediction, e.g. `stderr("test_error")`."""
         return float(self.errors[name])
+
+    @property
+    def symmetry(self) -> str:
+        """Phase: "replica symmetric", or "unstable" (see `Solution.pretraining_symmetry`)."""
+        return symmetry_of(self.values)
 
     @property
     def code(self) -> Code:

@@ -20,6 +20,9 @@ from ..math.implicit import attach
 from ..math.linear import ldl_solve
 from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas
 
+#: Share of nodes with two wells up to which symmetry counts as unbroken.
+FEW = 1e-3
+
 
 class Stage(eqx.Module):
     """A stage of training as its description sees it. `x` are order parameters in the solver's coordinates."""
