@@ -195,7 +195,7 @@ def test_bad_options_of_optimize(call, path, tmp_path, monkeypatch, words, messa
 def test_bad_out(call, path, tmp_path, monkeypatch):
     monkeypatch.setattr(design, "optimize", None)
     monkeypatch.setattr(figures, "figure1", None)
-    for out in (path, f"{path}/below"):
+    for out in (path, f"{path}/below", tmp_path / ("x" * 300)):
         for command in (["optimize", path], ["figure", "1"]):
             outcome = call(*command, "--out", out)
             assert outcome.code == 2 and f"--out '{out}'" in outcome.message and "directory" in outcome.message

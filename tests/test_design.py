@@ -148,6 +148,12 @@ def test_an_optimum_at_the_boundary_is_not_called_one():
         (["pairs <= "], "is not readable"),
         (["__import__('os') = 1"], "not arithmetic"),
         ([3.0], "budget 3.0 is not readable"),
+        (["1 / 0 * pairs <= 1"], "budget '1 / 0 * pairs <= 1' has no value at this setting (inf)"),
+        (["pairs / (pretraining.tokens - 2) <= 1"], "has no value at this setting (inf)"),
+        (["(-1) ** 0.5 <= pairs"], "has no value at this setting (nan)"),
+        (["log(0 * pairs)"], "has no value at this setting (-inf)"),
+        (["10 ** 400 >= pairs"], "has no value at this setting (inf)"),
+        ([f"pairs <= 1{'0' * 400}"], "has no value at this setting (inf)"),
     ],
 )
 def test_bad_budgets(given, words):

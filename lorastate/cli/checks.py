@@ -71,9 +71,9 @@ def directory(out: Path) -> Path:
     """The directory, made if need be, once it is known that files can be written there."""
     from ..errors import SettingError
 
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {str(out)!r} is a file; allowed: a directory, existing or new")
     try:
+        if out.exists() and not out.is_dir():
+            raise SettingError(f"--out {str(out)!r} is a file; allowed: a directory, existing or new")
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class Sweep:
         devices = self.devices if self.devices == "all" else int(self.devices)
         chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
         if not chosen:
-            jax.config.update("jax_num_cpu_devices", cores() if devices == "all" else devices)
+            with contextlib.suppress(RuntimeError):  # inside a Python that has used JAX they are what they are
+                jax.config.update("jax_num_cpu_devices", cores() if devices == "all" else devices)
         given = (self.coordinator, self.processes, self.process)
         if any(v is not None for v in given):
             if any(v is None for v in given):

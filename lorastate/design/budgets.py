@@ -18,6 +18,7 @@ In Python a budget may also be a function of a `Setting` that is written in JAX 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -86,13 +87,25 @@ def _budget(given: Any, setting: Setting) -> Budget:
     tree = _parse(given)
     if not isinstance(tree, ast.Compare):
         quantity = _compiled(tree, given, setting)
-        value = float(quantity(setting))
+        value = _known(quantity, given, setting)
         return Budget(f"{given.strip()} = {value:g}", lambda s: quantity(s) - value, True)
     if len(tree.ops) != 1 or not isinstance(tree.ops[0], ast.LtE | ast.GtE | ast.Eq):
         raise SettingError(f"budget {given!r} is not readable; allowed: one of <=, >= and = between two expressions")
     left, right = (_compiled(side, given, setting) for side in (tree.left, tree.comparators[0]))
+    for side in (left, right):
+        _known(side, given, setting)
     sign = -1.0 if isinstance(tree.ops[0], ast.GtE) else 1.0
     return Budget(given.strip(), lambda s: sign * (left(s) - right(s)), isinstance(tree.ops[0], ast.Eq))
+
+
+def _known(quantity: Callable[[Setting], Any], text: str, setting: Setting) -> float:
+    """The value of an expression at the setting, if it has one."""
+    value = float(quantity(setting))
+    if not math.isfinite(value):
+        raise SettingError(
+            f"budget {text!r} has no value at this setting ({value}); allowed: expressions that are finite there"
+        )
+    return value
 
 
 def _parse(text: str) -> ast.expr:
@@ -109,7 +122,8 @@ def _parse(text: str) -> ast.expr:
 def _compiled(node: ast.expr, text: str, setting: Setting) -> Callable[[Setting], Any]:
     """The value of an expression, as a function of the setting."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
-        value = float(node.value)
+        # An array: what is divided by zero, or too large, is then no exception but not finite.
+        value = jnp.asarray(node.value if abs(node.value) < 1e308 else math.inf, float)
         return lambda s: value
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         act = _OPERATORS[type(node.op)]
@@ -129,7 +143,7 @@ def _compiled(node: ast.expr, text: str, setting: Setting) -> Callable[[Setting]
         path = ast.unparse(node)
         known = (*continuous_fields(setting), "pretraining.tokens", "finetuning.tokens", "finetuning.alpha")
         if path in known:
-            return lambda s: get(s, path)
+            return lambda s: jnp.asarray(get(s, path), float)
         allowed = ", ".join((*QUANTITIES, *known[:-1]))
         raise SettingError(f"budget {text!r} speaks of {path!r}, which is unknown here; allowed: {allowed}")
     raise SettingError(
