@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -374,6 +375,19 @@ def test_axes_of_the_command_line():
     for bad in ("a.b", "a.b=", "a.b=log:0:1:4", "a.b=log:1:2", "a.b=cube:1:2:3", "a.b=lin:1:2:0", "a.b=lin:1:x:2"):
         with pytest.raises(ls.SettingError, match="allowed"):
             parse_axis(bad)
+
+
+def test_processes_that_do_not_meet(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nand many words more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    for address in ("nonsense", ":1234", "host:", "host:0", "host:99999999", "host:one"):
+        with pytest.raises(ls.SettingError, match="is no address; allowed: HOST:PORT"):
+            Sweep(Path("x.toml"), coordinator=address, processes=2, process=1)._join()
+    with pytest.raises(ls.SettingError, match=r"'host:1234' does not answer.*(DEADLINE_EXCEEDED: nobody there)"):
+        Sweep(Path("x.toml"), coordinator="host:1234", processes=2, process=1)._join()
 
 
 def test_command(solved, tmp_path, capsys, monkeypatch):

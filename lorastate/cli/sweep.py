@@ -96,7 +96,8 @@ class Sweep:
         chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
         if not chosen:
             with contextlib.suppress(RuntimeError):  # inside a Python that has used JAX they are what they are
-                jax.config.update("jax_num_cpu_devices", cores() if devices == "all" else devices)
+                # Never more than cores: the sweep then says how many devices there are.
+                jax.config.update("jax_num_cpu_devices", cores() if devices == "all" else min(cores(), devices))
         given = (self.coordinator, self.processes, self.process)
         if any(v is not None for v in given):
             if any(v is None for v in given):
@@ -104,7 +105,25 @@ class Sweep:
             assert self.processes is not None and self.process is not None
             if not 0 <= self.process < self.processes:
                 raise SettingError(f"--process {self.process} is out of range; allowed: 0 to {self.processes - 1}")
-            if hasattr(jax.config, "jax_enable_recoverability"):
-                jax.config.update("jax_enable_recoverability", True)  # one that dies must not take the others along
-            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+            self._join()
         return devices
+
+    def _join(self) -> None:
+        """Meets the other processes."""
+        import jax
+
+        from ..errors import SettingError
+
+        host, _, port = (self.coordinator or "").rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise SettingError(f"--coordinator {self.coordinator!r} is no address; allowed: HOST:PORT of process 0")
+        if hasattr(jax.config, "jax_enable_recoverability"):
+            jax.config.update("jax_enable_recoverability", True)  # one that dies must not take the others along
+        try:
+            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise SettingError(
+                f"--coordinator {self.coordinator!r} does not answer, or not all of {self.processes} processes came "
+                f"({reason}); allowed: the HOST:PORT of process 0, and every process once"
+            ) from None
