@@ -132,7 +132,11 @@ class Solution(eqx.Module):
         return bayes_optimal(self.setting)
 
     def stderr(self, stage: str, name: str) -> float:
-        """Quadrature standard error of a prediction, e.g. `stderr("finetuning", "test_error")`."""
+        """Quadrature standard error of a prediction, e.g. `stderr("finetuning", "test_error")`.
+
+        With recalibration "error" the b that was found counts as given (E' does not change with it to first order); its
+        own error is not known, NaN.
+        """
         return float(self.errors[stage][name])
 
     def code(self, stage: str) -> Code:
