@@ -1,5 +1,6 @@
 """Sweeps: a lane is a prediction; what is interrupted goes on; what is shared out comes together."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +28,7 @@ from lorastate.sweeps import chunks
 from lorastate.sweeps import sweep as sweeps
 from lorastate.sweeps.dataset import summary
 from lorastate.sweeps.grid import parse_axis
+from lorastate.sweeps.journal import Journal
 
 
 @pytest.fixture
@@ -36,7 +39,9 @@ def start(tmp_path_factory):
     def begin(program, *args):
         log = tmp_path_factory.mktemp("process") / "stderr"
         with open(log, "w") as file:
-            process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), *map(str, args)], stderr=file)
+            process: Any = subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(program), *map(str, args)], stderr=file
+            )
         process.said = log.read_text
         running.append(process)
         return process
@@ -193,6 +198,28 @@ def test_a_damaged_record_is_computed_again(solved, tmp_path):
     solved.clear()
     xarray.testing.assert_identical(ls.sweep(setting(), MANY, out=tmp_path), whole)
     assert len(solved) == 1
+
+
+def test_no_flipped_bit_is_read_as_a_value(tmp_path):
+    """Wherever it is: in the names of the columns, in an index, in a value or in a checksum."""
+    columns = ["pretraining.V", "finetuning.test_error"]
+    values = np.random.default_rng(0).normal(size=(6, 2))
+    journal = Journal(tmp_path, {"source": "a"}, 0)
+    journal.append(columns, dict(enumerate(values[:4])))
+    journal.append(columns, dict(enumerate(values[4:], 4)))
+    whole = journal.path.read_bytes()
+    for place, bit in itertools.product(range(len(whole)), (0, 5, 7)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        journal.path.write_bytes(damaged)
+        names, rows = journal.rows()
+        assert names == columns or not rows
+        assert all(np.array_equal(row, values[index]) for index, row in rows.items())
+        assert len(rows) < 6 or names == columns
+    journal.path.write_bytes(whole[:-3])  # and what is not whole is written again
+    again = Journal(tmp_path, {"source": "a"}, 0)
+    again.append(columns, {5: values[5]})
+    assert journal.path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
