@@ -55,7 +55,7 @@ def close(a, b, tol=1e-11):
 # ---- coordinates
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8])
 def test_coordinates(tokens):
     rng = np.random.default_rng(tokens)
     n = dimension(tokens)
@@ -71,6 +71,9 @@ def test_coordinates(tokens):
     h = rng.standard_normal((tokens,) * 4 + (5,))
     h = h + h.transpose(2, 3, 0, 1, 4)
     close(hessian_to_coordinates(h), np.einsum("kab,abcdn,lcd->kln", b, h, b), 1e-12)
+    rows = rng.standard_normal((tokens,) * 3 + (5,))
+    rows = rows + rows.transpose(0, 2, 1, 3)
+    close(hessian_to_coordinates(rows), np.einsum("kab,abdn,lad->kln", b, rows, b), 1e-12)
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 4])
@@ -220,7 +223,7 @@ def map_problem(act, tokens, response, seed=0):
     return MapProblem(act, omega, act(y), response), to_coordinates(omega), to_coordinates(y)
 
 
-@pytest.mark.parametrize("response", [0.1, 15.0, 1000.0])
+@pytest.mark.parametrize("response", [0.1, 15.0, 1000.0, 1e6])
 @pytest.mark.parametrize("tokens", [2, 3])
 def test_minimise_against_scipy_and_random_starts(tokens, response):
     """scipy and ten random starts find nothing below the lower of the minima from Omega and Y."""
@@ -247,7 +250,7 @@ def test_minimise_against_scipy_and_random_starts(tokens, response):
         assert abs(reference.fun - best[j]) < 1e-9 * (1 + best[j])
 
 
-@pytest.mark.parametrize("response", [0.1, 15.0, 1000.0])
+@pytest.mark.parametrize("response", [0.1, 15.0, 1000.0, 1e6])
 def test_result_is_a_minimum(response):
     """Stationary, with a positive definite Hessian, and never above the start; both stages."""
     problem, omega, y = map_problem(Softmax(1.0), 2, response)

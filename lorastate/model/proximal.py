@@ -38,6 +38,11 @@ class MapProblem(NamedTuple):
         """The same problem on a subset of the nodes."""
         return self._replace(omega=self.omega[..., index], target=self.target[..., index])
 
+    @property
+    def stiffness(self):
+        """Curvature of the pull to Omega: no minimum of the whole is much flatter."""
+        return 1 / (2 * self.V)
+
     @jax.jit
     def terms(self, u):
         f, g, h = self.activation.loss_terms(to_matrix(u), self.target)
@@ -70,6 +75,11 @@ class VectorProblem(NamedTuple):
     def take(self, index):
         """The same problem on a subset of the nodes."""
         return self._replace(zw=self.zw[..., index], omega=self.omega[..., index], target=self.target[..., index])
+
+    @property
+    def stiffness(self):
+        """Smallest curvature of the pull to omega."""
+        return 1 / jnp.max(jnp.asarray(self.v))
 
     @property
     def rank(self) -> int:
@@ -113,7 +123,7 @@ class _State(NamedTuple):
     f: Any
     g: Any
     h: Any
-    mu: Any
+    cuts: Any  # how many times the next step is cut to a quarter
     done: Any
     step: Any
 
@@ -123,12 +133,13 @@ LAST = 1e-7
 
 
 def _newton(problem, start, limit, over, last_step):
-    """Damped Newton at all nodes at once; a node that has converged, or is `over` from the start, is left alone.
+    """Newton's method at all nodes at once; a node that has converged, or is `over` from the start, is left alone.
 
-    Every pass evaluates at the trial points and makes the next step. The last step of a node is so short that there is
-    nothing to gain from an evaluation after it.
+    Directions of negative curvature are turned downhill, and a step that does not descend is cut to a quarter. Where an
+    activation saturates, curvatures differ by many orders of magnitude: such a step keeps its direction, whereas a
+    shift of the Hessian would leave the flat ones as they are. Every pass evaluates at the trial points and makes the
+    next step. The last step of a node is so short that there is nothing to gain from an evaluation after it.
     """
-    tiny = 1e-12
 
     def cond(s):
         return (s.step < limit) & ~jnp.all(s.done)
@@ -136,21 +147,26 @@ def _newton(problem, start, limit, over, last_step):
     def body(s):
         f, g, h = problem.terms(s.trial)
         size = _length(s.trial - s.u, s.u)
-        good = ((f <= s.f + tiny * (1.0 + jnp.abs(f))) | (size < 1e-10)) & ~s.done
-        mu = jnp.where(good, jnp.where(s.mu < 1e-2, 0.0, 0.1 * s.mu), jnp.maximum(4.0 * s.mu, 0.3))
+        good = ((f <= s.f + _rounding(f)) | (size < 1e-10)) & ~s.done
+        cuts = jnp.where(good, 0, s.cuts + 1)
         u, f, g, h = (jnp.where(good, a, b) for a, b in zip((s.trial, f, g, h), (s.u, s.f, s.g, s.h), strict=True))
         scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(u.shape[0])])), 0)
-        x, _ = ldl_solve(h, g, mu * scale, 1e-3 * scale)
-        last = good & (mu == 0.0) & (_length(x, u) < last_step)
+        x = ldl_solve(h, g, floor=jnp.minimum(1e-3 * scale, problem.stiffness / 2))[0] * 0.25**cuts
+        last = good & (cuts == 0) & (_length(x, u) < last_step)
         u = jnp.where(last, u - x, u)
-        return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, mu, s.done | last, s.step + 1)
+        return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, cuts, s.done | last, s.step + 1)
 
     n, nodes = start.shape
     far = jnp.full((nodes,), jnp.inf, start.dtype)
     eye = jnp.broadcast_to(jnp.eye(n, dtype=start.dtype)[:, :, None], (n, n, nodes))
-    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.zeros_like(far), over, 0)
+    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.zeros((nodes,), int), over, 0)
     out = jax.lax.while_loop(cond, body, first)
     return out.u, out.f, out.done
+
+
+def _rounding(f):
+    """What a sum of squares of numbers of the order of one is uncertain by, and some more."""
+    return 1e-12 * f + 1e-15 * jnp.sqrt(f)
 
 
 def _length(x, u):

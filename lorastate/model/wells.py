@@ -58,7 +58,7 @@ def lost(wells: Wells):
     return 1 - jnp.mean(1.0 * wells.ok)
 
 
-#: Depths that count as equal, and minimisers that count as one.
+#: Relative difference of depths that count as equal, and distance of minimisers that count as one.
 _LEVEL, _SAME = 1e-9, 1e-4
 
 
@@ -72,7 +72,7 @@ class _Pair(NamedTuple):
 
     def meet(self, u, f):
         # A well that is reached again, only a rounding lower, is not a second one.
-        lower, apart = f < self.fa - _LEVEL, jnp.max(jnp.abs(u - self.a), 0) > _SAME
+        lower, apart = f < (1 - _LEVEL) * self.fa, jnp.max(jnp.abs(u - self.a), 0) > _SAME
         second = ~lower & (f < self.fb) & apart
         b = jnp.where(lower & apart, self.a, jnp.where(second, u, self.b))
         fb = jnp.where(lower & apart, self.fa, jnp.where(second, f, self.fb))
