@@ -58,7 +58,7 @@ def _few_programs_at_a_time():
 #: Files whose tests make no whole solve, but for those that are marked `solve`: the layer `pytest -m unit`.
 _UNIT = (
     "test_fixed_point", "test_generalization", "test_layout", "test_prox", "test_quadrature", "test_setting",
-    "test_site", "test_spectrum", "test_theory_page", "test_wells",
+    "test_site", "test_spectrum", "test_stage", "test_theory_page", "test_wells",
 )  # fmt: skip
 
 

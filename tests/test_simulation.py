@@ -14,9 +14,11 @@ jax.config.update("jax_enable_x64", True)
 from lorastate.errors import Code, SettingError, SolveError  # noqa: E402
 from lorastate.math.lbfgs import minimise  # noqa: E402
 from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
+from lorastate.setting.numerics import Numerics  # noqa: E402
 from lorastate.setting.stages import Finetuning, Pretraining, Setting  # noqa: E402
 from lorastate.simulation import losses, samples, sizes, two_stages  # noqa: E402
 from lorastate.simulation.simulate import simulate  # noqa: E402
+from lorastate.solution.solution import predict  # noqa: E402
 
 D = 60
 NAMES = {
@@ -25,8 +27,9 @@ NAMES = {
 }
 
 
-def setting(activation, lam, **fine):
-    return Setting(Pretraining(0.1, lam, activation=activation), Finetuning(3.0, 0.05, **fine))
+def setting(activation, lam, alpha=3.0, **fine):
+    pre, numerics = Pretraining(0.1, lam, activation=activation), Numerics(2048, 8192, 4)
+    return Setting(pre, Finetuning(alpha, 0.05, **fine), numerics)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,14 @@ def identity():
 
 
 @pytest.fixture(scope="module")
-def softmax():
-    return simulate(setting("softmax", 0.01), dimension=D, runs=12, test_samples=10_000)
+def memory():
+    """Pre-trained runs of the softmax setting: fine-tuning alone differs below."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def softmax(memory):
+    return simulate(setting("softmax", 0.01), dimension=D, runs=12, test_samples=10_000, memory=memory)
 
 
 # Theory in the limit of large D; the last number is the allowance for the bias of D = 60, relative (softmax
@@ -63,6 +72,31 @@ def test_training_agrees_with_theory(activation, stage, name, theory, allowance,
     result = request.getfixturevalue(activation)
     gap = abs(result.mean(stage, name) - theory)
     assert gap < 4 * result.stderr(stage, name) + allowance * theory
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inputs": "reused"},
+        {"inputs": "reused", "label_noise": "fresh"},
+        {"inputs": "mixed", "reused_fraction": 0.5},
+        {"alpha": None, "inputs": "selected", "rho": 0.3, "pool": 10.0},
+    ],
+    ids=["reused", "reused, fresh noise", "mixed", "selected"],
+)
+def test_softmax_on_other_inputs_agrees_with_theory(options, softmax, memory):
+    """Both stages trained, E' and the training loss: what fresh inputs give is excluded by the same allowance."""
+    s = setting("softmax", 0.01, **options)
+    theory, trained = predict(s), simulate(s, dimension=D, runs=12, test_samples=10_000, memory=memory)
+    assert theory.symmetry == "replica symmetric" and trained.converged("finetuning").all()
+    differs = []
+    for name in ("test_error", "train_error"):
+        value, bar = trained.mean("finetuning", name), trained.stderr("finetuning", name)
+        want = float(theory.finetuning[name])
+        allowed = 4 * np.hypot(bar, theory.stderr("finetuning", name)) + 0.02 * want
+        assert abs(value - want) < allowed, name
+        differs.append(abs(softmax.mean("finetuning", name) - want) > allowed)
+    assert any(differs)
 
 
 def test_all_runs_converged_and_every_name_is_there(identity, softmax):
