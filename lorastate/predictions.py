@@ -66,6 +66,13 @@ PREDICTIONS = (
     Prediction(_FINE, "train_error", "L' - penalty", "the same without the penalty", "per D", shown=_TRAINED),
     Prediction(_FINE, "test_error", "E'", "E', noisy labels", "", "$E'$", _BOTH),
     Prediction(_FINE, "test_error_frozen", "E' at w = 0", "the same without the update", shown=_BOTH),
+    Prediction(_FINE, "best_adapter_factor", "c", "c, factor on w w^T that is best for E'", "", "$c$", _BOTH),
+    Prediction(_FINE, "test_error_best_factor", "E' at c", "E' with that factor", shown=_BOTH),
+    Prediction(
+        _FINE, "forgetting_error", "E after", "E after fine-tuning: on the labels of pre-training", "",
+        "$E$ after fine-tuning", _BOTH,
+    ),
+    Prediction(_FINE, "forgetting_error_frozen", "E after, at w = 0", "the same without the update", shown=_BOTH),
     Prediction(
         _FINE, "effective_noise", "Delta_eff", "Delta_eff, label noise that the frozen map leaves", "",
         r"$\Delta_{\rm eff}$",
@@ -87,8 +94,16 @@ def prediction(stage: str, name: str) -> Prediction:
     return _BY_NAME.get((stage, name), Prediction(stage, name, name, "", shown=()))
 
 
+def stage_and_name(path: str) -> tuple[str, str]:
+    """("pretraining", "test_error") of "pretraining.test_error"; a name without a stage is one of fine-tuning."""
+    stage, _, name = path.rpartition(".")
+    return stage or _FINE, name
+
+
 def axis_label(name: str, stage: str = _FINE) -> str:
-    """What stands at the axis of a prediction: LaTeX, or its dotted name where it has none."""
+    """What stands at the axis of a prediction (or of "STAGE.NAME"): LaTeX, or its dotted name where it has none."""
+    if "." in name:
+        stage, name = stage_and_name(name)
     return prediction(stage, name).label or f"{stage}.{name}"
 
 

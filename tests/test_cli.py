@@ -48,6 +48,7 @@ replicas = 4
 PRETRAINING = {"V", "M", "M_down", "Q", "qhat", "mhat", "shat", "overlap", "train_loss", "test_error", "rank_fraction",
                "replicon", "double_well_share"}  # fmt: skip
 FINETUNING = {"v", "m", "q", "overlap", "train_loss", "test_error", "test_error_frozen", "effective_noise",
+              "best_adapter_factor", "test_error_best_factor", "forgetting_error", "forgetting_error_frozen",
               "recalibration", "free_energy", "replicon", "double_well_share", "p", "breaking",
               "complexity"}  # fmt: skip
 

@@ -30,7 +30,7 @@ def errors(activation, tokens, nodes=2**14, replicas=8):
     n = gaussian_nodes(node_dimension(activation, tokens), nodes, replicas, 3)
 
     def one(n):
-        both = [finetuning_error(activation, tokens, *LAW, lora, n) for lora in (LORA, None)]
+        both = [finetuning_error(activation, tokens, *LAW, LORA, n, factor=c) for c in (1.0, 0.0)]
         return (*both, pretraining_error(activation, tokens, *LAW, n))
 
     found = np.array(jax.jit(lambda n: over_replicas(one, n))(n))

@@ -13,8 +13,8 @@ def test_imports_go_down():
 
 def test_circles_and_climbs_are_seen():
     assert layout.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
-    edges = {"math.nodes": {"solution.solve"}, "sweeps.sweep": {"design.optimize"}, "cli.main": {"math"}}
-    assert layout.upwards(edges) == ["math.nodes -> solution.solve", "sweeps.sweep -> design.optimize"]
+    edges = {"math.nodes": {"solution.solve"}, "design.scan": {"simulation.sizes"}, "cli.main": {"math"}}
+    assert layout.upwards(edges) == ["design.scan -> simulation.sizes", "math.nodes -> solution.solve"]
 
 
 def test_files_and_functions_are_short():

@@ -66,7 +66,7 @@ def test_defaults(tmp_path):
         "pretraining": {"activation": "softmax", "beta": 1.0, "tokens": 3, "alpha": 0.1, "kappa0": 1.0,
                         "kappa": 1.0, "delta": 0.5, "lam": 0.01},
         "finetuning": {"activation": "softmax", "beta": 1.0, "alpha": 3.0, "lam": 0.05, "rank": 1, "teacher_rank": 1,
-                       "delta": 0.5, "tokens": 3, "inputs": "fresh", "recalibration": 1.0},
+                       "delta": 0.5, "tokens": 3, "inputs": "fresh", "recalibration": 1.0, "adapter_factor": 1.0},
         "numerics": {"nodes": 16384, "finetuning_nodes": 65536, "replicas": 8, "seed": 0, "tolerance": 1e-10,
                      "max_steps": 200, "samples": 16, "symmetry": "auto"},
     }  # fmt: skip
@@ -271,7 +271,7 @@ def test_replace_moves_what_follows(softmax):
 def test_continuous_fields(softmax, identity):
     without = (
         *(f"pretraining.{key}" for key in ("alpha", "kappa0", "kappa", "delta", "lam")),
-        *(f"finetuning.{key}" for key in ("alpha", "lam", "delta", "recalibration")),
+        *(f"finetuning.{key}" for key in ("alpha", "lam", "delta", "recalibration", "adapter_factor")),
     )
     assert continuous_fields(identity) == without
     assert set(continuous_fields(softmax)) == {*without, "pretraining.beta", "finetuning.beta"}
@@ -279,7 +279,7 @@ def test_continuous_fields(softmax, identity):
     assert "pretraining.beta" in continuous_fields(mixed) and "finetuning.beta" not in continuous_fields(mixed)
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(12))
 def test_replace_changes_one_field(softmax, index):
     path = continuous_fields(softmax)[index]
     resolved = Setting(softmax.pretraining, softmax.finetuning_resolved, softmax.numerics)
@@ -414,6 +414,7 @@ def test_inputs_by_name_keep_the_options_of_both(softmax):
         lambda many: Pretraining(0.1, 0.1, task={"a": many}),
         lambda many: Finetuning(1.0, lam=many),
         lambda many: Finetuning(1.0, 0.1, recalibration=many),
+        lambda many: Finetuning(1.0, 0.1, adapter_factor=many),
         lambda many: Finetuning(None, 0.1, inputs="selected", rho=many, pool=3.0),
     ],
 )

@@ -14,10 +14,11 @@ from .pretraining import bayes_optimal_pretraining
 
 
 def best_map(pre: Pretraining) -> FrozenMap:
-    """The Bayes-optimal map of the data of pre-training, M = Q = Q_BO; NaN where its solve failed."""
+    """The Bayes-optimal map of the data of pre-training, M = Q = Q_BO; NaN where its solve failed. (With a task it is
+    the estimate of S*; what that shares with S_pre is left out.)"""
     best = bayes_optimal_pretraining(pre)
     Q = jnp.where(succeeded(best.code), best.Q_down, jnp.nan)
-    return FrozenMap(Q, Q, pre.downstream_Q0)
+    return FrozenMap(Q, Q, pre.downstream_Q0, label_overlap=Q if pre.task is None else None)
 
 
 def frozen_map(inputs: Inputs, pre: Pretraining, order: Any, downstream: Any = None) -> FrozenMap:

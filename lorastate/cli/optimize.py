@@ -13,7 +13,7 @@ from .checks import check_fields, check_objective, check_simulation, directory
 from .comparison import train_both
 from .environment import drawing
 from .exit_codes import FAILED
-from .options import Dimension, Runs, Seed, Set, SettingPath
+from .options import OBJECTIVE, Dimension, Runs, Seed, Set, SettingPath
 from .output import cannot_write, say, warn, write_json
 from .tables import (
     budget_table,
@@ -37,7 +37,7 @@ class Optimize:
     setting: SettingPath
     set: Set = ()
     over: Annotated[str, arg(help="Fields to optimise, separated by commas.")] = "pretraining.lam,finetuning.lam"
-    minimize: Annotated[str, arg(help="test_error, effective_noise, or overlap (which is maximised).")] = "test_error"
+    minimize: Annotated[str, arg(help=f"{OBJECTIVE}; overlap is maximised.")] = "test_error"
     budget: Annotated[
         UseAppendAction[tuple[str, ...]],
         arg(

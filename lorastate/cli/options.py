@@ -12,6 +12,10 @@ Set = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(name="set", metavar="KEY=VALUE", help="Override a field, as pretraining.lam=0.02."),
 ]
+#: What can be minimised and differentiated.
+OBJECTIVE = (
+    "test_error (E'), effective_noise, overlap, forgetting_error, test_error_best_factor or pretraining.test_error (E)"
+)
 Json = Annotated[bool, arg(help="Print JSON only.")]
 Dimension = Annotated[int, arg(help="D of the simulated model.")]
 Runs = Annotated[int, arg(help="Independent training runs.")]

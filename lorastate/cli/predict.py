@@ -12,7 +12,7 @@ from tyro.conf import arg
 from .._version import __version__
 from .checks import check_objective
 from .exit_codes import FAILED
-from .options import Json, Set, SettingPath
+from .options import OBJECTIVE, Json, Set, SettingPath
 from .output import print_json, say, warn
 from .tables import (
     TITLE,
@@ -114,7 +114,7 @@ class Gradient:
 
     setting: SettingPath
     set: Set = ()
-    of: Annotated[str, arg(help="test_error, effective_noise or overlap.")] = "test_error"
+    of: Annotated[str, arg(help=f"{OBJECTIVE}.")] = "test_error"
     json: Json = False
 
     def __call__(self) -> int:

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction, arg
 
 from .._version import __version__
-from .checks import check_objective, directory
+from .checks import check_fields, check_objective, directory
 from .environment import drawing
 from .exit_codes import FAILED, INTERRUPTED
-from .options import Json, Set, SettingPath
+from .options import OBJECTIVE, Json, Set, SettingPath
 from .output import cannot_write, print_json, say, warn
 from .tables import describe, sweep_lines
 
@@ -31,7 +31,11 @@ class Sweep:
     ] = ()
     set: Set = ()
     out: Annotated[Path, arg(help="Directory for sweep.nc and what is finished on the way.")] = Path("results")
-    gradient: Annotated[str | None, arg(help="Also derivatives of test_error, effective_noise or overlap.")] = None
+    gradient: Annotated[str | None, arg(help=f"Also derivatives of {OBJECTIVE}.")] = None
+    optimize: Annotated[
+        str, arg(help="Fields, separated by commas, that are descended at every point: a curve of optima.")
+    ] = ""
+    minimize: Annotated[str, arg(help=f"Where those are lowest: {OBJECTIVE}.")] = "test_error"
     devices: Annotated[str, arg(help="Number of local devices (of a CPU: cores), or all.")] = "all"
     chunk: Annotated[int | None, arg(help="Points that each device takes at a time.")] = None
     coordinator: Annotated[str | None, arg(help="HOST:PORT of process 0, in a job of several processes.")] = None
@@ -43,6 +47,7 @@ class Sweep:
         import jax
 
         from ..errors import SettingError
+        from ..setting.fields import continuous_fields
         from ..setting.files import load_setting, setting_to_dict
         from ..sweeps import sweep as sweeps
         from ..sweeps.dataset import summary
@@ -55,11 +60,16 @@ class Sweep:
             raise SettingError("--grid names a field more than once; allowed: each field once")
         if self.gradient is not None:
             check_objective("--gradient", self.gradient)
+        check_objective("--minimize", self.minimize)
+        over = tuple(field.strip() for field in self.optimize.split(",") if field.strip())
+        if over:
+            check_fields("--optimize", over, continuous_fields(setting))
         out = directory(self.out)
         try:
             data = sweeps.sweep(
-                setting, grid, out=out, gradient=self.gradient, devices=devices, chunk=self.chunk, progress=True
-            )
+                setting, grid, out=out, gradient=self.gradient, devices=devices, chunk=self.chunk, progress=True,
+                optimize=over, minimize=self.minimize,
+            )  # fmt: skip
         except sweeps.SweepInterrupted as stop:
             warn(f"interrupted: {stop}")
             return INTERRUPTED

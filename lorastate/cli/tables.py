@@ -253,6 +253,8 @@ def sweep_lines(found: Mapping[str, Any]) -> str:
     lines = [f"{found['points']} points, {found['failed']} of them not solved"]
     for reason, count in found["codes"].items():
         lines.append(f"  {reason}: {count}")
+    if found["no_optimum"]:
+        lines.append(f"  no optimum: {found['no_optimum']} (see optimum.end)")
     if found["best"]:
         at = ", ".join(f"{path} = {v if isinstance(v, str) else number(v)}" for path, v in found["best"]["at"].items())
         error = f"{found['best']['test_error']:.6g} +- {found['best']['stderr']:.1e}"

@@ -35,7 +35,9 @@ def optimize(
     max_steps: int = 60,
     progress: bool = False,
 ) -> Optimum:
-    """Minimises E' ("test_error"), Delta_eff ("effective_noise") or -o_w ("overlap") over continuous fields.
+    """Minimises E' ("test_error"), Delta_eff ("effective_noise"), -o_w ("overlap"), the error on the labels of
+    pre-training before ("pretraining.test_error") or after fine-tuning ("forgetting_error"), or E' with the best factor
+    on the update ("test_error_best_factor") over continuous fields.
 
     In u = log(field), or log(x/(1 - x)) for a share x (rho, reused_fraction), so that positive inputs stay positive.
     Without `budgets`: L-BFGS directions (optax) with backtracking; a trial whose solve fails is shortened. With
@@ -85,9 +87,8 @@ def _optimum(landscape: Landscape, limits: tuple[Budget, ...], tolerance: float,
     stuck = ending.end in (End.no_step, End.no_step_within)
     if not converged and norm < 1e-5 and stuck and landscape.boundary(last) is None:
         converged, ending = True, Ending(End.unresolved, {"norm": norm})
-    after = predict(last.setting)
-    budget_report = [] if within is None else within.report(last.u, last.slope)
+    after, report = predict(last.setting), [] if within is None else within.report(last.u, last.slope)
     return Optimum(
         landscape.over, landscape.objective, landscape.setting, last.setting, before, after, norm, landscape.solves,
-        converged, ending.message, landscape.path, last.slopes, budget_report,
+        converged, ending.message, ending.end, landscape.path, last.slopes, report,
     )  # fmt: skip

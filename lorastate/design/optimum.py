@@ -7,6 +7,7 @@ from typing import Any
 
 from ..setting.stages import Setting
 from ..solution.solution import Solution
+from .descent import End
 
 
 @dataclass
@@ -16,9 +17,9 @@ class Optimum:
     `budgets`: for each budget its text, whether it `binds`, by how much it is exceeded, and its `price`: the multiplier
     mu of d objective + mu d excess = 0, that is the improvement of the objective per unit by which the budget is
     relaxed. `gradient_norm` is what of the gradient (in the descended coordinates, over the size of the objective) the
-    binding budgets leave.
-    `slopes`: total derivatives of the objective by every continuous field. `scanned`: one entry for each choice of the
-    discrete fields, if any were scanned.
+    binding budgets leave. `end` says how the descent ended, `message` in a sentence. `slopes`: total derivatives of the
+    objective by every continuous field. `scanned`: one entry for each choice of the discrete fields, if any were
+    scanned.
     """
 
     over: tuple[str, ...]
@@ -31,6 +32,7 @@ class Optimum:
     solves: int
     converged: bool
     message: str
+    end: End
     path: list[dict[str, float]] = field(default_factory=list)
     slopes: dict[str, float] = field(default_factory=dict)
     budgets: list[dict[str, Any]] = field(default_factory=list)

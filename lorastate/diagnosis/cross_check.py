@@ -21,6 +21,7 @@ from ..evolution.order import decode
 from ..math.quadrature import over_replicas
 from ..math.second_opinion import anderson
 from ..setting.stages import Setting
+from ..solution.adapted import AdaptedLayer
 from ..solution.gradients import OBJECTIVES, check_objective, evaluated, total_slopes
 from ..solution.problem import Problem
 from ..solution.solve import solve_alone
@@ -53,7 +54,7 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
         x, left = anderson(lambda x, pre: _map_image(x, pre, nodes.pretraining), x0, here.pre)
         fine, frozen = here.fine, here.frozen(x)
         y, left_too = anderson(lambda y, args: _lora_image(y, args, nodes.finetuning), y0, (fine, frozen))
-        found = OBJECTIVES[of](fine, frozen, ft.order_at(fine, y), nodes.finetuning_test)
+        found = OBJECTIVES[of](AdaptedLayer(here.pre, fine, frozen, ft.order_at(fine, y)), x, nodes)
         return found, jnp.stack([left, left_too])
 
     (other, residual), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(params)

@@ -19,8 +19,9 @@ from ..math.fixed_point import Method, Rules, iterate
 from ..math.quadrature import Nodes, Slots, nested_nodes
 from ..model.channel.frozen_map import FrozenMap
 from ..runtime.program import Program
-from ..setting.stages import Finetuning
-from ..solution.finetuning import lora_error, lora_overlap
+from ..setting.stages import Finetuning, Pretraining
+from ..solution.adapted import AdaptedLayer, layer_error
+from ..solution.finetuning import lora_overlap
 from ..solution.nodes import test_nodes
 from ..solution.solution import Solution
 from .thresholds import frozen_map, order_of
@@ -48,7 +49,7 @@ def breaking_error(solution: Solution) -> dict[str, float] | None:
             ft.node_dimension(fine), _NODES, 2, numerics.seed, ft.mirrored(fine), ft.node_order(fine), _PART,
             fine.rank * fine.tokens, _SAMPLES[:levels],
         )  # fmt: skip
-        values, code = _at_fixed_breaking(fine, frozen, nodes, test, start)
+        values, code = _at_fixed_breaking(solution.setting.pretraining, fine, frozen, nodes, test, start)
         return dict(zip(_NAMES, map(float, values), strict=True)) if bool(succeeded(code)) else None
 
     order = order_of(solution, "finetuning")
@@ -67,7 +68,9 @@ _NAMES = ("m", "q", "overlap", "test_error", "free_energy")
 
 
 @Program
-def _at_fixed_breaking(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, test: Nodes | None, start: Order):
+def _at_fixed_breaking(
+    pre: Pretraining, fine: Finetuning, frozen: FrozenMap, nodes: Nodes, test: Nodes | None, start: Order
+):
     """`_NAMES` of the solution near `start`, with its breaking parameters, and the result code."""
     nodes, levels, x = ft.prepare(fine, frozen, nodes), start.levels, start.encode()
     method = Method(tolerance=1e-4, max_steps=60, burn_in=12, damping=0.5, floor=1e-2)
@@ -82,7 +85,7 @@ def _at_fixed_breaking(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, test: 
         along.overlap,
         along.norm(ft.TEACHER_SIZE),
         lora_overlap(fine, found),
-        lora_error(fine, frozen, found, test),
+        layer_error(AdaptedLayer(pre, fine, frozen, found), test),
         ft.free_energy(fine, found, averages),
     )
     return values, point.code

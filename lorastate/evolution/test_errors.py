@@ -1,10 +1,12 @@
 """Test errors: expectations over fresh inputs, with no inner minimisation in them (arXiv:2606.05899).
 
-    E  = E || sigma(Omega) - sigma(Y) ||_F^2                               pre-training
-    E' = E || sigma(Z_W + omega omega^T) - sigma(Y0 + chi* chi*^T) ||_F^2  fine-tuning, omega in R^{T x r}
+    E  = E || sigma(Omega) - sigma(Y) ||_F^2                                 pre-training
+    E' = E || sigma(Z_W + c omega omega^T) - sigma(Y0 + chi* chi*^T) ||_F^2  fine-tuning, omega in R^{T x r}
+         E || sigma(Z_W + c omega omega^T) - sigma(Y) ||_F^2                 what fine-tuning makes of E
 
-Labels are noisy. The identity has closed forms. For a row-wise activation all rows contribute the same. Given the
-updates chi*_1 and omega_1 of one token the first row of (Y', Z') is Gaussian: with b over the other tokens
+Labels are noisy; c is the factor that the update is applied with. The identity has closed forms. For a row-wise
+activation all rows contribute the same. Given the updates chi*_1 and omega_1 of one token the first row of (Y', Z') is
+Gaussian: with b over the other tokens
 
     Y'_11 = |chi*_1|^2 + sqrt(2) y_1,   Y'_1b = chi*_1 . chi*_b + y_b,   Z' alike,
     cov(Y'_1b, Z'_1b) = C + [[|chi*_1|^2, chi*_1 . m omega_1], [., omega_1 . q omega_1]],   C = [[size, M], [M, Q]]
@@ -28,7 +30,7 @@ from .order import Order, directions, matched, per_row, student_field
 def node_dimension(activation: Activation, tokens: int, ranks: tuple[int, int] = (1, 1)) -> int:
     """Normal dimensions of a test expectation: chi*, g (of one token where a row is enough), then the two fields.
 
-    `ranks` = (r, r*) of the update and of its teacher. The nodes of pre-training leave those of an update alone.
+    `ranks` = (r, r*) of the update and of its teacher. E of pre-training leaves those of an update alone.
     """
     if isinstance(activation, Identity):
         return 0
@@ -38,54 +40,87 @@ def node_dimension(activation: Activation, tokens: int, ranks: tuple[int, int] =
 
 
 def finetuning_error(
-    activation: Activation, tokens: int, label_size, overlap, norm, lora: Order | None, nodes: Any,
-    ranks: tuple[int, int] = (1, 1),
+    activation: Activation, tokens: int, label_size, overlap, norm, lora: Order, nodes: Any,
+    ranks: tuple[int, int] = (1, 1), factor: Any = 1.0,
 ):  # fmt: skip
-    """E' for label size Q0 + delta'/2, map overlap M and norm Q; `lora` is (v, m, q), or None for w = 0.
+    """E' for label size Q0 + delta'/2, map overlap M and norm Q; `lora` is (v, m, q), `factor` the c on w w^T.
 
     `ranks` = (r, r*); `nodes` is one replica, or None for the identity, where Gaussian moments give
 
-        E' = (1 + 1/T) (label_size - 2 M + Q) + [(T+1) (r* + Tr q^2 - 2 Tr m m^T) + (r* - Tr q)^2] / T,  q0 = 1.
+        E' = (1 + 1/T) (label_size - 2 M + Q)
+             + [(T+1) (r* + c^2 Tr q^2 - 2 c Tr m m^T) + (r* - c Tr q)^2] / T,   q0 = 1.
     """
-    t, (rank, teacher_rank) = tokens, ranks
+    law, (rank, along) = (label_size, overlap, norm), ranks
     if isinstance(activation, Identity):
-        gap = label_size - 2 * overlap + norm
-        if lora is None:
-            trace = cross = square = 0.0
-        else:
-            n, q = directions(rank, teacher_rank), lora.norm(1.0)
-            trace, square, cross = jnp.sum(n * q), jnp.sum(n * q**2), jnp.sum(n * lora.overlap**2)
-        return (1 + 1 / t) * gap + ((t + 1) * (teacher_rank + square - 2 * cross) + (teacher_rank - trace) ** 2) / t
-    x, count = nodes.normal, 1 if activation.rowwise else t
-    begin, end = teacher_rank * count, (teacher_rank + rank) * count
-    chi, g, fields = x[:begin], x[begin:end], x[end:]
-    omega = jnp.zeros_like(g)
-    if lora is not None:
-        base, scale = student_field(lora, chi, len(g), 1.0)
-        omega = base + scale * g
+        return _identity_error(tokens, law, lora, ranks, factor, True)
+    count = 1 if activation.rowwise else tokens
+    rows, along = rank * count, along * count
+    chi, g = nodes.normal[:along], nodes.normal[along : along + rows]
+    base, scale = student_field(lora, chi, rows, 1.0)
+    m, q = (per_row(v, along, rows) for v in (lora.overlap, lora.norm(1.0)))
+    return _error(activation, tokens, law, (chi, base + scale * g), (m, q), factor, nodes)
+
+
+def forgetting_error(
+    activation: Activation, tokens: int, label_size, overlap, norm, lora: Order, nodes: Any,
+    ranks: tuple[int, int] = (1, 1), factor: Any = 1.0,
+):  # fmt: skip
+    """E || sigma(Z_W + c omega omega^T) - sigma(Y) ||_F^2: the adapted layer on the labels of pre-training, which know
+    nothing of w*; arguments as in `finetuning_error`, with the label size Q0 + delta/2 and the nodes of pre-training.
+
+    Identity: (1 + 1/T) (label_size - 2 M + Q) + c^2 [(T+1) Tr q^2 + (Tr q)^2] / T, for rank one c^2 (T+2) q^2 / T.
+    """
     law = (label_size, overlap, norm)
-    if activation.rowwise:
-        sizes = jnp.sum(chi**2, 0), jnp.sum(omega**2, 0)
-        zero = jnp.zeros_like(sizes[0])
-        update = (sizes[0], zero, zero)
-        if lora is not None:
-            m, q = (per_row(v, begin, end - begin) for v in (lora.overlap, lora.norm(1.0)))
-            update = (sizes[0], jnp.sum(m * matched(chi, rank) * omega, 0), jnp.sum(q * omega**2, 0))
-        return row_error(activation, t, law, update, sizes, fields, nodes.weight)
-    y, z = joint_fields(activation, t, law, fields)
-    return mean_square_distance(activation, y + gram(chi, t), z + gram(omega, t), nodes.weight)
+    if isinstance(activation, Identity):
+        return _identity_error(tokens, law, lora, ranks, factor, False)
+    count = 1 if activation.rowwise else tokens
+    rows = ranks[0] * count
+    q = per_row(lora.norm(1.0), ranks[1] * count, rows)
+    x = nodes.normal[:rows]
+    return _error(activation, tokens, law, (x[:0], jnp.sqrt(q) * x), (0.0, q), factor, nodes)
 
 
 def pretraining_error(activation: Activation, tokens: int, label_size, overlap, norm, nodes: Any):
     """E of pre-training; identity: (1 + 1/T) (label_size - 2 M + Q). `label_size = Q0` gives the noiseless one."""
     law = (label_size, overlap, norm)
     if isinstance(activation, Identity):
-        return (1 + 1 / tokens) * (label_size - 2 * overlap + norm)
+        return _map_error(tokens, law)
     if activation.rowwise:
-        return row_error(activation, tokens, law, (0.0, 0.0, 0.0), (0.0, 0.0), nodes.normal[2:], nodes.weight)
-    return mean_square_distance(
-        activation, *joint_fields(activation, tokens, law, nodes.normal[2 * tokens :]), nodes.weight
-    )
+        fields = _fields(activation, tokens, nodes)
+        return row_error(activation, tokens, law, (0.0, 0.0, 0.0), (0.0, 0.0), fields, nodes.weight)
+    y, z = joint_fields(activation, tokens, law, _fields(activation, tokens, nodes))
+    return mean_square_distance(activation, y, z, nodes.weight)
+
+
+def _map_error(t: int, law):
+    size, overlap, norm = law
+    return (1 + 1 / t) * (size - 2 * overlap + norm)
+
+
+def _identity_error(t: int, law, lora: Order, ranks: tuple[int, int], c, taught: bool):
+    """From Gaussian moments; `taught`: whether the labels have w* in them."""
+    n, q = directions(*ranks), lora.norm(1.0)
+    teacher, cross = (ranks[1], c * jnp.sum(n * lora.overlap**2)) if taught else (0, 0.0)
+    trace, square = c * jnp.sum(n * q), c**2 * jnp.sum(n * q**2)
+    return _map_error(t, law) + ((t + 1) * (teacher + square - 2 * cross) + (teacher - trace) ** 2) / t
+
+
+def _fields(activation: Activation, tokens: int, nodes: Any):
+    """The last coordinates of the nodes: those of updates come first, however many there are."""
+    return nodes.normal[-node_dimension(activation, tokens, (0, 0)) :]
+
+
+def _error(activation: Activation, t: int, law, updates, moments, c, nodes: Any):
+    """The error with `updates` = (chi*, omega) in the labels and, times c, in the map; `moments` = (m, q) of omega, one
+    number or one for each of its rows. Of one token each where a row is enough."""
+    (chi, omega), (m, q), fields = updates, moments, _fields(activation, t, nodes)
+    if activation.rowwise:
+        sizes = jnp.sum(chi**2, 0), c * jnp.sum(omega**2, 0)
+        cross, square = jnp.sum(m * matched(chi, len(omega)) * omega, 0), jnp.sum(q * omega**2, 0)
+        return row_error(activation, t, law, (sizes[0], c * cross, c**2 * square), sizes, fields, nodes.weight)
+    y, z = joint_fields(activation, t, law, fields)
+    y = y + gram(chi, t) if len(chi) else y
+    return mean_square_distance(activation, y, z + c * gram(omega, t), nodes.weight)
 
 
 def mean_square_distance(activation: Any, y, z, weight):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..bayes.limits import bayes_optimal
 from ..errors import Code
-from ..predictions import axis_label
+from ..predictions import axis_label, stage_and_name
 from ..runtime.program import together
 from ..setting.files import setting_to_dict
 from ..setting.numerics import Numerics
@@ -24,12 +24,15 @@ from .drawing import BAYES, MINIMUM, SYMMETRIC, Training, draw_square, legend_be
 
 #: Numerics of a published figure: a quadrature error of E' of about one per cent, drawn as a band.
 NUMERICS = Numerics(nodes=8192, finetuning_nodes=16384, replicas=8)
-#: Predictions that depend on the solution of fine-tuning, and those that one without symmetry breaking has as well.
-_OF_LORA = _OF_SYMMETRIC = ("test_error", "overlap")
+#: Predictions that a solution without symmetry breaking has as well.
+_OF_SYMMETRIC = ("test_error", "overlap")
+#: Predictions of fine-tuning that do not depend on its solution.
+_OF_MAP = ("test_error_frozen", "forgetting_error_frozen", "effective_noise", "recalibration")
 
 
 def scan(setting: Setting, path: str, values, names, bar=None, symmetric: bool = False) -> list[dict[str, Any]]:
-    """Predictions `names` of the fine-tuning stage along one field: one row a point, None where a solve failed.
+    """Predictions `names` (of fine-tuning, or "pretraining.NAME") along one field: one row a point, None where a solve
+    failed.
 
     `broken` says whether symmetry is, `code` how the solve ended. With `symmetric`, every second point that is broken
     has the replica-symmetric values too, as `Solution.rs`: they cost a solve of their own.
@@ -44,10 +47,11 @@ def scan(setting: Setting, path: str, values, names, bar=None, symmetric: bool =
         row |= {"code": bad[0] if bad else "ok", "broken": None if bad else bool(solution.finetuning["broken"])}
         for name in names:
             # What pre-training alone decides is known even where fine-tuning is not solved.
-            good = not bad or (name not in _OF_LORA and codes["pretraining"] is Code.ok)
-            value = float(solution.finetuning[name])
+            stage, key = stage_and_name(name)
+            good = not bad or ((stage == "pretraining" or name in _OF_MAP) and codes["pretraining"] is Code.ok)
+            value = float(getattr(solution, stage)[key])
             row[name] = value if good and math.isfinite(value) else None
-            row[f"{name}_stderr"] = solution.stderr("finetuning", name) if row[name] is not None else None
+            row[f"{name}_stderr"] = solution.stderr(stage, key) if row[name] is not None else None
         if symmetric and row["broken"] and place % 2 == 0:
             row["rs"] = solution.rs
         return row

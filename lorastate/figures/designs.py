@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,11 @@ def sensitivities(found, optimum, out: Path | str) -> list[Path]:
 def sweep(dataset, out: Path | str, name: str = "finetuning.test_error") -> list[Path]:
     """A swept prediction over one axis (with error bars), or two: lines where one has few values, else a map.
 
-    Axes with a single value are left out; with three or more others there is no picture and no file.
+    Axes with a single value are left out; with three or more others there is no picture and no file. Of a curve of
+    optima: the fields there as well (see `optima`).
     """
+    if "optimum.converged" in dataset:
+        return optima(dataset, out, name)
     values, (stage, key) = dataset[name].squeeze(), name.split(".", 1)
     if values.ndim not in (1, 2) or not np.any(np.isfinite(values)):
         return []
@@ -102,4 +106,35 @@ def sweep(dataset, out: Path | str, name: str = "finetuning.test_error") -> list
             axes.set(**{f"{which}scale": "log"})
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
+    return save_pictures(figure, Path(out), "sweep")
+
+
+def optima(dataset, out: Path | str, name: str = "finetuning.test_error") -> list[Path]:
+    """A curve of optima: a prediction there and every field that was descended, over the last axis; a line for every
+    value of the others. Over an axis "numerics.seed" the mean, with its standard error. No picture of a grid without
+    numbers on its last axis."""
+    found = dataset.where(dataset["optimum.converged"] == 1)
+    *others, x = [d for d in found.dims if d != "numerics.seed"]
+    if found[x].dtype.kind not in "iuf":
+        return []
+    names = [name, *(v for v in found if v.startswith("optimum.") and v.count(".") > 1)]
+    figure, panels = side_by_side(len(names), 4.2 * len(names), 3.8)
+    for axes, variable in zip(panels, names, strict=True):
+        values = found[variable]
+        bars = found[f"{name}_stderr"] if variable == name else values * 0
+        if "numerics.seed" in values.dims:
+            bars = values.std("numerics.seed", ddof=1) / math.sqrt(values.sizes["numerics.seed"])
+            values = values.mean("numerics.seed")
+        for place in itertools.product(*(range(values.sizes[d]) for d in others)):
+            here = dict(zip(others, place, strict=True))
+            label = ", ".join(f"{d} = {found[d].values[k]}" for d, k in here.items())
+            line, bar = values.isel(here), bars.isel(here)
+            axes.errorbar(found[x], line, bar, fmt="o-", ms=3.5, lw=1.4, capsize=2, label=label or None)
+        log = np.all(found[x] > 0) and found[x].size > 2
+        label = axis_label(name) if variable == name else variable.removeprefix("optimum.")
+        axes.set(
+            xlabel=x, ylabel=label, xscale="log" if log else "linear", yscale="linear" if variable == name else "log"
+        )
+    if others:
+        panels[0].legend(fontsize=8)
     return save_pictures(figure, Path(out), "sweep")

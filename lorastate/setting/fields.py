@@ -112,6 +112,7 @@ FIELDS: tuple[Field, ...] = (
     Field("finetuning.rho", "inputs.rho", _option("rho"), 1.0, _selected_alpha("pool")),
     Field("finetuning.pool", "inputs.pool", _option("pool"), moves=_selected_alpha("rho")),
     Field("finetuning.recalibration", "recalibration.b", lambda stage: isinstance(stage.recalibration, FixedScale)),
+    Field("finetuning.adapter_factor"),
 )  # fmt: skip
 BY_PATH = {field.path: field for field in FIELDS}
 

@@ -117,6 +117,8 @@ class Finetuning(eqx.Module):
     "fresh"; "reused" (`label_noise` "same" or "fresh"); "mixed" (`reused_fraction`, `label_noise`); "selected" (`rho`,
     `pool`, `score` "frobenius" or "without_shift"; alpha is then rho pool); "bayes_optimal". `recalibration` = the
     factor b on the frozen map, or "noise" (the b that minimises Delta_eff) or "error" (the b that minimises E').
+    `adapter_factor` = the factor c on w w^T once it is trained: training knows nothing of it, test errors do. (A factor
+    s in training is none of this model's fields, because it is a ridge: of lam / s, and w of sqrt(s) w.)
     """
 
     alpha: Any
@@ -126,12 +128,13 @@ class Finetuning(eqx.Module):
     tokens: Any = eqx.field(static=True, default=None)
     inputs: Inputs = Fresh()
     recalibration: Recalibration = FixedScale(1.0)
+    adapter_factor: Any = 1.0
     rank: int = eqx.field(static=True, default=1)
     teacher_rank: int = eqx.field(static=True, default=1)
 
     def __init__(
         self, alpha=None, lam=None, delta=None, activation=None, tokens=None, inputs: Any = "fresh", beta=None,
-        recalibration: Any = 1.0, rank: Any = 1, teacher_rank: Any = 1, **options,
+        recalibration: Any = 1.0, rank: Any = 1, teacher_rank: Any = 1, adapter_factor: Any = 1.0, **options,
     ):  # fmt: skip
         require_float64()
         self.inputs = as_inputs(inputs, options)
@@ -154,6 +157,8 @@ class Finetuning(eqx.Module):
         self.activation = None if activation is None else as_activation("finetuning", activation, beta, unsaid=None)
         self.tokens = None if tokens is None else whole("finetuning.tokens", tokens, 2, 8)
         self.recalibration = as_recalibration(recalibration)
+        where = "finetuning.adapter_factor"
+        self.adapter_factor = real(where, adapter_factor, "adapter_factor >= 0", 0.0, closed=True)
         self.rank = whole("finetuning.rank", rank, 1, MAX_RANK)
         self.teacher_rank = whole("finetuning.teacher_rank", teacher_rank, 1, MAX_RANK)
 
@@ -214,6 +219,7 @@ class Setting(eqx.Module):
             tokens=pre.tokens if fine.tokens is None else fine.tokens,
             inputs=fine.inputs.after(pre),
             recalibration=fine.recalibration,
+            adapter_factor=fine.adapter_factor,
             rank=fine.rank,
             teacher_rank=fine.teacher_rank,
         )

@@ -1,4 +1,4 @@
-"""What is measured after training: test errors on fresh inputs, overlaps, and the rank of the learned map."""
+"""What is measured after training: errors on fresh inputs, overlaps, and the rank of the learned map."""
 
 from __future__ import annotations
 
@@ -11,29 +11,62 @@ import numpy as np
 from .samples import draw_batch, lora_update, preactivation, square
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
-def test_errors(key, stage, base, learned, lora, tokens: int, samples: int):
-    """Two errors on fresh inputs, chunk by chunk so that memory is bounded.
-
-    Without `lora`: of sigma(Z_W) against sigma(Y) and against sigma(Z*). With `lora` = (w*, w), both against
-    sigma(Y'): of sigma(Z_W + chi chi^T) and of sigma(Z_W).
-    """
-    dimension, sigma = base.shape[0], stage.activation
-    chunk = min(max(2_000_000 // (dimension * tokens), 50), samples)
+def _mean(errors, key, base, delta, tokens: int, samples: int):
+    """Mean over fresh inputs of `errors(inputs, labels)`, sums over a batch, chunk by chunk: memory is bounded."""
+    chunk = min(max(2_000_000 // (base.shape[0] * tokens), 50), samples)
     chunks = -(-samples // chunk)
 
     def one(total, keys):
-        inputs, labels = draw_batch(keys[0], keys[1], base, stage.delta, tokens, chunk)
-        frozen = preactivation(inputs, learned)
-        if lora is None:
-            pairs = (frozen, labels), (frozen, preactivation(inputs, base))
-        else:
-            labels = labels + lora_update(inputs, lora[0])
-            pairs = (frozen + lora_update(inputs, lora[1]), labels), (frozen, labels)
-        return total + jnp.stack([square(sigma(out) - sigma(label)) for out, label in pairs]), None
+        return total + errors(*draw_batch(keys[0], keys[1], base, delta, tokens, chunk)), None
 
-    total, _ = jax.lax.scan(one, jnp.zeros(2), jax.random.split(key, (chunks, 2)))
+    keys = jax.random.split(key, (chunks, 2))
+    first = jax.eval_shape(lambda k: one(0.0, k)[0], keys[0])
+    total, _ = jax.lax.scan(one, jnp.zeros(first.shape), keys)
     return total / (chunk * chunks)
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
+def map_errors(key, pre, base, learned, tokens: int, samples: int):
+    """Errors of sigma(Z_W) on fresh inputs, against sigma(Y) and against sigma(Z*)."""
+    sigma = pre.activation
+
+    def errors(inputs, labels):
+        out = sigma(preactivation(inputs, learned))
+        return jnp.stack([square(out - sigma(label)) for label in (labels, preactivation(inputs, base))])
+
+    return _mean(errors, key, base, pre.delta, tokens, samples)
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
+def adapted_errors(key, stage, base, learned, w, teacher, factors, tokens: int, samples: int):
+    """Errors of sigma(Z_W + c chi chi^T) on fresh inputs, one for each of the factors c, against the labels of a stage:
+    with chi* chi*^T of the `teacher` of the update or, if that is None, without."""
+    sigma = stage.activation
+
+    def errors(inputs, labels):
+        frozen, update = preactivation(inputs, learned), lora_update(inputs, w)
+        target = sigma(labels if teacher is None else labels + lora_update(inputs, teacher))
+        return jax.lax.map(lambda c: square(sigma(frozen + c * update) - target), factors)
+
+    return _mean(errors, key, base, stage.delta, tokens, samples)
+
+
+#: c q at which E' is measured for its minimum in c.
+FACTORS = np.geomspace(1e-3, 8.0, 45)
+
+
+def best_factor(factors, errors) -> tuple[float, float]:
+    """(c, E'(c)) at the lowest minimum of E', a polynomial in log c between neighbours; NaN where it is at an end."""
+    k = int(np.argmin(errors))
+    if not (2 <= k < len(errors) - 2 and np.all(np.isfinite(errors))):
+        return np.nan, np.nan
+    near = slice(k - 2, k + 3)
+    curve = np.polynomial.Polynomial.fit(np.log(factors[near]), errors[near], 4)
+    places = np.append(curve.deriv().roots(), np.log(factors[k]))
+    places = places[np.isreal(places)].real
+    inside = places[(places >= np.log(factors[k - 1])) & (places <= np.log(factors[k + 1]))]
+    place = min(inside, key=curve)
+    return float(np.exp(place)), float(curve(place))
 
 
 def overlaps(student, teacher, dimension: int) -> tuple[float, float, float]:

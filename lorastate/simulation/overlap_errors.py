@@ -21,9 +21,11 @@ def overlap_error(fine: Finetuning, frozen: FrozenMap, m, q, nodes: Any):
     """E' of an update with m = w^T w*/D (r, r*) and q = w^T w/D (r, r), any matrices, on fresh inputs.
 
     As `test_errors.finetuning_error`, which has symmetric m and q, on the same nodes (one replica; None for the
-    identity): chi*_a is standard normal and omega_a = m chi*_a + (q - m m^T)^{1/2} g_a.
+    identity): chi*_a is standard normal and omega_a = m chi*_a + (q - m m^T)^{1/2} g_a. The factor c on the update is
+    one on w of sqrt(c).
     """
     frozen, t = frozen.scaled(fine.scale(frozen)), fine.tokens
+    m, q = jnp.sqrt(fine.adapter_factor) * m, fine.adapter_factor * q
     assert t is not None
     rank, teacher_rank = m.shape
     law = (frozen.Q0 + fine.delta / 2, frozen.overlap, frozen.norm)

@@ -32,9 +32,12 @@ class Simulation(Runs):
     `map_start_spread` = (highest - lowest)/lowest loss that they end at. Fine-tuning: `m` = |w.w*|/D (the
     sign of w is free; without recovery m is of order D^(-1/2), not 0), `q` = |w|^2/D, `overlap` = |w.w*|/(|w||w*|),
     `train_loss` = L'/D, `train_error` without the penalty, `test_error` = E||sigma(Z_W + chi chi^T) -
-    sigma(Y')||_F^2 on fresh inputs, `test_error_frozen` = the same at w = 0. For higher ranks `m` is the mean
-    singular value of w^T w*/D, `q` the mean size of the columns of w that go with it, `q_spare` that of the others
-    (r > r*), `overlap` = ||w^T w*||_F / sqrt(||w^T w||_F ||w*^T w*||_F). With r < r* training prefers the larger
+    sigma(Y')||_F^2 on fresh inputs with c chi chi^T where there is an `adapter_factor` c, `test_error_frozen` = the
+    same at w = 0, `best_adapter_factor` and `test_error_best_factor` = the c that is best for it and what it is there,
+    `forgetting_error` = E||sigma(Z_W + c chi chi^T) - sigma(Y)||_F^2 of the adapted layer on the inputs that
+    `test_error` of pre-training is measured on, `forgetting_error_frozen` = the same at w = 0. For higher ranks `m` is
+    the mean singular value of w^T w*/D, `q` the mean size of the columns of w that go with it, `q_spare` that of the
+    others (r > r*), `overlap` = ||w^T w*||_F / sqrt(||w^T w||_F ||w*^T w*||_F). With r < r* training prefers the larger
     singular values of w*: a bias of order D^(-1/2) where it is otherwise 1/D. Source of the model:
     arXiv:2606.05899.
 

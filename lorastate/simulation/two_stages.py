@@ -15,7 +15,7 @@ from ..math.lbfgs import Minimum, minimise
 from ..setting.stages import Setting
 from ..validation import whole
 from .losses import finetuning_loss, finetuning_penalty, pretraining_loss, pretraining_penalty
-from .measures import lora_overlaps, overlaps, rank_fraction, test_errors
+from .measures import FACTORS, adapted_errors, best_factor, lora_overlaps, map_errors, overlaps, rank_fraction
 from .recalibration import theory_scale
 from .result import Simulation, SimulationInterrupted, collected
 from .samples import Batch, draw_batch, draw_matrix, draw_wishart, lora_update, preactivation, stream
@@ -82,10 +82,28 @@ def _train_map(pre: Any, sizes: Sizes, key, starts: int) -> _Trained:
     row["M_down"] = overlaps(learned, base, D)[0]
     row["eigenvalues"] = np.asarray(jnp.linalg.eigvalsh(learned))
     row["rank_fraction"] = rank_fraction(row["eigenvalues"])
-    row["test_error"], row["test_error_noiseless"] = test_errors(
-        stream(key, "test"), pre, task, learned, None, pre.tokens, sizes.test_samples
+    row["test_error"], row["test_error_noiseless"] = map_errors(
+        stream(key, "test"), pre, task, learned, pre.tokens, sizes.test_samples
     )
     return _Trained(World(key, base, task, learned, batch), found, row)
+
+
+def _adapted_errors(world: World, pre: Any, fine: Any, w, teacher, samples: int) -> dict[str, float]:
+    """Errors of the adapted layer on fresh inputs of both tasks, those of pre-training the ones that E is measured on,
+    and the factor on the update that is best for E'."""
+    c, size = float(fine.adapter_factor), float(jnp.max(jnp.sum(w**2, 0))) / len(w)
+    frozen, tried = fine.recalibration.b * world.learned, FACTORS / (size if size > 1e-12 else 1.0)
+    given = fine, world.base, frozen, w, teacher, jnp.array([c, 0.0, *tried])
+    applied, alone, *errors = np.asarray(
+        adapted_errors(stream(world.key, "lora_test"), *given, tokens=fine.tokens, samples=samples)
+    )
+    best, lowest = best_factor(tried, np.array(errors)) if size > 1e-12 else (np.nan, alone)
+    given = pre, world.task, frozen, w, None, jnp.array([c, 0.0])
+    old = adapted_errors(stream(world.key, "test"), *given, tokens=pre.tokens, samples=samples)
+    return {
+        "test_error": applied, "test_error_frozen": alone, "best_adapter_factor": best,
+        "test_error_best_factor": lowest, "forgetting_error": float(old[0]), "forgetting_error_frozen": float(old[1]),
+    }  # fmt: skip
 
 
 def _fingerprint(pre, sizes: Sizes, key, starts: int) -> tuple:
@@ -105,7 +123,7 @@ def _one_run(setting: Setting, sizes: Sizes, key, starts: int, map_starts: int, 
     if name not in memory:
         memory[name] = _train_map(pre, sizes, key, map_starts)
     world, found, row = memory[name]
-    row, base, learned = dict(row), world.base, world.learned
+    row = dict(row)
     teacher = jax.random.normal(stream(key, "lora_teacher"), (D, fine.teacher_rank))
     bar.update()
 
@@ -115,11 +133,7 @@ def _one_run(setting: Setting, sizes: Sizes, key, starts: int, map_starts: int, 
     bar.update()
 
     bar.set_postfix_str("measuring")
-    lora_row |= lora_overlaps(w, teacher)
-    frozen = fine.recalibration.b * learned
-    lora_row["test_error"], lora_row["test_error_frozen"] = test_errors(
-        stream(key, "lora_test"), fine, base, frozen, (teacher, w), fine.tokens, sizes.test_samples
-    )
+    lora_row |= lora_overlaps(w, teacher) | _adapted_errors(world, pre, fine, w, teacher, sizes.test_samples)
     bar.update()
     row |= {"code": found.code, "steps": found.steps, "seconds": time.perf_counter() - began}
     lora_row |= {"code": best.code if found.code == Code.ok else Code.upstream, "steps": best.steps}

@@ -11,26 +11,15 @@ import numpy as np
 from ..errors import succeeded
 from ..evolution import finetuning as ft
 from ..evolution.order import SPREAD_FLOOR, Order, directions, from_norm
-from ..evolution.test_errors import finetuning_error
 from ..math.implicit import nan_slope
-from ..math.quadrature import Nodes, in_blocks, mean
+from ..math.quadrature import in_blocks, mean
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.stages import Finetuning
+from .adapted import LIVE, STENCIL, AdaptedLayer, errors_at, minimum, near_minimum
 from .pretraining import FirstStage, map_errors
 from .problem import Problem
-from .stage import (
-    Solved,
-    Stage,
-    attached,
-    averaged,
-    averages,
-    error_bars,
-    final_status,
-    response_gap,
-    status_of,
-    test_errors,
-)
+from .stage import Solved, Stage, attached, averages, error_bars, final_status, response_gap, status_of, test_errors
 
 
 class LoraStage(Stage):
@@ -38,6 +27,9 @@ class LoraStage(Stage):
 
     fine: Finetuning
     frozen: FrozenMap
+    #: For test errors: pre-training, and a c very near the one that is best for E'.
+    pre: Any = None
+    best_factor: Any = None
 
     def outer(self, x):
         return ft.order_at(self.fine, x).levels
@@ -72,13 +64,20 @@ class LoraStage(Stage):
         return nodes, ft.refresh_inner(fine, frozen, ft.order_at(fine, x), nodes, inner, steps)
 
     def test_errors(self, x, nodes):
-        return lora_errors(self.fine, self.frozen, ft.order_at(self.fine, x), nodes)
+        layer, (of_lora, of_map) = AdaptedLayer(self.pre, self.fine, self.frozen, ft.order_at(self.fine, x)), nodes
+        c = jnp.asarray(self.fine.adapter_factor)
+        factors = jnp.stack([c, jnp.zeros_like(c)])  # at w = 0 as well
+        best = self.best_factor * (1 + STENCIL)
+        return {
+            "test_error": errors_at(layer, of_lora, jnp.concatenate([factors, best])),
+            "forgetting_error": jax.vmap(lambda c: layer.forgetting_error(of_map, c))(factors),
+        }
 
     def predictions(self, x, averages, errors):
         fine, frozen, order = self.fine, self.frozen, ft.order_at(self.fine, x)
         (a, gap), q0 = averages, ft.TEACHER_SIZE
         c, norms = ft.conjugates(fine, order, a), order.norms(q0)
-        live = norms[-1] > _LIVE
+        live = norms[-1] > LIVE
         phi = ft.free_energy(fine, order, a)
         m, p, q = (jnp.where(live, v, 0.0) for v in (order.overlap, norms[0], norms[-1]))
         none, broken = jnp.full((), jnp.nan), jnp.array(False)
@@ -87,14 +86,19 @@ class LoraStage(Stage):
             broken = jnp.any(order.spread[0] ** 2 > _APART * norms[-1])  # otherwise all minima are one
             breaking = jnp.where(broken, order.breaking[0], none)
             complexity = jnp.where(broken, order.breaking[0] ** 2 * ft.energy_slopes(fine, order, a)[0], none)
+        (best, lowest), adapted = minimum(self.best_factor, errors["test_error"][2:]), jnp.max(norms[-1]) > LIVE
         hats = {"qhat": c.qhat, "mhat": c.mhat, "lhat": c.lhat}
         return {
             **_by_direction({"v": order.response, "m": m, "p": p, "q": q, **hats}),
             "overlap": lora_overlap(fine, order),
             "train_loss": phi,
             "train_error": train_error(fine, order, c, a),
-            "test_error": errors[0],
-            "test_error_frozen": errors[1],
+            "test_error": errors["test_error"][0],
+            "test_error_frozen": errors["test_error"][1],
+            "best_adapter_factor": jnp.where(adapted, best, none),
+            "test_error_best_factor": jnp.where(adapted, lowest, errors["test_error"][1]),
+            "forgetting_error": errors["forgetting_error"][0],
+            "forgetting_error_frozen": errors["forgetting_error"][1],
             "effective_noise": fine.effective_noise(frozen),
             "recalibration": fine.scale(frozen),
             "free_energy": phi,
@@ -112,8 +116,6 @@ class LoraStage(Stage):
         return jnp.concatenate([jnp.ravel(v) for v in (jnp.log(order.response), order.overlap, norms[0], norms[-1])])
 
 
-#: |w|^2 / D below which the update counts as zero.
-_LIVE = 1e-12
 #: (q - p)/q that counts as zero: it is of the order of the square of ten times the share of nodes with two wells that
 #: does not break the symmetry.
 _APART = 1e-4
@@ -123,7 +125,7 @@ def lora_overlap(fine: Finetuning, order: Order):
     """o_w = ||m||_F / sqrt(||q||_F ||q0 1||_F), for rank one m / sqrt(q q0); NaN where the update is zero."""
     n, k = directions(fine.rank, fine.teacher_rank), min(fine.rank, fine.teacher_rank)
     size = jnp.sqrt(jnp.sum(n * order.norm(ft.TEACHER_SIZE) ** 2))
-    live = size > _LIVE
+    live = size > LIVE
     most = jnp.sqrt(k * jnp.where(live, size, 1.0) * (ft.TEACHER_SIZE * np.sqrt(fine.teacher_rank)))
     return jnp.where(live, jnp.sum(n * order.overlap) / most, jnp.nan)
 
@@ -172,20 +174,6 @@ def lora_order(values: dict[str, Any]) -> Order:
     return order._replace(spread=(jnp.sqrt(jnp.maximum(q - p, SPREAD_FLOOR**2)),), breaking=(values["breaking"],))
 
 
-def lora_errors(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes | None):
-    """(E', E' at w = 0) on one part of the nodes."""
-    # Test inputs are fresh, whatever the fine-tuning inputs were; the factor on the map stays.
-    frozen, order = frozen.scaled(fine.scale(frozen)), order.merged
-    common = (fine.activation, fine.tokens, frozen.Q0 + fine.delta / 2, frozen.overlap, frozen.norm)
-    ranks = fine.rank, fine.teacher_rank
-    return finetuning_error(*common, order, nodes, ranks), finetuning_error(*common, None, nodes, ranks)
-
-
-def lora_error(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes | None):
-    """E' alone, the mean over replicas."""
-    return averaged(lambda n: lora_errors(fine, frozen, order, n)[0], nodes)
-
-
 # ---- description -----------------------------------------------------------------------------------------------
 
 
@@ -225,11 +213,13 @@ class Answer(NamedTuple):
 def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage) -> dict[str, Any]:
     """Predictions of fine-tuning on the branch that was taken, with their derivatives."""
     solved = second.solved
-    stage = LoraStage(problem.fine, problem.frozen(first.x))
+    frozen, nodes = problem.frozen(first.x), problem.nodes
+    at = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse)
+    best = near_minimum(AdaptedLayer(*problem.stages, frozen, ft.order_at(problem.fine, at)), nodes.finetuning_test)
+    stage = LoraStage(problem.fine, frozen, problem.pre, best)
     const = problem.nodes_at(solved.point.x, second.found), solved.inner
-    x = attached(stage, solved, const, jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse))
-    errors = test_errors(stage, x, problem.nodes.finetuning_test)
-    values = stage.predictions(x, mean(averages(stage, x, *const)), errors)
+    x = attached(stage, solved, const, at)
+    values = stage.predictions(x, mean(averages(stage, x, *const)), test_errors(stage, x, nodes.tests))
     return {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
 
 
@@ -240,9 +230,9 @@ def quadrature_errors(problem: Problem, first: FirstStage, second: SecondStage, 
     of_map, map_x = map_errors(problem, first)
 
     def make(map_x):
-        return LoraStage(problem.fine, problem.frozen(map_x))
+        return LoraStage(problem.fine, problem.frozen(map_x), problem.pre, values["best_adapter_factor"])
 
-    nodes, test = problem.nodes_at(solved.point.x, second.found), problem.nodes.finetuning_test
+    nodes, test = problem.nodes_at(solved.point.x, second.found), problem.nodes.tests
     of_lora, _ = error_bars(make, solved, nodes, test, problem.numerics.replicas, values, map_x)
     return of_map, of_lora
 

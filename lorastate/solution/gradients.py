@@ -20,17 +20,27 @@ from ..model.channel.recalibration import LeastError
 from ..setting.fields import BY_PATH, Field, fields
 from ..setting.paths import replace
 from ..setting.stages import Setting
-from .finetuning import SecondStage, lora_error, lora_overlap
-from .pretraining import FirstStage
+from .adapted import AdaptedLayer, best_factor, layer_error
+from .finetuning import SecondStage, lora_overlap
+from .pretraining import FirstStage, MapStage
 from .problem import Problem
 from .solve import Solves, failure, solve_alone
+from .stage import averaged, test_errors
 
-#: Objectives by name, each to be minimised, as functions of the stage, the frozen map, the order parameters of
-#: fine-tuning and the test nodes.
+#: Objectives by name, each to be minimised, as functions of the adapted layer, the order parameters of pre-training (in
+#: the solver's coordinates) and the nodes. Names without a stage are those of fine-tuning.
 OBJECTIVES = {
-    "test_error": lora_error,
-    "effective_noise": lambda fine, frozen, order, nodes: fine.effective_noise(frozen),
-    "overlap": lambda fine, frozen, order, nodes: -lora_overlap(fine, order),
+    "test_error": lambda layer, x, nodes: layer_error(layer, nodes.finetuning_test),
+    "effective_noise": lambda layer, x, nodes: layer.fine.effective_noise(layer.frozen),
+    "overlap": lambda layer, x, nodes: -lora_overlap(layer.fine, layer.order),
+    "forgetting_error": lambda layer, x, nodes: averaged(
+        lambda n: layer.forgetting_error(n, layer.fine.adapter_factor), nodes.pretraining_test
+    ),
+    # Stationary in c, which need not be differentiated.
+    "test_error_best_factor": lambda layer, x, nodes: layer_error(
+        layer, nodes.finetuning_test, best_factor(layer, nodes.finetuning_test)
+    ),
+    "pretraining.test_error": lambda layer, x, nodes: test_errors(MapStage(layer.pre), x, nodes.pretraining_test)[0],
 }
 
 
@@ -56,8 +66,9 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
         return ft.step(y, lora(*given), (prepared, inner))
 
     def value(y, x, params):
-        fine, frozen = lora(x, params)
-        return OBJECTIVES[objective](fine, frozen, ft.order_at(fine, y), nodes.finetuning_test)
+        here = problem.at(eqx.combine(params, rest))
+        layer = AdaptedLayer(*here.stages, here.frozen(x), ft.order_at(here.fine, y))
+        return OBJECTIVES[objective](layer, x, nodes)
 
     each = jax.tree_util.tree_map
     dx = sensitivity(map_step, x, params, first.solved.inner)
@@ -125,7 +136,10 @@ def evaluated(setting: Setting, objective: str, found: Solves) -> Point:
 
 
 def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
-    """Value of a prediction ("test_error", "effective_noise", "overlap") and its derivative by every continuous field.
+    """Value of a prediction and its derivative by every continuous field.
+
+    `of` is "test_error" (E'), "test_error_best_factor" (E' with the best factor on the update), "forgetting_error" (the
+    adapted layer on the labels of pre-training), "effective_noise", "overlap" or "pretraining.test_error" (E).
 
     Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
     the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.

@@ -26,8 +26,9 @@ DEEP, _MORE = 0.4, 4
 
 
 class NodeSets(NamedTuple):
-    """Quadrature nodes of each expectation; None where a closed form needs none. `broken`: those of fine-tuning with
-    samples inside, for steps of symmetry breaking. `seed`: of all of them, an array."""
+    """Quadrature nodes of each expectation; None where a closed form needs none. `pretraining_test` serves errors on
+    the labels of pre-training after an update as well. `broken`: those of fine-tuning with samples inside, for steps of
+    symmetry breaking. `seed`: of all of them, an array."""
 
     pretraining: Nodes | None
     pretraining_test: Nodes | None
@@ -35,6 +36,11 @@ class NodeSets(NamedTuple):
     finetuning: Any = None
     finetuning_test: Nodes | None = None
     broken: Nodes | None = None
+
+    @property
+    def tests(self) -> tuple[Nodes | None, Nodes | None]:
+        """Those of errors on the labels of fine-tuning, and of pre-training."""
+        return self.finetuning_test, self.pretraining_test
 
     @property
     def pretraining_alone(self) -> NodeSets:
@@ -46,9 +52,9 @@ def node_sets(pre: Pretraining, fine: Finetuning | None, numerics: Numerics) -> 
     """The node sets of a setting (cached: they depend on static fields only), but for `broken`; without `fine` those of
     pre-training."""
     of_map = _plain(pt.node_dimension(pre), numerics.nodes, numerics, 0, _MAP_PART)
-    map_test = _plain(
-        node_dimension(pre.activation, pre.tokens), 2 * numerics.finetuning_nodes, numerics, 10**6, _TEST_PART
-    )
+    # With two columns for an update at least: low ranks have the same nodes, and those of pre-training alone.
+    d = node_dimension(pre.activation, pre.tokens, (2 if fine is None else max(fine.rank, 2), 0))
+    map_test = _plain(d, 2 * numerics.finetuning_nodes, numerics, 10**6, _TEST_PART)
     nodes = NodeSets(of_map, map_test, np.array(numerics.seed))
     if fine is None:
         return nodes

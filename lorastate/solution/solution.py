@@ -37,8 +37,10 @@ class Solution(eqx.Module):
     is above a thousandth the loss of pre-training has many minima, which this theory takes for one.
 
     finetuning: v, m, q, qhat, mhat, lhat; overlap = m / sqrt(q q0); train_loss = free_energy (L' / D, penalty included)
-    and train_error; test_error (E'), test_error_frozen (E' at w = 0); effective_noise (Delta_eff); replicon (of
-    smooth nodes); double_well_share (share of nodes whose inner problem has two minima).
+    and train_error; test_error (E'), test_error_frozen (E' at w = 0); best_adapter_factor (the c on w w^T that is best
+    for E') and test_error_best_factor (E' with it); forgetting_error (the adapted layer on the labels of pre-training,
+    whose error before is its test_error) and forgetting_error_frozen; effective_noise (Delta_eff); replicon (of smooth
+    nodes); double_well_share (share of nodes whose inner problem has two minima).
 
     For higher ranks v, m, q, ... are the entries of the matrices (`lora_matrices`) in the directions along the
     teacher's and, for r > r*, v_spare, q_spare, qhat_spare, lhat_spare those in the others; overlap = ||m||_F /
@@ -54,6 +56,11 @@ class Solution(eqx.Module):
     errors: dict[str, dict[str, Any]]
     status: dict[str, dict[str, Any]]
     branches: Branches
+
+    @property
+    def values(self) -> dict[str, dict[str, Any]]:
+        """The predictions of both stages, by stage and name."""
+        return {"pretraining": self.pretraining, "finetuning": self.finetuning}
 
     @property
     def test_error(self):
@@ -159,7 +166,7 @@ class Solution(eqx.Module):
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: predictions, their quadrature errors and the status; None where undefined, and of a
         stage that failed."""
-        out = _summary({"pretraining": self.pretraining, "finetuning": self.finetuning}, self.errors, self.status)
+        out = _summary(self.values, self.errors, self.status)
         good = self.code("finetuning") is Code.ok
         return out | {"symmetry": self.symmetry if good else None}
 

@@ -48,8 +48,8 @@ class Stage(eqx.Module):
         """One part of the nodes and its inner minimisers, found for a point very near this one, brought up to date."""
 
     @abc.abstractmethod
-    def test_errors(self, x, nodes: Nodes | None):
-        """Test errors on one part of their nodes; from closed forms without."""
+    def test_errors(self, x, nodes: Any) -> Any:
+        """Test errors on one part of their nodes (a tree of `Nodes`, as many parts each); from closed forms without."""
 
     @abc.abstractmethod
     def predictions(self, x, averages, errors) -> dict[str, Any]:
@@ -83,14 +83,19 @@ def averages(stage: Stage, x, nodes: Nodes, inner):
     return over_replicas(lambda n, w: stage.part(x, n, w), nodes, inner)
 
 
-def test_errors(stage: Stage, x, nodes: Nodes | None):
+def test_errors(stage: Stage, x, nodes: Any):
     """`Stage.test_errors`, the mean over replicas."""
     return averaged(lambda n: stage.test_errors(x, n), nodes)
 
 
 def averaged(f, nodes):
-    """Mean over replicas of `f(replica)`; `f(None)` where a closed form needs no nodes."""
-    return f(None) if nodes is None else mean(over_replicas(f, nodes))
+    """Mean over replicas of `f(replica)`, of a tree of `Nodes`; as they are where closed forms need none."""
+    return mean(over_replicas(f, nodes)) if _some(nodes) else f(nodes)
+
+
+def _some(nodes: Any) -> list[Nodes]:
+    """The node sets of a tree, without what is None."""
+    return [n for n in jax.tree_util.tree_leaves(nodes, lambda n: isinstance(n, Nodes)) if isinstance(n, Nodes)]
 
 
 def response_gap(hess, scale, along: int):
@@ -127,9 +132,7 @@ class Bars(NamedTuple):
     shift: Any
 
 
-def error_bars(
-    make, solved: Solved, nodes: Nodes, test: Nodes | None, replicas: int, values: dict[str, Any], *upstream
-):
+def error_bars(make, solved: Solved, nodes: Nodes, test: Any, replicas: int, values: dict[str, Any], *upstream):
     """`Bars` of a stage from the spread over replicas, and the order parameters (R, n) of each.
 
     Replica r would solve x = F_r(x). One step with the Jacobian of all replicas takes it there to first order,
@@ -143,10 +146,10 @@ def error_bars(
     def errors_at(n, x, *upstream):
         return make(*upstream).test_errors(x, n)
 
-    if test is None:
-        errors = jax.vmap(lambda *given: errors_at(None, *given))(xs, *upstream)
+    if not (sets := _some(test)):
+        errors = jax.vmap(lambda *given: errors_at(test, *given))(xs, *upstream)
     else:
-        of_parts = over_replicas(errors_at, test, *for_parts((xs, *upstream), test))
+        of_parts = over_replicas(errors_at, test, *for_parts((xs, *upstream), sets[0]))
         errors = by_replica(of_parts, replicas)
 
     def predictions(x, a, e, *upstream):

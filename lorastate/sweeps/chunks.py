@@ -86,14 +86,22 @@ def _rows(settings: Sequence[Setting], found: Solves, objective: str | None) -> 
     rows = []
     for k, setting in enumerate(settings):
         answer, slope = jax.tree_util.tree_map(lambda a, k=k: a[k], (answers, slopes))
-        row, solved = {}, {stage: succeeded(int(answer.status[stage]["code"])) for stage in STAGES}
-        for stage in STAGES:
-            for name, value in answer.values[stage].items():
-                pair = (value, answer.errors[stage][name]) if solved[stage] else (math.nan, math.nan)
-                row[f"{stage}.{name}"], row[f"{stage}.{name}_stderr"] = map(float, pair)
-            row |= {f"{stage}.{k}": float(answer.status[stage][k]) for k in ("code", "residual", "rate", "steps")}
+        row = columns_of(answer.values, answer.errors, answer.status)
         if objective is not None:
-            sign = (-1.0 if objective == "overlap" else 1.0) if all(solved.values()) else math.nan
+            solved = all(succeeded(int(row[f"{stage}.code"])) for stage in STAGES)
+            sign = (-1.0 if objective == "overlap" else 1.0) if solved else math.nan
             row |= {GRADIENT + p: sign * s for p, s in gradients.total_slopes(setting, slope).items()}
         rows.append(row)
     return rows
+
+
+def columns_of(values, errors, status) -> dict[str, float]:
+    """Every prediction of both stages with its error bar, and the status, by column: NaN of a stage that failed."""
+    row = {}
+    for stage in STAGES:
+        solved = succeeded(int(status[stage]["code"]))
+        for name, value in values[stage].items():
+            pair = (value, errors[stage][name]) if solved else (math.nan, math.nan)
+            row[f"{stage}.{name}"], row[f"{stage}.{name}_stderr"] = map(float, pair)
+        row |= {f"{stage}.{k}": float(status[stage][k]) for k in ("code", "residual", "rate", "steps")}
+    return row

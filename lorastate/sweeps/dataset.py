@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._version import __version__
+from ..design.descent import End
 from ..errors import Code, succeeded
 from ..predictions import prediction
 from ..setting.files import setting_to_dict
 from ..setting.stages import Setting
 from .chunks import GRADIENT, STAGES
+from .optima import OPTIMUM
 
 if TYPE_CHECKING:
     import xarray
@@ -37,7 +39,7 @@ def labelled(
     dims, variables = tuple(axes), {}
     for k, name in enumerate(columns):
         values, attributes = table[:, k].reshape(shape), _attributes(name, gradient)
-        if name.endswith((".code", ".steps")):
+        if name.endswith((".code", ".steps", "optimum.end", "optimum.solves")):
             values = np.where(np.isfinite(values), values, -1).astype(np.int32)
         variables[name] = (dims, values, attributes)
     attributes = {
@@ -52,6 +54,8 @@ def labelled(
 def _attributes(name: str, gradient: str | None) -> dict[str, Any]:
     if name.startswith(GRADIENT):
         return {"long_name": f"derivative of {gradient} by {name.removeprefix(GRADIENT)}"}
+    if name.startswith(OPTIMUM):
+        return _optimum_attributes(name.removeprefix(OPTIMUM))
     stage, key = name.split(".")
     if key == "code":
         values, words = np.array(list(Code), np.int32), " ".join(c.name for c in Code)
@@ -61,8 +65,23 @@ def _attributes(name: str, gradient: str | None) -> dict[str, Any]:
     return {"long_name": meaning if plain == key else f"quadrature standard error of: {meaning}"}
 
 
+def _optimum_attributes(name: str) -> dict[str, Any]:
+    if name == "end":
+        return {
+            "long_name": "how the descent ended; -1 not done",
+            "flag_values": np.arange(len(End), dtype=np.int32), "flag_meanings": " ".join(e.name for e in End),
+        }  # fmt: skip
+    meanings = {
+        "gradient_norm": "norm of the gradient in logarithms of the fields, over the size of the objective",
+        "converged": "1 where the descent ended in an optimum, else 0",
+        "solves": "solves that the descent took",
+    }
+    return {"long_name": meanings.get(name, f"{name} at the optimum")}
+
+
 def summary(dataset: xarray.Dataset) -> dict[str, Any]:
-    """How many points there are and were not solved, why, and where E' is lowest."""
+    """How many points there are and were not solved, why, where E' is lowest, and how many are no optimum, if that is
+    what was looked for (else None)."""
     codes = {stage: dataset[f"{stage}.code"].values.ravel() for stage in STAGES}
     failed = np.zeros(codes["pretraining"].size, bool)
     reasons: dict[str, int] = {}
@@ -80,4 +99,6 @@ def summary(dataset: xarray.Dataset) -> dict[str, Any]:
         here = {p: int(k.values) for p, k in where.items()}
         stderr = float(dataset["finetuning.test_error_stderr"].isel(here))
         best = {"at": at, "test_error": float(error.isel(here)), "stderr": stderr}
-    return {"points": int(failed.size), "failed": int(failed.sum()), "codes": reasons, "best": best}
+    found = {"points": int(failed.size), "failed": int(failed.sum()), "codes": reasons, "best": best}
+    converged = dataset.get(f"{OPTIMUM}converged")
+    return found | {"no_optimum": None if converged is None else int((converged.values != 1.0).sum())}

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +33,7 @@ from .chunks import GRADIENT, chosen_devices, kind, lanes_on, run
 from .dataset import labelled
 from .grid import plain_axes, points
 from .journal import Alive, Journal, held, write_whole
+from .optima import Descents
 
 if TYPE_CHECKING:
     import xarray
@@ -60,6 +61,8 @@ def sweep(
     *,
     out: str | os.PathLike[str] | None = None,
     gradient: str | None = None,
+    optimize: Sequence[str] = (),
+    minimize: str = "test_error",
     devices: Any = None,
     chunk: int | None = None,
     progress: bool = False,
@@ -71,6 +74,12 @@ def sweep(
     `Solution`, "..._stderr" for their quadrature errors, and "STAGE.code", "residual", "rate", "steps" for the solves
     (`Code`; predictions of a failed stage are NaN). `gradient` = "test_error", "effective_noise" or "overlap" adds
     "gradient.PATH", its derivative by every continuous field. Axes may be numbers or words (activation, inputs).
+
+    With `optimize`, fields that are not axes, every point is an optimum: they are descended as `optimize` does it to
+    where `minimize` is lowest, from the optimum of the point before, one after the other on one device. Predictions are
+    those at the optimum; "optimum.PATH" are the fields there, "optimum.gradient_norm" the norm of its gradient,
+    "optimum.converged" whether it is an optimum, "optimum.end" how the descent ended and "optimum.solves" the number of
+    solves. With an axis "numerics.seed" their spread over the seeds is the error bar of the fields.
 
     With `out`, a directory, finished points are written at once and `sweep.nc` at the end: after any interruption the
     same call goes on. One with another setting or another version of this package is refused, as is a second one at the
@@ -86,9 +95,9 @@ def sweep(
     """
     require_float64()
     axes = plain_axes(setting, grid)
-    _check_options(gradient, chunk, out)
+    _check_options(gradient, optimize, chunk, out)
     chosen = chosen_devices(devices)
-    task = _task(setting, axes, gradient)
+    task = _task(setting, axes, gradient, Descents.of(optimize, minimize, axes) if len(optimize) else None)
     most = -(-max(map(len, task.kinds.values())) // jax.process_count())
     mesh, lanes = Mesh(np.array(chosen), ("lane",)), lanes_on(chosen, chunk, most)
     # What is traced is made for these devices.
@@ -100,9 +109,11 @@ def sweep(
     return data
 
 
-def _check_options(gradient: str | None, chunk: int | None, out: Any) -> None:
+def _check_options(gradient: str | None, optimize: Sequence[str], chunk: int | None, out: Any) -> None:
     if gradient is not None:
         gradients.check_objective(gradient)
+        if len(optimize):
+            raise SettingError(f"gradient = {gradient!r} has no meaning beside optimize; allowed: one of them")
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise SettingError(f"chunk = {chunk!r} is out of range; allowed: a whole number of at least 1")
     if jax.process_count() > 1 and out is None:
@@ -111,32 +122,63 @@ def _check_options(gradient: str | None, chunk: int | None, out: Any) -> None:
 
 class _Task(NamedTuple):
     """What is to be done: the `points` of the grid, the numbers of those that go through the same program (`kinds`),
-    and the columns of derivatives (`slopes`), of fields that some points have."""
+    and the columns that only some points have (`more`): derivatives by their fields. `descents`: what is descended at
+    every point, if anything."""
 
     setting: Setting
     axes: dict[str, list[Any]]
     gradient: str | None
     points: list[dict[str, Any]]
     kinds: dict[Any, list[int]]
-    slopes: list[str]
+    more: list[str]
+    descents: Descents | None
 
     def at(self, index: int) -> Setting:
         return replace_all(self.setting, self.points[index])
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(map(len, self.axes.values()))
 
-def _task(setting: Setting, axes: dict[str, list[Any]], gradient: str | None) -> _Task:
+    def share(self, process: int, processes: int) -> list[int]:
+        """The points of a process. Descents that follow one another along the last axis are those of one."""
+        together = 1 if self.descents is None else self.shape[-1]
+        return [i for i in range(len(self.points)) if i // together % processes == process]
+
+    def chunks(self, indices: Iterable[int], lanes: int) -> Iterator[list[int]]:
+        """Points that are done together, of those in `indices`: of one kind, or one descent at a time."""
+        left = set(indices)
+        if self.descents is not None:
+            yield from ([index] for index in sorted(left))
+            return
+        for alike in self.kinds.values():
+            mine = [index for index in alike if index in left]
+            for k in range(0, len(mine), lanes):
+                yield mine[k : k + lanes]
+
+    def found(self, indices: list[int], columns: list[str], rows, mesh: Mesh, lanes: int) -> list[dict[str, float]]:
+        """The rows of these points; `columns` and `rows` of those that are done."""
+        if self.descents is None:
+            return run([self.at(i) for i in indices], self.gradient, mesh, lanes)
+        near = (self.descents.neighbour(i, self.shape, columns, rows) for i in indices)
+        return [self.descents.row(self.at(i), fields) for i, fields in zip(indices, near, strict=True)]
+
+
+def _task(setting: Setting, axes: dict[str, list[Any]], gradient: str | None, descents: Descents | None) -> _Task:
     """All points, so that a bad one is found before any is solved."""
-    task = _Task(setting, axes, gradient, points(axes), {}, [])
-    slopes: dict[str, None] = {}
+    task = _Task(setting, axes, gradient, points(axes), {}, [], descents)
+    more: dict[str, None] = dict.fromkeys(descents.columns if descents else ())
     for index in range(len(task.points)):
         at = task.at(index)
         same = kind(at)
+        if descents is not None:
+            descents.check(at)
         if same not in task.kinds and gradient is not None:
             if gradients.searches_scale(at):
                 gradients.only_of_error(gradient)
-            slopes |= dict.fromkeys(GRADIENT + p for p in continuous_fields(at))
+            more |= dict.fromkeys(GRADIENT + p for p in continuous_fields(at))
         task.kinds.setdefault(same, []).append(index)
-    return task._replace(slopes=list(slopes))
+    return task._replace(more=list(more))
 
 
 @contextlib.contextmanager
@@ -147,6 +189,7 @@ def _opened(out: str | os.PathLike[str] | None, task: _Task) -> Iterator[Journal
         return
     folder, process = Path(out), jax.process_index()
     about = {"source": SOURCE, "gradient": task.gradient, "grid": task.axes, "setting": description(task.setting)}
+    about |= {"descents": task.descents and task.descents._asdict()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(held(folder, process))
         journal = Journal(folder, json.loads(json.dumps(about)), process)
@@ -161,15 +204,21 @@ def _finished(
     """Columns, and values by number, of every point: those of a former run, this process's share, and the others'."""
     process, processes, total = jax.process_index(), jax.process_count(), len(task.points)
     columns, rows = journal.rows() if journal else ([], {})
-    mine = {k: [i for i in v if i % processes == process and i not in rows] for k, v in task.kinds.items()}
-    share = sum(i % processes == process for i in range(total))
-    left = sum(map(len, mine.values()))
-    bar = tqdm(total=share, initial=share - left, desc="sweep", unit="point", disable=not progress, smoothing=0.1)
+    share = task.share(process, processes)
+    mine = [i for i in share if i not in rows]
+    bar = tqdm(
+        total=len(share),
+        initial=len(share) - len(mine),
+        desc="sweep",
+        unit="point",
+        disable=not progress,
+        smoothing=0.1,
+    )
     with bar:
         try:
-            for indices in _chunks(mine, lanes):
-                found = run([task.at(i) for i in indices], task.gradient, mesh, lanes)
-                columns = columns or [*(c for c in found[0] if c not in task.slopes), *task.slopes]
+            for indices in task.chunks(mine, lanes):
+                found = task.found(indices, columns, rows, mesh, lanes)
+                columns = columns or [*(c for c in found[0] if c not in task.more), *task.more]
                 values = (np.array([row.get(c, np.nan) for c in columns]) for row in found)
                 new = dict(zip(indices, values, strict=True))
                 rows |= new
@@ -180,22 +229,16 @@ def _finished(
                 columns, rows = journal.rows()
                 if process == 0 and len(rows) < total:
                     bar.total = total
-                    columns, rows = _await(journal, total, processes, patience, bar)
+                    columns, rows = _await(task, journal, processes, patience, bar)
         except KeyboardInterrupt:
             raise SweepInterrupted(len(rows), total, journal.out if journal else None) from None
     return columns, rows
 
 
-def _chunks(kinds: Mapping[Any, list[int]], lanes: int) -> Iterator[list[int]]:
-    for indices in kinds.values():
-        for k in range(0, len(indices), lanes):
-            yield indices[k : k + lanes]
-
-
-def _await(journal: Journal, total: int, processes: int, patience: float, bar) -> tuple[list[str], dict]:
+def _await(task: _Task, journal: Journal, processes: int, patience: float, bar) -> tuple[list[str], dict]:
     """All points, once the other processes have finished theirs."""
     seen: dict[int, tuple[str, float]] = {}
-    columns, rows, size = [], {}, -1
+    columns, rows, size, total = [], {}, -1, len(task.points)
     while True:
         if size != journal.size():  # sizes only: reading all points twice a second would be work in vain
             size = journal.size()
@@ -209,7 +252,7 @@ def _await(journal: Journal, total: int, processes: int, patience: float, bar) -
             beat = file.read_text() if file.exists() else ""
             if other not in seen or seen[other][0] != beat:
                 seen[other] = beat, time.monotonic()
-            share = range(other, total, processes)
+            share = task.share(other, processes)
             if time.monotonic() - seen[other][1] <= patience or all(i in rows for i in share):
                 continue
             columns, rows = journal.rows()  # sizes may be old news on a disk of the net, files that are opened are not

@@ -23,7 +23,8 @@ class FrozenMap(NamedTuple):
 
     def scaled(self, b) -> FrozenMap:
         """The map b S as test inputs see it: (M, Q) -> (b M, b^2 Q)."""
-        return self._replace(overlap=b * self.overlap, norm=b**2 * self.norm)
+        of_label = None if self.label_overlap is None else b * self.label_overlap
+        return self._replace(overlap=b * self.overlap, norm=b**2 * self.norm, label_overlap=of_label)
 
 
 def learned_map(pre, order, downstream: Any = None) -> FrozenMap:
