@@ -38,16 +38,16 @@ class Search(NamedTuple):
     starts: Any
 
 
-_LAST, _ESCAPE, _FREE, _BACK = 1, 2, 3, 4
+_LAST, _ESCAPE, _FREE, _LOWER, _BACK = 1, 2, 3, 4, 5
 
 
 def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     """(rules, kind, branch) of every stage of a search: both starts on a part of the nodes, there once more from a cold
     search, both on all of the nodes, and away from a solution that repels.
 
-    With breaking y is on hold at first, and set free on the first nodes, then on all. phi is so flat in it that on some
-    nodes the maximum cannot be told from their noise: then all goes back to hold, and what that does to the rest is
-    part of the error bars.
+    With breaking y is on hold at first, and set free on the first nodes, if need be once more from lower down, then on
+    all. phi is so flat in it that on some nodes the maximum cannot be told from their noise: then all goes back to
+    hold, and what that does to the rest is part of the error bars.
     """
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
@@ -64,7 +64,8 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     if levels:
         loose, free = (r._replace(hold=False, index=(r.index[0], False), max_steps=_TRIES) for r in (again, refined))
         kinds.append((again, _ESCAPE, 0))
-        kinds += [(rules, kind, k) for rules, kind in ((loose, _FREE), (free, _LAST), (refined, _BACK)) for k in (0, 1)]
+        rest = (loose, _FREE), (loose, _LOWER), (free, _LAST), (refined, _BACK)
+        kinds += [(rules, kind, k) for rules, kind in rest for k in (0, 1)]
     else:
         kinds += [(refined, _LAST, 0), (refined, _LAST, 1)]
     kinds.append((refined._replace(settle=0.0), _ESCAPE, 0))
@@ -72,8 +73,9 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     return stacked(rules), jnp.array(which), jnp.array(branch)
 
 
-#: Steps in which y has to find its place.
-_TRIES = 14
+#: Steps in which y has to find its place; how much lower, in log y, it begins the second time: far above the maximum
+#: phi bends the other way.
+_TRIES, _DOWN = 14, 1.0
 #: Distance in (m, q) below which two solutions on the first nodes are one, without and with breaking (y is flat there);
 #: relative difference of free energies on them from which on the higher branch is not refined.
 _SAME, _CLEARLY = (0.02, 0.04), 0.01
@@ -116,7 +118,7 @@ def _needless(search: Search, s: _Progress, kind, k):
     # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
-    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | ((kind == _BACK) & ~found.stale[k])
+    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | ((kind >= _LOWER) & ~found.stale[k])
     if search.alone:
         skip = skip | ((kind > 0) & _clearly_rough(s.memory, found.row))
     return skip, refining & s.above[k]
@@ -149,11 +151,12 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         rules, kind, k = rules_kind_branch
         s = _compared(fine, search, s, kind, k)
         found, (skip, higher) = s.found, _needless(search, s, kind, k)
-        escape, free = kind == _ESCAPE, (kind == _FREE) | ((kind == _LAST) & (search.levels > 0))
+        escape, free = kind == _ESCAPE, (kind == _FREE) | (kind == _LOWER) | ((kind == _LAST) & (search.levels > 0))
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
+        lower = found.x[k].at[len(found.x[k]) - search.levels :].add(jnp.where(kind == _LOWER, -_DOWN, 0.0))
         # NaN stops at once.
-        x0 = jnp.where(skip | higher, jnp.nan, jnp.where(escape, pushed(fine, found.x[k]), found.x[k]))
+        x0 = jnp.where(skip | higher, jnp.nan, jnp.where(escape, pushed(fine, lower), lower))
         point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
         failed = free & (point.code != Code.ok)
         kept = higher | (skip & (kind != _LAST)) | failed | (escape & ~jnp.all(jnp.isfinite(point.x)))
