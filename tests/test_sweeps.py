@@ -386,11 +386,12 @@ def test_sizes_that_lag_are_no_death(solved, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "rows", lambda: next(reads, (columns, rows)))
     monkeypatch.setattr(journal, "size", lambda: 1)
     bar = SimpleNamespace(n=0, refresh=lambda: None)
-    assert sweeps._await(journal, 18, 2, 0.0, bar) == (columns, rows)
+    task = SimpleNamespace(points=range(18), share=lambda process, processes: range(process, 18, processes))
+    assert sweeps._await(task, journal, 2, 0.0, bar) == (columns, rows)
     lost = {index: values for index, values in rows.items() if index != 3}
     monkeypatch.setattr(journal, "rows", lambda: (columns, lost))
     with pytest.raises(ls.SweepIncomplete, match=r"process 1 of 2 .* 1 of its points are missing; 17 of 18"):
-        sweeps._await(journal, 18, 2, 0.0, bar)
+        sweeps._await(task, journal, 2, 0.0, bar)
 
 
 def test_axes_of_the_command_line():
