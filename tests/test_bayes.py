@@ -81,7 +81,7 @@ def test_own_activations_that_hide_more_are_refused(activation):
 def test_own_softmax_on_the_best_map_is_softmax():
     def setting(activation):
         stages = pre(activation=activation, tokens=2), ls.Finetuning(3.0, 1.0, inputs="bayes_optimal")
-        return ls.Setting(*stages, ls.Numerics(nodes=1024, finetuning_nodes=4096, replicas=4, symmetry="rs"))
+        return ls.Setting(*stages, ls.Numerics(nodes=1024, finetuning_nodes=16384, replicas=4, symmetry="rs"))
 
     (mine, slopes), (theirs, known) = (
         (ls.predict(setting(a)), ls.gradient(setting(a))[1]) for a in (OWN["softmax"], "softmax")
@@ -92,7 +92,7 @@ def test_own_softmax_on_the_best_map_is_softmax():
     sharp, wanted = (ls.gradient(setting(a), of="effective_noise")[1] for a in (OWN["softmax"], "softmax"))
     for path in ("pretraining.alpha", "pretraining.delta", "pretraining.kappa0"):
         assert sharp[path] == pytest.approx(wanted[path], rel=1e-8)
-        assert slopes[path] == pytest.approx(known[path], rel=0.1, abs=5e-3)
+        assert slopes[path] == pytest.approx(known[path], rel=0.06, abs=5e-3)
 
 
 @pytest.mark.parametrize(("kappa0", "s"), [(0.3, 0.05), (1.0, 0.5), (2.0, 3.0)])

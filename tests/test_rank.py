@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orders import order_for
 
 import lorastate as ls
 from lorastate.bayes.finetuning import bayes_optimal_finetuning, weak_recovery_threshold
@@ -97,12 +98,6 @@ def test_the_search_finds_the_global_minimum():
 
 
 # ---- E'
-
-
-def order_for(rank, teacher_rank):
-    if rank <= teacher_rank:
-        return from_norm(*map(jnp.asarray, (0.3, 0.6, 0.7)), 1.0)
-    return from_norm(*map(jnp.asarray, ([0.3, 0.5], [0.6, 0.0], [0.7, 0.4])), 1.0)
 
 
 @pytest.mark.parametrize(
