@@ -45,6 +45,8 @@ _NAMES = {
     "simulation.simulate": "simulate",
     "simulation.result": "Simulation SimulationInterrupted",
     "simulation.channel_result": "ChannelSimulation",
+    "verification.verify": "verify VerificationInterrupted",
+    "verification.result": "Verification",
     "errors": "SettingError SolveError Code",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -13,7 +13,8 @@ LAYERS = [
     names.split()
     for names in (
         "_version errors", "validation", "predictions", "runtime", "math", "model", "setting", "evolution", "bayes",
-        "solution", "design simulation diagnosis practice", "sweeps", "figures", "cli", "__init__ __main__",
+        "solution", "design simulation diagnosis practice", "sweeps", "verification", "figures", "cli",
+        "__init__ __main__",
     )
 ]  # fmt: skip
 

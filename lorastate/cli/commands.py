@@ -14,6 +14,7 @@ from .practice import Practice
 from .predict import Explain, Gradient, Predict
 from .simulate import Simulate
 from .sweep import Sweep
+from .verify import Verify
 
 Command = (
     Annotated[Predict, subcommand("predict")]
@@ -22,6 +23,7 @@ Command = (
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Simulate, subcommand("simulate")]
+    | Annotated[Verify, subcommand("verify")]
     | Annotated[Figure, subcommand("figure")]
     | Annotated[Practice, subcommand("practice")]
 )

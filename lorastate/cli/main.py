@@ -1,4 +1,5 @@
-"""The command line: `lorastate predict | optimize | gradient | sweep | explain | simulate | figure | practice`.
+"""The command line: `lorastate predict | optimize | gradient | sweep | explain | simulate | verify | figure |
+practice`.
 
 Results go to stdout; messages and progress bars to stderr. Exit codes: 0 when the answer is right, 2 for bad
 input, 3 for a solve that failed. Whatever imports JAX is imported inside the commands: `--help` is fast.

@@ -249,6 +249,32 @@ def channel_tables(compared: Mapping[str, Any]) -> str:
     return "\n".join([table(head, rows), told] + ([compared["verdict"] + "\n"] if compared["verdict"] else []))
 
 
+def verification_tables(found: Any) -> str:
+    """Every quantity of each way of training, and the verdict."""
+    from ..verification.result import WAYS
+
+    head = ("theory", "+- quadrature", "D -> infinity", "+- stderr", "gap", "off", "slope", "from D", "")
+    tables = []
+    for way, title in WAYS.items():
+        rows = [
+            (
+                prediction(row.stage, row.name).symbol,
+                number(row.theory), bar(row.theory_error), number(row.law.limit), bar(row.law.limit_error),
+                f"{row.gap:+.1f}", f"{100 * row.share:+.2f} %" if row.theory else "",
+                number(row.law.slope, 3), str(row.law.smallest), row.verdict,
+            )
+            for row in found.rows
+            if row.way == way
+        ]  # fmt: skip
+        if not rows:
+            continue
+        runs = ", ".join(f"{n} at D = {d}" for d, n in found.runs[way].items())
+        tables.append(table((title[0].upper() + title[1:], *head), rows))
+        failed = f", {found.failed[way]} of which failed and are left out" if found.failed[way] else ""
+        tables.append(f"Runs: {runs}{failed}.\n")
+    return "\n".join([*tables, found.verdict])
+
+
 def sweep_lines(found: Mapping[str, Any]) -> str:
     lines = [f"{found['points']} points, {found['failed']} of them not solved"]
     for reason, count in found["codes"].items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from .designs import optimization, sensitivities, sweep
 from .drawing import Training
+from .evidence import verification
 from .maps import phase, rank, spectrum
 from .published import figure1, figure2, figure3, figure4, figure5, figure6
 
@@ -20,5 +21,5 @@ FIGURES: dict[str, Any] = {
 
 __all__ = [
     "FIGURES", "Training", "figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "optimization", "phase",
-    "rank", "sensitivities", "spectrum", "sweep",
+    "rank", "sensitivities", "spectrum", "sweep", "verification",
 ]  # fmt: skip

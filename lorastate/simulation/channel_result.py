@@ -84,8 +84,8 @@ class ChannelSimulation(Runs):
         )
 
 
-def collected(options: dict[str, Any], seed: int, outcomes: list[dict]) -> ChannelSimulation:
-    """The result of the runs, from what is kept of each."""
+def collected(options: dict[str, Any], begin: tuple[int, int], outcomes: list[dict]) -> ChannelSimulation:
+    """The result of the runs from `begin` = (seed, first run) on, from what is kept of each."""
 
     def of_search(k: int) -> dict[str, np.ndarray]:
         names = outcomes[0]["searches"][k]
@@ -93,7 +93,7 @@ def collected(options: dict[str, Any], seed: int, outcomes: list[dict]) -> Chann
 
     return ChannelSimulation(
         **options,
-        seeds=tuple((seed, run) for run in range(len(outcomes))),
+        seeds=tuple((begin[0], begin[1] + run) for run in range(len(outcomes))),
         searches={search: of_search(k) for k, search in enumerate(SEARCHES)},
         random_loss=np.array([run["random"]["train_loss"] for run in outcomes]),
         random_overlap=np.array([run["random"]["overlap"] for run in outcomes]),

@@ -84,20 +84,20 @@ def channel_samples(fine: Any, dimension: int, starts: int = 6) -> int:
 
 
 def train_on_channel(
-    setting: Setting, *, dimension: int = 600, runs: int = 4, seed: int = 0, starts: int = 6, moves: int = 10,
-    progress: bool = False,
+    setting: Setting, *, dimension: int = 600, runs: int = 4, seed: int = 0, first: int = 0, starts: int = 6,
+    moves: int = 10, progress: bool = False,
 ) -> ChannelSimulation:  # fmt: skip
     """Trains fine-tuning alone, on the law that the theory assumes; `ChannelSimulation` says what is measured.
 
     `starts` random starts a run (beside w* and two points near it), then `moves` times from the lowest random minimum
-    and from the lowest of all: perturb, descend, keep what is lower. Run r depends on (seed, r) and on the sizes, not
-    on `runs`. Needs the first stage only: raises `SolveError` where that cannot be solved, `SettingError` on bad input.
+    and from the lowest of all: perturb, descend, keep what is lower. The runs are `first`, `first` + 1,
+    ...; run r depends on (seed, r) and on the sizes alone. Needs the first stage only: raises `SolveError` where that cannot be solved, `SettingError` on bad input.
     Ctrl-C after at least one run raises `SimulationInterrupted`, which carries the finished runs.
     """
     fine: Any = setting.finetuning_resolved
     dimension, runs = whole("dimension", dimension, 10, 10_000), whole("runs", runs, 1, 10_000)
     seed, starts = whole("seed", seed, 0, 2**32 - 1), whole("starts", starts, 1, 100)
-    moves = whole("moves", moves, 0, 1000)
+    moves, first = whole("moves", moves, 0, 1000), whole("first", first, 0, 2**31)
     samples = channel_samples(fine, dimension, starts)
     solved = pretrain(setting.pretraining, setting.numerics, throw=fine.inputs.needs_map)
     if isinstance(fine.recalibration, LeastError):  # the only b that needs all of the theory
@@ -110,11 +110,11 @@ def train_on_channel(
     total = runs * (INFORMED + starts + 2 * moves)
     try:
         with tqdm(total=total, disable=not progress, desc="simulate", unit="descent") as bar:
-            for run in range(runs):
+            for run in range(first, first + runs):
                 key = jax.random.fold_in(jax.random.key(seed), run)
                 outcomes.append(_one_run(fine, frozen, nodes, dimension, samples, key, starts, moves, bar))
     except KeyboardInterrupt:
         if not outcomes:
             raise
-        raise SimulationInterrupted(collected(options, seed, outcomes)) from None
-    return collected(options, seed, outcomes)
+        raise SimulationInterrupted(collected(options, (seed, first), outcomes)) from None
+    return collected(options, (seed, first), outcomes)

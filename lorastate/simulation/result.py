@@ -75,8 +75,8 @@ class SimulationInterrupted(KeyboardInterrupt):
         super().__init__(f"{len(finished.seeds)} runs are complete")
 
 
-def collected(setting: Setting, sizes: Sizes, seed: int, outcomes: list[tuple[dict, dict]]) -> Simulation:
-    """The result of the runs, from the rows of both stages of each."""
+def collected(setting: Setting, sizes: Sizes, begin: tuple[int, int], outcomes: list[tuple[dict, dict]]) -> Simulation:
+    """The result of the runs from `begin` = (seed, first run) on, from the rows of both stages of each."""
     rows = {stage: [outcome[i] for outcome in outcomes] for i, stage in enumerate(NAMES)}
 
     def table(stage: str) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def collected(setting: Setting, sizes: Sizes, seed: int, outcomes: list[tuple[di
     return Simulation(
         setting,
         sizes,
-        seeds=tuple((seed, run) for run in range(len(outcomes))),
+        seeds=tuple((begin[0], begin[1] + run) for run in range(len(outcomes))),
         pretraining=table("pretraining"),
         finetuning=table("finetuning"),
         eigenvalues=np.stack([row["eigenvalues"] for row in rows["pretraining"]]),

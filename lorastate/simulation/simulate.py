@@ -18,7 +18,7 @@ STAGES = {"both": ("map_starts", "test_samples", "memory"), "finetuning": ("move
 @overload
 def simulate(
     setting: Setting, *, stage: Literal["both"] = "both", dimension: int | None = None, runs: int = 4, seed: int = 0,
-    starts: int | None = None, map_starts: int | None = None, test_samples: int | None = None, progress: bool = False,
+    first: int = 0, starts: int | None = None, map_starts: int | None = None, test_samples: int | None = None, progress: bool = False,
     memory: dict | None = None,
 ) -> Simulation: ...  # fmt: skip
 
@@ -26,7 +26,7 @@ def simulate(
 @overload
 def simulate(
     setting: Setting, *, stage: Literal["finetuning"], dimension: int | None = None, runs: int = 4, seed: int = 0,
-    starts: int | None = None, moves: int | None = None, progress: bool = False,
+    first: int = 0, starts: int | None = None, moves: int | None = None, progress: bool = False,
 ) -> ChannelSimulation: ...  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def simulate(
     dimension: int | None = None,
     runs: int = 4,
     seed: int = 0,
+    first: int = 0,
     starts: int | None = None,
     moves: int | None = None,
     map_starts: int | None = None,
@@ -52,8 +53,8 @@ def simulate(
     the informative branch is always tried); the lowest losses are kept. Standard errors cover the fluctuations from
     run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per stage
     (default 20,000) are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in
-    their fine-tuning only are pre-trained once; it keeps the data of every run. Run r depends on (seed, r) and on the
-    sizes, not on `runs`.
+    their fine-tuning only are pre-trained once; it keeps the data of every run. The runs are `first`, `first` + 1, ...; run r
+    depends on (seed, r) and on the sizes alone, so that they can be made one by one.
 
     `stage` "finetuning" (D = 600): fine-tuning alone, on the law of (Y0, Z_W) that the theory assumes, with `starts`
     random starts (default 6) and `moves` deep moves (default 10): see `on_channel.train_on_channel`.
@@ -64,7 +65,8 @@ def simulate(
     where they cannot be solved.
     """
     check_options(stage, moves=moves, map_starts=map_starts, test_samples=test_samples, memory=memory)
-    usual: dict[str, Any] = {"runs": runs, "seed": seed, "progress": progress, "dimension": dimension, "starts": starts}
+    usual: dict[str, Any] = {"runs": runs, "seed": seed, "first": first, "progress": progress}
+    usual |= {"dimension": dimension, "starts": starts}
     if stage == "finetuning":
         usual |= {"moves": moves}
         return train_on_channel(setting, **{name: v for name, v in usual.items() if v is not None})

@@ -141,8 +141,8 @@ def _one_run(setting: Setting, sizes: Sizes, key, starts: int, map_starts: int, 
 
 
 def train_both(
-    setting: Setting, *, dimension: int = 150, runs: int = 4, seed: int = 0, starts: int = 3, map_starts: int = 1,
-    test_samples: int = 20_000, progress: bool = False, memory: dict | None = None,
+    setting: Setting, *, dimension: int = 150, runs: int = 4, seed: int = 0, first: int = 0, starts: int = 3,
+    map_starts: int = 1, test_samples: int = 20_000, progress: bool = False, memory: dict | None = None,
 ) -> Simulation:  # fmt: skip
     """Trains both stages, as `simulate` says."""
     require_float64()
@@ -152,9 +152,10 @@ def train_both(
         raise SettingError(f"finetuning.inputs = {fine.inputs!r} cannot be simulated; allowed: {known}")
     dimension, runs = whole("dimension", dimension, 10, 10_000), whole("runs", runs, 1, 10_000)
     seed, starts = whole("seed", seed, 0, 2**32 - 1), whole("starts", starts, 1, 100)
+    first = whole("first", first, 0, 2**31)
     sizes = sizes_at(pre, fine, dimension, whole("test_samples", test_samples, 1, 10**8))
     map_starts = whole("map_starts", map_starts, 1, 100)
-    keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(runs)]
+    keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(first, first + runs)]
     if memory is not None:
         new = sum(_fingerprint(pre, sizes, key, map_starts) not in memory for key in keys)
         known = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(list(memory.values())))
@@ -169,5 +170,5 @@ def train_both(
     except KeyboardInterrupt:
         if not outcomes:
             raise
-        raise SimulationInterrupted(collected(setting, sizes, seed, outcomes)) from None
-    return collected(setting, sizes, seed, outcomes)
+        raise SimulationInterrupted(collected(setting, sizes, (seed, first), outcomes)) from None
+    return collected(setting, sizes, (seed, first), outcomes)

@@ -25,16 +25,17 @@ except ImportError:  # not POSIX
 
 class Journal:
     """The finished points of a sweep in a directory: `sweep.json` says of what, `points-P.bin` has those of process P.
+    Or of anything else that is made point by point: `what`.
 
     A record is (index, values, checksum), little-endian; whatever a killed process has left of its last one is dropped,
     and so is all that follows a damaged one. No database: SQLite survives kills and full disks no better, appends four
     times more slowly, reads a flipped bit without a word, and needs locks that shared file systems may not have.
     """
 
-    def __init__(self, out: Path, manifest: dict[str, Any], process: int):
-        self.out, self.manifest = out, manifest
+    def __init__(self, out: Path, manifest: dict[str, Any], process: int, what: str = "sweep"):
+        self.out, self.manifest, self.what = out, manifest, what
         self.path, self._end = out / f"points-{process}.bin", -1
-        file = out / "sweep.json"
+        file = out / f"{what}.json"
         if file.exists():
             self._same(file)
         else:
@@ -44,18 +45,20 @@ class Journal:
         try:
             before = json.loads(file.read_text())
         except ValueError:
-            raise SettingError(f"{str(file)!r} is not the record of a sweep; allowed: another directory") from None
+            raise SettingError(
+                f"{str(file)!r} is not the record of a {self.what}; allowed: another directory"
+            ) from None
         if not isinstance(before, dict) or before.get("source") != self.manifest["source"]:
             raise SettingError(
-                f"{str(self.out)!r} holds a sweep by another version of lorastate, or of its source; allowed: another "
-                "directory"
+                f"{str(self.out)!r} holds a {self.what} by another version of lorastate, or of its source; allowed: "
+                "another directory"
             )
         for key, now in self.manifest.items():
             if before.get(key) != now:
                 was, now = _first_difference(key, before.get(key), now)
                 raise SettingError(
-                    f"{str(self.out)!r} holds a sweep with {was}, not {now}; allowed: the same sweep, or another "
-                    "directory"
+                    f"{str(self.out)!r} holds a {self.what} with {was}, not {now}; allowed: the same one, or "
+                    "another directory"
                 )
 
     def _record(self, columns: Sequence[str]) -> np.dtype:
@@ -136,8 +139,8 @@ def _first_difference(key: str, before: Any, now: Any) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def held(out: Path, process: int):
-    """Keeps the directory from other sweeps: the operating system lets go of the lock when the process ends.
+def held(out: Path, process: int, what: str = "sweep"):
+    """Keeps the directory from others: the operating system lets go of the lock when the process ends.
 
     Raises `SettingError` while another one has it. Processes of one sweep each have their own.
     """
@@ -149,7 +152,7 @@ def held(out: Path, process: int):
         except BlockingIOError:
             file.seek(0)
             raise SettingError(
-                f"{str(out)!r} is in use by another sweep (process {file.read() or 'unknown'}); allowed: another "
+                f"{str(out)!r} is in use by another {what} (process {file.read() or 'unknown'}); allowed: another "
                 "directory, or waiting for its end"
             ) from None
         except OSError:  # a file system without locks

@@ -1,0 +1,1 @@
+"""Is the theory right for this setting? Training at several D, extrapolated, beside every prediction."""

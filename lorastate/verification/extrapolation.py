@@ -1,0 +1,92 @@
+"""From training at several D to infinite D: the law x(D) = limit + slope / D^power, fitted to means over runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import chdtrc
+
+#: The law is given up from the smallest D on where its chi-squared is less likely than this.
+_UNLIKELY = 0.01
+
+
+class Law(NamedTuple):
+    """limit + slope / D^power with standard errors, chi-squared, its degrees of freedom and how likely a larger one is
+    (1 where two D leave none), the smallest D that the law holds from, and the power."""
+
+    limit: float
+    limit_error: float
+    slope: float
+    slope_error: float
+    chi2: float
+    freedom: int
+    likelihood: float
+    smallest: int
+    power: float
+
+
+def scatter(dimensions: Sequence[int], samples: Sequence[np.ndarray]) -> np.ndarray:
+    """Standard deviation from run to run at every D, as one law a D^-g through all of them.
+
+    With few runs at a D its own deviation is known to tens of per cent, and a mean that by chance has a small one would
+    weigh far too much in a fit. g between 0 and 1.5 is the most likely one of Gaussian runs.
+    """
+    size, n = np.asarray(dimensions, float), np.array([len(x) - 1 for x in samples], float)
+    variance = np.array([np.var(x, ddof=1) if len(x) > 1 else 0.0 for x in samples])
+    powers = np.linspace(0, 1.5, 61)
+    a2 = np.array([np.sum(n * variance * size ** (2 * g)) / np.sum(n) for g in powers])
+    with np.errstate(divide="ignore"):
+        likely = -np.sum(n) * np.log(a2) / 2 + powers * np.sum(n * np.log(size))
+    best = int(np.argmax(likely))
+    return np.sqrt(a2[best]) * size ** -powers[best]
+
+
+def _line(x, y, bar) -> tuple[np.ndarray, np.ndarray, float]:
+    """(limit, slope) of y = limit + slope x by least squares, their covariance, chi-squared."""
+    design = np.stack([np.ones_like(x), x], 1) / bar[:, None]
+    covariance = np.linalg.inv(design.T @ design)
+    found = covariance @ design.T @ (y / bar)
+    return found, covariance, float(np.sum((design @ found - y / bar) ** 2))
+
+
+def extrapolate(dimensions: Sequence[int], samples: Sequence[np.ndarray], power: float = 1.0) -> Law | None:
+    """The law through the runs at each D; None where fewer than two D have two runs each.
+
+    Corrections of higher order may show at small D: the smallest ones are left out, one by one, as long as chi-squared
+    is unlikely and three others are left.
+    """
+    pairs = sorted((d, np.asarray(x, float)) for d, x in zip(dimensions, samples, strict=True) if len(x) > 1)
+    if len(pairs) < 2:
+        return None
+    size, runs = np.array([d for d, _ in pairs], float), [x for _, x in pairs]
+    mean = np.array([np.mean(x) for x in runs])
+    bar = scatter(list(size), runs) / np.sqrt([len(x) for x in runs])
+    bar = np.maximum(bar, 1e-12 * np.max(np.abs(mean)) + 1e-300)  # what is the same in every run
+    for k in range(max(len(size) - 2, 1)):
+        found, covariance, chi2 = _line(size[k:] ** -power, mean[k:], bar[k:])
+        freedom = len(size) - k - 2
+        likelihood = float(chdtrc(freedom, chi2)) if freedom else 1.0
+        if likelihood > _UNLIKELY:
+            break
+    error = np.sqrt(np.diag(covariance))
+    return Law(*map(float, (found[0], error[0], found[1], error[1], chi2)), freedom, likelihood, int(size[k]), power)
+
+
+def rate(dimensions: Sequence[int], samples: Sequence[np.ndarray], limit: float) -> tuple[float, float]:
+    """g and its standard error where mean - limit falls as D^-g, from the D at which it is at least three of its
+    standard errors; NaN where there are fewer than two."""
+    pairs = [(d, np.asarray(x, float)) for d, x in zip(dimensions, samples, strict=True) if len(x) > 1]
+    if len(pairs) < 2 or not math.isfinite(limit):
+        return math.nan, math.nan
+    size = np.array([d for d, _ in pairs], float)
+    bar = scatter(list(size), [x for _, x in pairs]) / np.sqrt([len(x) for _, x in pairs])
+    gap = np.array([np.mean(x) for _, x in pairs]) - limit
+    seen = np.abs(gap) > 3 * bar
+    if np.sum(seen) < 2 or len(set(np.sign(gap[seen]))) > 1:
+        return math.nan, math.nan
+    relative = (bar / np.abs(gap))[seen]
+    found, covariance, _ = _line(np.log(size[seen]), np.log(np.abs(gap[seen])), relative)
+    return float(-found[1]), float(np.sqrt(covariance[1, 1]))
