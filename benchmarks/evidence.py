@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "softmax, beta = 2": ({**SOFT, "beta": 2.0}, USUAL),
     "weak ridge": ({**SOFT, "alpha": 0.3, "lam": 0.0003}, USUAL),
     "narrow teacher": ({**SOFT, "kappa0": 0.2, "alpha": 0.06}, USUAL),
-    "power law": ({**SOFT, "base": {"law": "power_law", "exponent": 1.0, "low": 0.1, "high": 3.0}, "kappa": 1.5}, USUAL),
+    "power law": (
+        {**SOFT, "base": {"law": "power_law", "exponent": 1.0, "low": 0.1, "high": 3.0}, "kappa": 1.5}, USUAL,
+    ),
     "atoms": (
         {**FLAT, "base": {"law": "atoms", "weights": [0.3, 0.7], "values": [1.5, 0.2]}, "kappa": 1.5},
         {"alpha": 3.0, "lam": 0.5},
@@ -105,10 +108,7 @@ def main() -> None:
 
     print("| setting | phase | E' | whole | alone | known to | farthest | verdict | time |\n|---" + "|---" * 8 + "|")
     for name in options.names:
-        out, began = (
-            options.out / name.replace(" ", "_").replace(",", "").replace("(", "").replace(")", ""),
-            time.time(),
-        )
+        out, began = options.out / re.sub(r"[ ,()=.]+", "_", name).strip("_"), time.time()
         try:
             found = ls.verify(
                 setting(name), out=out, dimensions=options.dimensions, alone=options.alone, runs=options.runs,

@@ -126,7 +126,7 @@ def test_theory_stands(kept):
 
 
 def test_a_wrong_theory_is_found_out(kept, monkeypatch):
-    out, found = kept
+    out = kept[0]
     wrong = ls.predict(ls.replace(SETTING, "finetuning.lam", 2.0))
     monkeypatch.setattr(module, "predict", lambda setting: wrong)
     again = ls.verify(SETTING, out=out, **SMALL)
@@ -187,7 +187,8 @@ def test_command(kept, tmp_path, capsys):
     out = kept[0]
     file = tmp_path / "setting.toml"
     file.write_text(
-        '[pretraining]\nalpha = 0.2\nlam = 0.1\nactivation = "identity"\ntokens = 2\n[finetuning]\nalpha = 3.0\nlam = 0.4\n'
+        '[pretraining]\nalpha = 0.2\nlam = 0.1\nactivation = "identity"\ntokens = 2\n'
+        "[finetuning]\nalpha = 3.0\nlam = 0.4\n"
         "[numerics]\nnodes = 1024\nfinetuning_nodes = 2048\nreplicas = 4\n"
     )
     words = ["verify", str(file), "--out", str(out), "--runs", "3", "--dimensions", "16,32", "--alone", "32,64"]

@@ -45,9 +45,8 @@ def _panel(axes: Any, found: Verification, rows: list[Row]) -> None:
         runs = {d: x for d, x in found.samples[row.way][column].items() if len(x) > 1}
         size, means = np.array(list(runs)), np.array([np.mean(x) for x in runs.values()])
         bars = scatter(list(runs), list(runs.values())) / np.sqrt([len(x) for x in runs.values()])
-        axes.errorbar(
-            1 / size, means, bars, fmt=mark, ms=4, mfc="white", color=colour, capsize=2, label=f"{WAYS[row.way]}, trained"
-        )  # fmt: skip
+        label = f"{WAYS[row.way]}, trained"
+        axes.errorbar(1 / size, means, bars, fmt=mark, ms=4, mfc="white", color=colour, capsize=2, label=label)
         x = np.linspace(0, 1 / row.law.smallest, 50)
         axes.plot(x, row.law.limit + row.law.slope * x**row.law.power, color=colour, lw=0.9)
     first = rows[0]

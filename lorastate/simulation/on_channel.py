@@ -90,9 +90,10 @@ def train_on_channel(
     """Trains fine-tuning alone, on the law that the theory assumes; `ChannelSimulation` says what is measured.
 
     `starts` random starts a run (beside w* and two points near it), then `moves` times from the lowest random minimum
-    and from the lowest of all: perturb, descend, keep what is lower. The runs are `first`, `first` + 1,
-    ...; run r depends on (seed, r) and on the sizes alone. Needs the first stage only: raises `SolveError` where that cannot be solved, `SettingError` on bad input.
-    Ctrl-C after at least one run raises `SimulationInterrupted`, which carries the finished runs.
+    and from the lowest of all: perturb, descend, keep what is lower. The runs are `first`, `first` + 1, ...; run r
+    depends on (seed, r) and on the sizes alone. Needs the first stage only: raises `SolveError` where that cannot be
+    solved, `SettingError` on bad input. Ctrl-C after at least one run raises `SimulationInterrupted`, which carries the
+    finished runs.
     """
     fine: Any = setting.finetuning_resolved
     dimension, runs = whole("dimension", dimension, 10, 10_000), whole("runs", runs, 1, 10_000)

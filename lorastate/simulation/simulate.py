@@ -18,8 +18,8 @@ STAGES = {"both": ("map_starts", "test_samples", "memory"), "finetuning": ("move
 @overload
 def simulate(
     setting: Setting, *, stage: Literal["both"] = "both", dimension: int | None = None, runs: int = 4, seed: int = 0,
-    first: int = 0, starts: int | None = None, map_starts: int | None = None, test_samples: int | None = None, progress: bool = False,
-    memory: dict | None = None,
+    first: int = 0, starts: int | None = None, map_starts: int | None = None, test_samples: int | None = None,
+    progress: bool = False, memory: dict | None = None,
 ) -> Simulation: ...  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def simulate(
     the informative branch is always tried); the lowest losses are kept. Standard errors cover the fluctuations from
     run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per stage
     (default 20,000) are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in
-    their fine-tuning only are pre-trained once; it keeps the data of every run. The runs are `first`, `first` + 1, ...; run r
-    depends on (seed, r) and on the sizes alone, so that they can be made one by one.
+    their fine-tuning only are pre-trained once; it keeps the data of every run. The runs are `first`, `first` + 1, ...;
+    run r depends on (seed, r) and on the sizes alone, so that they can be made one by one.
 
     `stage` "finetuning" (D = 600): fine-tuning alone, on the law of (Y0, Z_W) that the theory assumes, with `starts`
     random starts (default 6) and `moves` deep moves (default 10): see `on_channel.train_on_channel`.

@@ -72,7 +72,9 @@ def extrapolate(dimensions: Sequence[int], samples: Sequence[np.ndarray], power:
         if likelihood > _UNLIKELY:
             break
     error = np.sqrt(np.diag(covariance))
-    return Law(*map(float, (found[0], error[0], found[1], error[1], chi2)), freedom, likelihood, int(size[k]), power)
+    limit, slope = map(float, found)
+    limit_error, slope_error = map(float, error)
+    return Law(limit, limit_error, slope, slope_error, chi2, freedom, likelihood, int(size[k]), power)
 
 
 def rate(dimensions: Sequence[int], samples: Sequence[np.ndarray], limit: float) -> tuple[float, float]:
