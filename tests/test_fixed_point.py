@@ -394,6 +394,17 @@ def test_spectrum_against_numpy(values):
     assert abs(float(abscissa_jit(a)) - abscissa) < 5e-3 * size
 
 
+@pytest.mark.parametrize("coupling", [1e2, 1e5, 1e8])
+def test_spectrum_where_coordinates_differ_by_orders_of_magnitude(coupling):
+    """log V and a tiny noise: norms say nothing of such a Jacobian."""
+    a = np.array([[0.225, -coupling, -5 * coupling], [-3e-4 / coupling, 0.8, -5e-3], [1e-3 / coupling, -0.06, 0.2]])
+    values = np.linalg.eigvals(a)
+    assert float(spectral_abscissa(a)) == pytest.approx(values.real.max(), rel=0.01)
+    assert float(spectral_radius(a)) == pytest.approx(np.abs(values).max(), rel=0.01)
+    nilpotent_beside = np.array([[0.2, coupling], [0.0, 0.5]])
+    assert float(spectral_abscissa(nilpotent_beside)) == pytest.approx(0.5, rel=0.01)
+
+
 def test_spectrum_of_rotations_and_zero():
     turn = np.array([[0.3, -2.0], [2.0, 0.3]])
     assert float(spectral_radius(turn)) == pytest.approx(np.hypot(0.3, 2), rel=2e-3)

@@ -1,5 +1,7 @@
 """Pre-training alone: the numbers of `predict`, derivatives, and what a failed solve leaves."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +207,66 @@ def test_softmax_without_noise_finds_the_teacher():
         assert float(found.values["test_error"]) < lam
         gaps.append(max(abs(float(found.values[name]) - 1.5) for name in "MQ"))
     assert gaps[0] < 0.1 and gaps[1] < 0.2 * gaps[0]
+
+
+def full_rank(pre):
+    """V, M, Q, E of the identity without noise while no eigenvalue is cut: S_hat = S* + d Z - eps, V = dJ/d(d^2)/s^,
+
+    V = T^2/(4 (alpha n - 1)),  eps = 2 lam~ V,  d^2 + eps^2 = Q0 - 2 M + Q = alpha n d^2,  M = Q0 - eps Tr S*."""
+    an = float(pre.alpha) * pre.tokens * (pre.tokens + 1)
+    V = pre.tokens**2 / (4 * (an - 1))
+    eps = 2 * float(pre.kappa) ** 0.5 * float(pre.lam) * V
+    gap, Q0, mean = eps**2 * an / (an - 1), float(pre.Q0), float(pre.law.mean)
+    return V, Q0 - eps * mean, Q0 - 2 * eps * mean + gap, (1 + 1 / pre.tokens) * gap
+
+
+BASES = [
+    {"base": {"law": "atoms", "weights": [1.0], "values": [0.7**0.5]}},
+    {"kappa0": 2.5, "kappa": 2.0},
+]
+
+
+@pytest.mark.parametrize("base", BASES, ids=["atom", "Wishart"])
+def test_a_fit_of_noiseless_labels_is_never_taken_for_a_student_that_is_zero(base):
+    for alpha, lam in [(0.3, 1e-4), (10.0, 1e-4), (10.0, 1e-6), (300.0, 1e-6)]:
+        pre = ls.Pretraining(alpha, lam, delta=0.0, activation="identity", **base)
+        found = ls.pretrain(pre)
+        *order, error = full_rank(pre)
+        np.testing.assert_allclose([found.values[name] for name in "VMQ"], order, rtol=1e-8)
+        np.testing.assert_allclose(found.values["test_error"], error, rtol=1e-3, atol=1e-15)
+
+
+@pytest.mark.parametrize("base", [{"kappa0": 0.3}, {"base": {"law": "atoms", "weights": [0.7, 0.3], "values": [0, 1]}}])
+@pytest.mark.parametrize(("alpha", "lam"), [(0.3, 1e-5), (10.0, 1e-3), (10.0, 1e-4)])
+def test_a_perfect_fit_below_full_rank(base, alpha, lam):
+    """A share 1 - r of zeros: the pairs of eigenvalues that are not both cut are r (2 - r), and V follows as above."""
+    found = ls.pretrain(ls.Pretraining(alpha, lam, delta=0.0, activation="identity", **base))
+    pairs, Q0 = 0.3 * 1.7, float(found.pretraining.Q0)
+    V = 9 * pairs / (4 * (12 * alpha - pairs))
+    expected = [V, Q0, Q0, 0.3]
+    values = [found.values[name] for name in ("V", "M", "Q", "rank_fraction")]
+    np.testing.assert_allclose(values, expected, rtol=3 * lam, atol=1e-9)
+
+
+@pytest.mark.parametrize(("alpha", "kappa0"), [(0.5, 0.5), (2.0, 1.0)])
+def test_softmax_without_noise_scales_with_the_ridge(alpha, kappa0):
+    """S_hat - S* is linear in lam, V constant, where lam is small: E falls as lam^2, by eight orders of magnitude."""
+    found = [
+        ls.pretrain(
+            ls.Pretraining(alpha, lam, kappa0=kappa0, kappa=2.0, delta=0.0, tokens=2), ls.Numerics(nodes=8192)
+        ).values
+        for lam in (1e-4, 1e-5, 1e-6)
+    ]
+    for a, b in itertools.pairwise(found):
+        assert float(b["test_error"] / a["test_error"]) == pytest.approx(1e-2, rel=0.06)
+        assert float(b["V"] / a["V"]) == pytest.approx(1, rel=0.02)
+        assert float((1 + kappa0 - b["M"]) / (1 + kappa0 - a["M"])) == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_fit_that_is_perfect_to_rounding_says_so():
+    pre = ls.Pretraining(10.0, 1e-9, kappa0=0.5, delta=0.0, activation="identity")
+    with pytest.raises(SolveError, match="labels without noise are fitted perfectly here"):
+        ls.pretrain(pre)
 
 
 def test_above_the_interpolation_threshold_the_response_is_finite():

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 #: Floors of response and noise; a solution that sits on them is the zero student and is reported as such.
-RESPONSE_FLOOR, NOISE_FLOOR = 1e-9, 1e-7
+RESPONSE_FLOOR, NOISE_FLOOR = 1e-9, 1e-9
 #: Floor of a spread, and spread below which its coordinate levels off: minima that differ by so little are one, and the
 #: solver comes to rest there instead of following a logarithm to minus infinity.
 SPREAD_FLOOR, SPREAD_LEVEL = 1e-4, 1e-2

@@ -97,7 +97,8 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
     if nodes is None or found is None:
         t, size = pre.tokens, pre.label_size
         n, scale = t * (t + 1), t * t + 4 * order.response
-        gap = size - 2 * order.overlap + order.norm(size)
+        # size - 2 M + Q without its cancellation: near a perfect fit of noiseless labels it is tiny.
+        gap = (size - order.overlap) ** 2 / size + order.noise**2
         # h = 2 (Omega - Y)/(T^2 + 4 V); E (Omega - Y) . Y = n (M - size) and E |Omega - Y|^2 = n Delta_0.
         teacher = 2 * n * (order.overlap - size) / scale
         return Averages(n * gap / scale, teacher, 2 * n / scale, 4 * n * gap / scale**2, 0.0)

@@ -45,16 +45,31 @@ def _log_norm_of_power(a, squarings: int):
     return jnp.where(norm > 0, log + jnp.log(jnp.where(norm > 0, norm, 1.0)) / 2**squarings, -jnp.inf)
 
 
+def balanced(a):
+    """D^-1 a D with a diagonal D that makes rows and columns about equally large: the eigenvalues of `a`, with norms
+    that say something about them where coordinates differ by orders of magnitude (Osborne 1960)."""
+    n, small = len(a), 1e-3  # what is smaller than that does not need to be
+
+    def once(_, a):
+        for i in range(n):
+            rest = jnp.abs(a).at[i, i].set(0.0)
+            factor = jnp.sqrt((jnp.sum(rest[i]) + small) / (jnp.sum(rest[:, i]) + small))
+            a = a.at[:, i].multiply(factor).at[i].divide(factor)
+        return a
+
+    return jax.lax.fori_loop(0, 6, once, a)
+
+
 @jax.jit
 def spectral_radius(jac):
     """max |eigenvalue| of a small matrix; no eigensolver, so it runs under vmap and on a GPU."""
-    return jnp.exp(_log_norm_of_power(jac, 10))
+    return jnp.exp(_log_norm_of_power(balanced(jac), 10))
 
 
 @jax.jit
 def spectral_abscissa(jac):
     """max Re(eigenvalue), from the growth of exp(s J): the stability of the damped iteration."""
-    n = jac.shape[0]
+    n, jac = jac.shape[0], balanced(jac)
     scale = 1.0 + jnp.sqrt(jnp.sum(jac * jac))
     a = jac / (16 * scale)
     term = total = jnp.eye(n, dtype=jac.dtype)

@@ -128,7 +128,7 @@ def search_pretraining(problem: Problem) -> Solved:
     pre, numerics, nodes = jax.lax.stop_gradient(problem.pre), problem.numerics, problem.nodes.pretraining
     if nodes is None:
         fmap, memory = plain_map(pt.step, pre), Slots.of(None)
-        rules = [Rules.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))]
+        rules = [Rules.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))] * 2
     else:
         fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
         rules = rules_of(numerics, len(nodes.weight), 1e-4)
@@ -136,12 +136,13 @@ def search_pretraining(problem: Problem) -> Solved:
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
     jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, weak_ridge=True))]
     if nodes is not None:
-        # The last stage twice: it begins with a cold search, which may find what following wells has missed. Near the
-        # interpolation threshold noisy labels make the map large along a direction that is almost flat, and only plain
-        # steps find their way there.
-        plain = rules[1]._replace(burn_in=-1, damping=0.0, tolerance=1e-5)
+        # The last stage twice: it begins with a cold search, which may find what following wells has missed.
         jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
-        jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
+    # Near the interpolation threshold noisy labels make the map large along a direction that is almost flat; with
+    # noiseless ones above it the noise of the map falls by orders of magnitude. Only plain steps find their way there.
+    plain = rules[1]._replace(burn_in=-1, tolerance=max(numerics.tolerance, 1e-8))
+    plain = plain if nodes is None else plain._replace(damping=0.0)
+    jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
 
     def stage(carry, job):
         x, solved, jac, memory, made = carry
@@ -150,8 +151,11 @@ def search_pretraining(problem: Problem) -> Solved:
         skip = ((when == _FAILED) & solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~made)
         # NaN stops at once.
         x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
-        point, found, memory = iterate(fmap, rules, True, x0, jac, memory)
+        point, found, remembered = iterate(fmap, rules, True, x0, jac, memory)
+        if nodes is not None:
+            point = _without_false_floor(point, jnp.any(remembered.read().two))
         skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
+        memory = jax.tree_util.tree_map(lambda old, new: jnp.where(skip, old, new), memory, remembered)
         x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
         solved = jnp.where(skip, solved, succeeded(point.code))
         return (x, solved, jac, memory, ~skip), (point, skip)
@@ -162,6 +166,18 @@ def search_pretraining(problem: Problem) -> Solved:
     chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
     chosen = chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps)))
     return Solved(chosen, carry[2], carry[3].read())
+
+
+#: How far a map that does not jump may stop from its fixed point, in log V and in shares of the noise: mere rounding.
+_ROUNDED = 1e-3
+
+
+def _without_false_floor(point, jumps):
+    """The point, `stalled` where it stopped short of its fixed point although no node `jumps`."""
+    noise = jnp.abs(point.x[2])
+    off = jnp.maximum(point.offset[0], point.offset[2] / jnp.where(noise > 0, noise, 1.0))
+    false = (point.code == Code.floor) & ~jumps & ~(off < _ROUNDED)
+    return point._replace(code=jnp.where(false, int(Code.stalled), point.code))
 
 
 #: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two
@@ -185,6 +201,20 @@ class FirstStage(NamedTuple):
     solved: Solved
 
 
+#: Rounding of E (S_hat - S*)^2, in units of Q0, in which Q and M^2 cancel.
+_ROUNDING = 2e-15
+
+
+def drowned(pre: Pretraining, x, values):
+    """Whether a fit of noiseless labels is so good that its error drowns in rounding, and the ridge is so weak that it
+    matters: then nobody can tell which of the eigenvalues that S* does not have are cut."""
+    size, order = pre.label_size, decode(x)
+    misfit, least = (size - order.overlap) ** 2 / size + order.noise**2, _ROUNDING * size
+    # eps < 2 delta, the edge of the eigenvalues that S* does not have, with the noise at its largest.
+    inside = pre.kappa * pre.lam**2 < values["qhat"] * (1 + least / misfit)
+    return (values["V"] > 0) & (misfit < least) & (values["rank_fraction"] < 1) & inside
+
+
 def describe_pretraining(problem: Problem, solved: Solved) -> FirstStage:
     """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
     pre, nodes = problem.pre, problem.nodes
@@ -195,7 +225,11 @@ def describe_pretraining(problem: Problem, solved: Solved) -> FirstStage:
     x = nan_slope(attached(stage, solved, const), succeeded(solved.point.code))
     a = stage.closed_form(x) if const is None else mean(averages(stage, x, *const))
     values = stage.predictions(x, a, test_errors(stage, x, nodes.pretraining_test))
-    narrow = values["rank_fraction"] > pre.kappa * (1 + 1e-9)
+    rank = values["rank_fraction"]
+    # A student that is zero has no rank: a solve that ended on the floor of V with one has been misled.
+    misled = (values["V"] == 0) & (rank > 0)
+    code = jnp.where(succeeded(code) & (misled | drowned(pre, x, values)), int(Code.stalled), code)
+    narrow = rank > pre.kappa * (1 + 1e-9)
     code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
     return FirstStage(values, x, status_of(solved.point._replace(code=code)), solved)
 

@@ -112,12 +112,18 @@ def traced_answer(problem: Problem) -> Answer:
     return out._replace(values={stage: or_nan(v, good[stage]) for stage, v in out.values.items()})
 
 
+#: Test error below which a fit of noiseless labels is perfect: squares of differences that small drown in rounding.
+_PERFECT = 1e-8
+
+
 def failure(stage: str, code: Code, residual: Any, pre: Pretraining, values: dict[str, Any]) -> SolveError:
     """The error that a solve of a stage with this code is; `values` are those of pre-training."""
     detail = f"residual {float(residual):.2e}"
     if code is Code.too_narrow:
         rank = float(values["rank_fraction"])
         detail = f"kappa = {float(pre.kappa):g}, allowed: at least the rank fraction {rank:.6g}"
+    elif stage == "pretraining" and float(pre.delta) == 0 and float(values["test_error"]) < _PERFECT:
+        detail += "; labels without noise are fitted perfectly here, up to rounding, and a larger lam would do as well"
     return SolveError(stage, code, detail)
 
 

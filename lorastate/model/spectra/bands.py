@@ -109,6 +109,11 @@ def _bands(form: Form, delta: Array) -> _Bands:
     return _Bands(jnp.concatenate(panels, -2), a, exists)
 
 
+def _resolved(form: Form, delta: Array) -> Array:
+    """`limit`; at least what tells the panels of a power law from its own support."""
+    return jnp.maximum(limit(delta), 1e-6) if form.law.wide else limit(delta)
+
+
 def _within(form: Form, delta: Array) -> Array:
     """Panels inside the support of A, (..., P, 2), with equal changes of log v: it falls from a bulk to its tail."""
     shape = (*delta.shape, 97)
@@ -154,8 +159,8 @@ def curve(form: Form, delta: Array, a: Array, guess: Array) -> tuple[Array, Arra
 def band_nodes(law: Any, delta: ArrayLike, n: int) -> BandNodes:
     """Nodes, weights and density on all panels: a cosine map of each removes the square roots at band edges."""
     (delta,) = prepare(delta)
-    delta = limit(delta)
     form = law.form()
+    delta = _resolved(form, delta)
     ends = _bands(form, delta).ends
     node, weight = gauss_legendre(n)
     sine, drop = (jnp.asarray(f, delta.dtype) for f in (np.sin(np.pi * node), 2 * np.sin(np.pi / 2 * node) ** 2))
@@ -170,8 +175,8 @@ def band_nodes(law: Any, delta: ArrayLike, n: int) -> BandNodes:
 def edges(law: Any, delta: ArrayLike) -> Array:
     """Band edges, ascending and nan-padded: z at its critical points."""
     (delta,) = prepare(delta)
-    delta = limit(delta)
     form = law.form()
+    delta = _resolved(form, delta)
     bands = _bands(form, delta)
     x = bands.edges + jnp.real(evaluate(form, delta[..., None], bands.edges + 0j).r)
     return jnp.sort(jnp.where(bands.exists, x, jnp.nan), -1)
@@ -181,8 +186,8 @@ def edges(law: Any, delta: ArrayLike) -> Array:
 def pair_response(law: Any, delta: ArrayLike, eps: ArrayLike, n: int) -> Array:
     """The spectral factor of the replicon, ``(1 - F)^2 + 2 int_{x > eps > y} ((x - eps) / (x - y))^2 mu mu``."""
     delta, eps = prepare(delta, eps)
-    delta = limit(delta)
     form = law.form()
+    delta = _resolved(form, delta)
     ends = _bands(form, delta).ends
     d, e = delta[..., None], eps[..., None]
     a0, a1 = ends[..., 0], ends[..., 1]
@@ -201,5 +206,7 @@ def pair_response(law: Any, delta: ArrayLike, eps: ArrayLike, n: int) -> Array:
         flat = (*delta.shape, -1)
         return jnp.abs(x - e[..., None]).reshape(flat), weight.reshape(flat)
 
-    mixed = pairs_across(side(a1), side(a0))
-    return (1 - mass(form, eps, delta)) ** 2 + 2 * mixed
+    below = mass(form, eps, delta)
+    # No pairs across an eps off the support, where the panels of a power law may be too thin to be told apart.
+    mixed = jnp.where((below > 0) & (below < 1), pairs_across(side(a1), side(a0)), 0.0)
+    return (1 - below) ** 2 + 2 * mixed

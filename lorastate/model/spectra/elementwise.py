@@ -1,7 +1,7 @@
 """What all laws do with their arguments, elementwise: one shape and dtype, the limit delta -> 0+, the density."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 
@@ -11,9 +11,19 @@ def prepare(*args: ArrayLike) -> tuple[Array, ...]:
     return tuple(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in args)))
 
 
+#: delta below which laws are those of their limit 0+.
+_SMALL = 1e-10
+
+
 def limit(delta: Array) -> Array:
-    """delta, or what is as good as its limit 0+."""
-    return jnp.maximum(delta, 1e-8)
+    """delta, or what is as good as its limit 0+: there all is linear in delta^2, with its slope.
+
+    The slope matters: state evolution lives on dJ/d(delta^2), the response of the spectrum to noise, which is finite in
+    the limit, and a solve with noiseless labels comes near it.
+    """
+    square = jnp.square(jnp.minimum(delta, _SMALL))
+    near = jnp.sqrt(_SMALL**2 + (square - lax.stop_gradient(square)))
+    return jnp.where(delta > _SMALL, delta, near)
 
 
 def density_of(g: Array, delta: ArrayLike) -> Array:
