@@ -38,7 +38,7 @@ class Search(NamedTuple):
     starts: Any
 
 
-_LAST, _ESCAPE, _FREE, _LOWER, _BACK = 1, 2, 3, 4, 5
+_LAST, _ESCAPE, _FREE, _LOWER, _BACK, _AFRESH = 1, 2, 3, 4, 5, 6
 
 
 def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
@@ -64,7 +64,9 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
     if levels:
         loose, free = (r._replace(hold=False, index=(r.index[0], False), max_steps=_TRIES) for r in (again, refined))
         kinds.append((again, _ESCAPE, 0))
-        rest = (loose, _FREE), (loose, _LOWER), (free, _LAST), (refined, _BACK)
+        # What is a solution on the first nodes may be out of the domain on all of them.
+        afresh = coarse._replace(tolerance=refined.tolerance, floor=refined.floor, index=(parts, True))
+        rest = (loose, _FREE), (loose, _LOWER), (free, _LAST), (refined, _BACK), (afresh, _AFRESH)
         kinds += [(rules, kind, k) for rules, kind in rest for k in (0, 1)]
     else:
         kinds += [(refined, _LAST, 0), (refined, _LAST, 1)]
@@ -118,7 +120,8 @@ def _needless(search: Search, s: _Progress, kind, k):
     # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
-    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | ((kind >= _LOWER) & ~found.stale[k])
+    needed = jnp.where(kind == _AFRESH, found.code[k] == Code.nonfinite, found.stale[k] | (kind < _LOWER))
+    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | ~needed
     if search.alone:
         skip = skip | ((kind > 0) & _clearly_rough(s.memory, found.row))
     return skip, refining & s.above[k]
@@ -155,8 +158,8 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
         lower = found.x[k].at[len(found.x[k]) - search.levels :].add(jnp.where(kind == _LOWER, -_DOWN, 0.0))
-        # NaN stops at once.
-        x0 = jnp.where(skip | higher, jnp.nan, jnp.where(escape, pushed(fine, lower), lower))
+        begin = jnp.where(kind == _AFRESH, search.starts[k], jnp.where(escape, pushed(fine, lower), lower))
+        x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
         point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
         failed = free & (point.code != Code.ok)
         kept = higher | (skip & (kind != _LAST)) | failed | (escape & ~jnp.all(jnp.isfinite(point.x)))
