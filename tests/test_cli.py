@@ -1,5 +1,6 @@
 """The command line: exit codes, messages on stderr, and what is printed on stdout."""
 
+import io
 import json
 import os
 import signal
@@ -12,17 +13,20 @@ from types import SimpleNamespace
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lorastate import figures
 from lorastate._version import __version__
-from lorastate.cli import checks, environment, tables
+from lorastate.cli import checks, environment, screen, tables
 from lorastate.cli import main as cli
 from lorastate.cli import predict as predict_command
 from lorastate.design import optimize as design
 from lorastate.errors import Code, SolveError
 from lorastate.figures import drawing
+from lorastate.runtime.program import Program
+from lorastate.runtime.progress import listening, tell
 from lorastate.setting.fields import continuous_fields
 from lorastate.setting.files import load_setting, setting_from_dict, setting_to_dict
 from lorastate.setting.paths import get, replace
@@ -823,3 +827,66 @@ FACTS = {
 def test_as_a_module():
     done = subprocess.run([sys.executable, "-m", "lorastate", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, __version__, "")
+
+
+# ---- what is shown meanwhile -----------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_what_is_done(monkeypatch):
+    monkeypatch.setattr(screen, "_EVERY", 0.01)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with screen.at_work():
+        for name, new, words in (
+            ("solve_pretraining", True, "compiling (1): search of pre-training"),
+            ("solve_pretraining", False, "\rsearch of pre-training"),
+            ("_of_ones_own", True, "compiling (2): of ones own"),
+        ):
+            tell(name, new)
+            until = time.monotonic() + 5
+            while words not in terminal.getvalue() and time.monotonic() < until:
+                time.sleep(0.01)
+            assert words in terminal.getvalue()
+    assert terminal.getvalue().lstrip("\r").startswith("starting, 0 s")
+    tell("solve_pretraining", True)  # nobody listens any more
+
+
+def test_a_pipe_sees_nothing_of_it(monkeypatch):
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with screen.at_work():
+        tell("solve_pretraining", True)
+    assert pipe.getvalue() == ""
+
+
+def test_programs_say_what_they_do():
+    heard = []
+
+    def twice(x):
+        return 2 * x
+
+    program = Program(twice)
+    with listening(lambda *said: heard.append(said)):
+        for x in (jnp.ones(2), jnp.ones(2), jnp.ones(3)):
+            program(x)
+    assert heard == [("twice", True), ("twice", False), ("twice", True)]
+
+
+def test_predict_only_what_is_asked(call, path):
+    alone = call("predict", path, "--only", "pretraining", "--json")
+    both = call("predict", path, "--json")
+    assert alone.code == 0 and "finetuning" not in json.loads(alone.out)
+    assert json.loads(alone.out)["pretraining"] == json.loads(both.out)["pretraining"]
+    shown = call("predict", path, "--only", "pretraining").out
+    assert "Pre-training ok, residual" in shown and "E, noisy labels" in shown
+    limits = call("predict", path, "--only", "limits", "--json")
+    found = LIMITS(load_setting(path)).summary()
+    assert limits.code == 0 and all(json.loads(limits.out)[stage] == found[stage] for stage in found)
+    assert "Bayes-optimal, fresh inputs" in call("predict", path, "--only", "limits").out
+    failed = call("predict", path, "--only", "pretraining", "--set", "pretraining.kappa=0.01")
+    assert failed.code == 3 and "too_narrow" in failed.message

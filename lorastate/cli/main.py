@@ -28,6 +28,7 @@ from .commands import Command, spread
 from .environment import float64_refused, no_device, set_up_jax
 from .exit_codes import BAD_INPUT, BROKEN_PIPE, FAILED, INTERRUPTED
 from .output import say, warn
+from .screen import at_work
 
 #: Seconds after Ctrl-C that Python may take to see it.
 _PATIENCE = 3.0
@@ -128,6 +129,11 @@ _OF_THE_CACHE = re.compile("Error (reading|writing) persistent compilation cache
 def _run(command: Any) -> int:
     if float64_refused():
         return BAD_INPUT
+    with at_work():
+        return _computed(command)
+
+
+def _computed(command: Any) -> int:
     import jax
 
     set_up_jax()

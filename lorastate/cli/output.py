@@ -11,11 +11,20 @@ from typing import Any
 
 
 def say(text: str) -> None:
-    print(text)
+    _print(text, sys.stdout)
 
 
 def warn(text: str) -> None:
-    print(f"lorastate: {text}", file=sys.stderr)
+    _print(f"lorastate: {text}", sys.stderr)
+
+
+def _print(text: str, file: Any) -> None:
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None or not sys.stderr.isatty():
+        print(text, file=file)
+        return
+    with tqdm.tqdm.external_write_mode(file=file):  # bars make room
+        print(text, file=file, flush=True)
 
 
 def clean(value: Any) -> Any:

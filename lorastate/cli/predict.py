@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -22,6 +22,7 @@ from .tables import (
     limits_table,
     number,
     prediction_table,
+    stability_lines,
     status_line,
     symmetry_lines,
     table,
@@ -43,14 +44,51 @@ class Predict:
     cross_check: Annotated[
         bool, arg(help="Both fixed points and all gradients of E' once more, by another solver (a minute more).")
     ] = False
+    only: Annotated[
+        Literal["both", "pretraining", "limits"],
+        arg(help="Pre-training alone, or its and fine-tuning's Bayes-optimal limits alone: no other solve is made."),
+    ] = "both"
     json: Json = False
 
     def __call__(self) -> int:
-        from ..diagnosis import second_step
-        from ..setting.files import load_setting, setting_to_dict
-        from ..solution import solution
+        from ..setting.files import load_setting
 
         setting = load_setting(self.setting, self.set)
+        return {"both": self._both, "pretraining": self._pretraining, "limits": self._limits}[self.only](setting)
+
+    def _pretraining(self, setting: Setting) -> int:
+        from ..setting.files import setting_to_dict
+        from ..solution.solution import pretrain
+
+        found = pretrain(setting.pretraining, setting.numerics, throw=False)
+        summary = found.summary()
+        if self.json:
+            print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
+        elif found.ok:
+            say(describe(setting))
+            say(prediction_table("pretraining", summary))
+        found.require_ok()
+        if not self.json:
+            say("\n".join([status_line(summary["status"]), *stability_lines(summary)]))
+        return 0
+
+    def _limits(self, setting: Setting) -> int:
+        from ..bayes.limits import bayes_optimal
+        from ..setting.files import setting_to_dict
+
+        found = bayes_optimal(setting)
+        if self.json:
+            print_json({**found.summary(), "setting": setting_to_dict(setting), "version": __version__})
+        else:
+            say(describe(setting))
+            say(limits_table(found))
+        return 0
+
+    def _both(self, setting: Setting) -> int:
+        from ..diagnosis import second_step
+        from ..setting.files import setting_to_dict
+        from ..solution import solution
+
         pool = ThreadPoolExecutor(1)  # compiles beside the other
         try:
             limits = pool.submit(limits_of, setting)

@@ -75,7 +75,7 @@ def status_line(status: Mapping[str, Mapping[str, Any]]) -> str:
         name = code if isinstance(code, str) else Code(int(code or 0)).name
         return f"{TITLE[stage]} {name}, residual {number(residual, 2)}, {steps} steps"
 
-    return "; ".join(one(stage) for stage in TITLE) + "."
+    return "; ".join(one(stage) for stage in TITLE if stage in status) + "."
 
 
 def stability_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -84,7 +84,7 @@ def stability_lines(summary: Mapping[str, Any]) -> list[str]:
 
     lines = []
     for stage, title in TITLE.items():
-        replicon = summary[stage].get("replicon")
+        replicon = summary.get(stage, {}).get("replicon")
         if replicon is not None and replicon >= 1:
             unstable = f"replica symmetry is unstable (replicon {replicon:.3g}, stable below 1)"
             lines.append(f"{title}: {unstable}: training may differ from these numbers.")

@@ -25,6 +25,7 @@ import numpy as np
 
 from .._version import SOURCE, source_on_disk
 from ..errors import is_concrete
+from .progress import tell
 
 #: How the names of this package's modules begin.
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -71,6 +72,7 @@ class Program:
         self._f, self._quick = f, quick
         self._jitted: dict[str, Any] = {}
         self._kept: dict[Any, Any] = {}
+        self._seen: set[Any] = set()
 
     def __call__(self, *args):
         with jax.debug_nans(False), jax.debug_infs(False):  # what is undefined is NaN
@@ -83,6 +85,7 @@ class Program:
             return self._jit("inner", {})(*args)
         leaves, treedef = jax.tree_util.tree_flatten(args)
         arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+        self._announce(args, treedef, [a.shape for a in arrays])
         backend = platform(arrays)
         options = _options(backend, self._quick)
         folder = _folder()
@@ -100,6 +103,12 @@ class Program:
                 except Exception:  # not for this machine; an error of the program itself comes again below
                     self._kept[key] = None
         return self._jit(backend, options)(*args)
+
+    def _announce(self, args, treedef, shapes) -> None:
+        inner = args[0] if args and callable(args[0]) else self._f  # of `across`
+        call = (getattr(inner, "__name__", ""), treedef, tuple(shapes))
+        tell(call[0], call not in self._seen)
+        self._seen.add(call)
 
     def _jit(self, name: str, options: dict):
         if name not in self._jitted:
