@@ -297,6 +297,22 @@ def test_smooth_settings_are_symmetric():
     assert abs(float(forced.test_error) - f["test_error"]) < 4 * forced.stderr("finetuning", "test_error")
 
 
+@pytest.mark.parametrize(("hot", "phase"), [(0.5, "replica symmetric"), (2.0, "one-step broken")])
+def test_each_stage_has_its_temperature(hot, phase):
+    """Pre-training at beta = 1 / hot, fine-tuning at beta = hot: training on the asymptotic channel, D = 150."""
+    s = ls.Setting(ls.Pretraining(0.1, 0.01, beta=1 / hot), ls.Finetuning(3.0, 0.05, activation=ls.Softmax(hot)), SMALL)
+    theory = ls.predict(s)
+    assert theory.symmetry == phase
+    trained = ls.simulate(s, stage="finetuning", dimension=150, runs=6, starts=2, moves=1)
+    for name in ("m", "q", "test_error", "overlap"):
+        want = float(theory.finetuning[name])
+        bar = np.hypot(trained.stderr("deep", name), theory.stderr("finetuning", name))
+        assert abs(trained.mean("deep", name) - want) < 4 * bar + 0.01 * want, name
+    # One beta for both would be seen.
+    same = ls.predict(ls.replace(s, "finetuning.activation", ls.Softmax(1 / hot)))
+    assert abs(float(same.test_error) / float(theory.test_error) - 1) > 0.5
+
+
 def test_across_the_instability():
     """Along lambda' E', o_w and phi go from one phase into the other without a step."""
     s = ls.Setting(ls.Pretraining(0.1, 0.01, delta=2.0), ls.Finetuning(3.0, 0.2), SMALL)

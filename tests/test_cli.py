@@ -241,6 +241,12 @@ def test_usage_errors(call, words):
     assert outcome.code == 2 and outcome.out == "" and "Traceback" not in outcome.err
 
 
+def test_a_null_byte_is_no_argument(capsys):
+    for words in (["predict", "a\0b"], ["optimize", "x.toml", "--out", "\0"]):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err == "lorastate: an argument holds a null byte; allowed: text\n"
+
+
 def test_help_and_version_do_not_need_jax():
     code = (
         "import sys\nsys.modules['jax'] = None\nfrom lorastate.cli import main as cli\n"

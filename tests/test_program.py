@@ -19,8 +19,9 @@ import lorastate as ls
 from lorastate.math.quadrature import gaussian_nodes
 from lorastate.runtime import program
 from lorastate.runtime.program import Program
-from lorastate.solution.pretraining import search_pretraining
+from lorastate.solution.pretraining import search_pretraining, solve_pretraining
 from lorastate.solution.problem import Problem
+from lorastate.solution.search import solve_broken, solve_symmetric
 from lorastate.solution.stage import Bars
 
 NUMERICS = ls.Numerics(512, 1024, 2)
@@ -246,6 +247,26 @@ def test_nodes_read_back_are_the_same(folder):
     gaussian_nodes.cache_clear()
     gaussian_nodes(4, 1024, 2, 7)  # those of other seeds would only fill the disk
     assert len(nodes_kept(folder)) == 1
+
+
+def test_programs_of_many_tokens_are_not_much_larger():
+    """Lines of the lowered searches, which is what compiling takes time for: an elimination of 36 unknowns that was
+    unrolled made 99,000 of them at T = 8."""
+
+    def lines(tokens):
+        def size(f, *args):
+            return len(eqx.filter_jit(f).lower(*args).as_text().splitlines())
+
+        setting = ls.Setting(ls.Pretraining(0.1, 0.1, tokens=tokens), ls.Finetuning(3.0, 0.1), NUMERICS)
+        both = Problem.of(setting).with_broken()
+        shape = eqx.filter_eval_shape(solve_pretraining, both.pretraining_alone)
+        first = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        coarse = jnp.zeros(eqx.filter_eval_shape(solve_symmetric, both, first).coarse.shape)
+        maps = size(search_pretraining, both.pretraining_alone)
+        return np.array([maps, size(solve_symmetric, both, first), size(solve_broken, both, first, coarse)])
+
+    few, many = lines(3), lines(8)  # 9200, 7800, 11,500 and 16,200, 11,300, 14,100 lines
+    assert (many < 20_000).all() and (many < 2 * few).all()
 
 
 def test_undefined_numbers_are_not_bugs():

@@ -116,6 +116,19 @@ def test_gradient_is_the_central_difference_in_every_field(kind):
         assert (up - down) / (2 * h) == pytest.approx(slope, rel=2e-5, abs=2e-7), path
 
 
+def test_gradient_across_wells_is_the_difference_over_per_cents():
+    """An eighth of the nodes of pre-training has two wells, and some go from one to the other: what derivatives at
+    fixed wells miss is 15 % in delta."""
+    s = setting(lam=1e-3, fine_lam=3.0, alpha=0.15, delta=1.5)
+    value, slopes = ls.gradient(s)
+    solution = ls.predict(s)
+    assert float(solution.pretraining["double_well_share"]) > 0.1 and solution.pretraining_symmetry == "unstable"
+    for path in ("pretraining.lam", "pretraining.delta"):
+        x = float(get(s, path))
+        up, down = (float(ls.predict(ls.replace(s, path, x * k)).test_error) for k in (1.05, 0.95))
+        assert (up - down) / (0.1 * value) == pytest.approx(x * slopes[path] / value, rel=0.05), path
+
+
 def test_three_tokens_over_three_decades_of_lam():
     slopes = [ls.gradient(setting(lam=lam, fine_lam=0.2))[1]["pretraining.lam"] for lam in (1e-3, 1e-2, 1e-1, 1.0)]
     assert np.all(np.isfinite(slopes))

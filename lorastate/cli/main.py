@@ -100,6 +100,9 @@ def _main(words: list[str]) -> int:
             say(__version__)
             sys.stdout.flush()
             return 0
+        if any("\0" in word for word in words):
+            warn("an argument holds a null byte; allowed: text")
+            return BAD_INPUT
         command = tyro.cli(
             Command,
             prog="lorastate",
