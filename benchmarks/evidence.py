@@ -120,6 +120,7 @@ def main() -> None:
         (out / "verify.json").write_text(json.dumps(found.summary(), indent=1, default=float) + "\n")
         verification(found, out)
         print(row(name, found, time.time() - began), flush=True)
+        jax.clear_caches()  # every D has programs of its own
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import lorastate as ls  # noqa: E402
 FIELD, RATIO = "pretraining.delta", 1.04
 SETTINGS = {
     "T = 3": ({"alpha": 0.1, "lam": 0.01, "delta": 0.8, "tokens": 3}, {"alpha": 3.0, "lam": 0.05}),
-    "T = 2": ({"alpha": 0.14, "lam": 0.03, "delta": 0.4, "tokens": 2}, {"alpha": 3.0, "lam": 0.3}),
+    "T = 2": ({"alpha": 0.3, "lam": 0.05, "delta": 0.4, "tokens": 2}, {"alpha": 4.0, "lam": 0.5}),
 }
 
 
