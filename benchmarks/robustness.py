@@ -2,10 +2,10 @@
 
     python benchmarks/robustness.py --count 10000 --out robustness.jsonl
 
-alpha 1e-3 to 1e2, lambda 1e-4 to 1e2, delta 0 (one in eight) to 1e2, kappa0 0.05 to 5, alpha' 1e-2 to 1e2, lambda' 1e-3
-to 1e2 (log-uniform), T 2 to 4 (6 with --tokens 6), beta 0.2 to 10, every channel, ranks, tasks and laws of the base map.
-Settings of one kind, which share their programs, follow one another. Stopped at any moment, the same command goes on; it
-ends with a report: how many were solved, which codes the others have, and every bound that is broken.
+alpha 1e-3 to 1e2, lambda 1e-4 to 1e2, delta 0 (one in eight) to 1e2, kappa0 0.05 to 5, alpha' 1e-2 to 1e2, lambda'
+1e-3 to 1e2 (log-uniform), T 2 to 4 (6 with --tokens 6), beta 0.2 to 10, every channel, ranks, tasks and laws of the
+base map. Settings of one kind, which share their programs, follow one another. Stopped at any moment, the same command
+goes on; it ends with a report: how many were solved, which codes the others have, and every bound that is broken.
 """
 
 from __future__ import annotations

@@ -287,6 +287,16 @@ def test_training_ends_where_the_theory_says(glass):
     assert trained.mean("deep", "test_error") < 0.75
 
 
+def test_what_training_pays_for_the_norm(glass):
+    """d phi/d lambda' = q, so that phi - lambda' q is the data part of the loss."""
+    lam, step = float(GLASS.finetuning.lam), 0.04
+    low, high = (ls.predict(ls.replace(GLASS, "finetuning.lam", lam * (1 + s))) for s in (-step, step))
+    slope = float(high.free_energy - low.free_energy) / (2 * step * lam)
+    f = plain(glass.finetuning)
+    assert slope == pytest.approx(f["q"], rel=0.03)
+    assert f["train_error"] == pytest.approx(f["free_energy"] - lam * slope, rel=0.003)
+
+
 def test_smooth_settings_are_symmetric():
     s = ls.Setting(ls.Pretraining(0.1, 0.01), ls.Finetuning(3.0, 0.5), SMALL)
     solution = ls.predict(s)

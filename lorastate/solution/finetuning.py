@@ -92,7 +92,7 @@ class LoraStage(Stage):
             **_by_direction({"v": order.response, "m": m, "p": p, "q": q, **hats}),
             "overlap": lora_overlap(fine, order),
             "train_loss": phi,
-            "train_error": train_error(fine, order, c, a),
+            "train_error": train_error(fine, order, phi),
             "test_error": errors["test_error"][0],
             "test_error_frozen": errors["test_error"][1],
             "best_adapter_factor": jnp.where(adapted, best, none),
@@ -130,12 +130,10 @@ def lora_overlap(fine: Finetuning, order: Order):
     return jnp.where(live, jnp.sum(n * order.overlap) / most, jnp.nan)
 
 
-def train_error(fine: Finetuning, order: Order, c: ft.Conjugates, a: ft.Averages):
-    """alpha' E ||sigma(Z_W + chi chi^T) - sigma(Y')||_F^2 = alpha' c - Tr q' v/2: the data part of the training loss.
-
-    Per D. What c has beyond it is the proximal term."""
-    proximal = jnp.sum(directions(fine.rank, fine.teacher_rank) * c.qhat * order.response) / 2
-    return fine.alpha * a.potential - proximal
+def train_error(fine: Finetuning, order: Order, phi):
+    """alpha' E ||sigma(Z_W + chi chi^T) - sigma(Y')||_F^2 = phi - lambda' Tr q: the data part of the training loss, per
+    D, in both phases (phi is stationary: d phi/d lambda' = Tr q). With one minimum it is alpha' c - Tr q' v/2."""
+    return phi - fine.lam * jnp.sum(directions(fine.rank, fine.teacher_rank) * order.norm(ft.TEACHER_SIZE))
 
 
 def replicon(fine: Finetuning, gap):
