@@ -252,7 +252,7 @@ def test_first_derivatives():
     f_v = np.concatenate([np.kron(np.diag(g), x[None]), np.diag(g), t[:, None]], 1)
     np.testing.assert_allclose(forward, np.linalg.solve(np.eye(3) - f_x, f_v), atol=1e-12)
     h, value = 1e-5, jax.jit(jax.vmap(implicit))
-    central = (value(V0 + h * jnp.eye(13)) - value(V0 - h * jnp.eye(13))).T / (2 * h)
+    central = (value(V0[None] + h * jnp.eye(13)) - value(V0[None] - h * jnp.eye(13))).T / (2 * h)
     np.testing.assert_allclose(forward, central, atol=1e-8)
 
 
@@ -261,12 +261,12 @@ def test_second_derivatives():
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-11)
     np.testing.assert_allclose(hessian, jax.jit(jax.hessian(scalar_unrolled))(V0), atol=1e-10)
     h, gradient = 1e-5, jax.jit(jax.vmap(jax.grad(scalar)))
-    central = (gradient(V0 + h * jnp.eye(13)) - gradient(V0 - h * jnp.eye(13))) / (2 * h)
+    central = (gradient(V0[None] + h * jnp.eye(13)) - gradient(V0[None] - h * jnp.eye(13))) / (2 * h)
     np.testing.assert_allclose(hessian, central, atol=1e-8)
 
 
 def test_vmap_and_grad_commute():
-    batch = V0 + 0.05 * jnp.asarray(np.random.default_rng(0).standard_normal((4, 13)))
+    batch = V0[None] + 0.05 * jnp.asarray(np.random.default_rng(0).standard_normal((4, 13)))
     inner = jax.jit(jax.vmap(jax.grad(scalar)))(batch)
     outer = jax.jit(jax.grad(lambda b: jnp.sum(jax.vmap(scalar)(b))))(batch)
     single = jax.jit(jax.vmap(jax.grad(scalar_unrolled)))(batch)

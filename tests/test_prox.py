@@ -21,7 +21,7 @@ from lorastate.math.symmetric import (  # noqa: E402
     to_matrix,
 )
 from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
-from lorastate.model.proximal import MapProblem, VectorProblem, minimise  # noqa: E402
+from lorastate.model.proximal import MapProblem, VectorProblem, gram, minimise, reflected, softest  # noqa: E402
 
 
 def rows(z):
@@ -320,14 +320,14 @@ def test_derivatives_of_the_minimiser(minimum):
     h, eye = 1e-5, jnp.eye(4)
     forward, reverse = jax.jit(jax.jacfwd(minimum))(THETA), jax.jit(jax.jacrev(minimum))(THETA)
     close(forward, reverse, 1e-12)
-    central = jnp.moveaxis(many(THETA + h * eye) - many(THETA - h * eye), 0, -1) / (2 * h)
+    central = jnp.moveaxis(many(THETA[None] + h * eye) - many(THETA[None] - h * eye), 0, -1) / (2 * h)
     close(forward, central, 1e-8)
     assert np.abs(forward).max(axis=(0, 1)).min() > 1e-2  # every parameter matters
     gradients = jax.jit(jax.vmap(jax.grad(scalar)))
     hessian = jax.jit(jax.hessian(scalar))(THETA)
     close(hessian, hessian.T, 1e-11)
-    close(hessian, (gradients(THETA + h * eye) - gradients(THETA - h * eye)) / (2 * h), 1e-7)
-    batch = THETA + 0.1 * eye
+    close(hessian, (gradients(THETA[None] + h * eye) - gradients(THETA[None] - h * eye)) / (2 * h), 1e-7)
+    batch = THETA[None] + 0.1 * eye
     if minimum is minimum_vector:  # the other one is slow to compile
         outer = jax.jit(jax.grad(lambda b: jnp.sum(jax.vmap(scalar)(b))))(batch)
         close(gradients(batch), outer, 1e-12)
@@ -357,3 +357,32 @@ def test_parameters_of_a_custom_activation():
     slope = float(jax.jit(jax.grad(value))(w))
     assert abs(slope) > 1e-2
     assert slope == pytest.approx(float(f(w + h) - f(w - h)) / (2 * h), rel=1e-7)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_softest_direction_against_numpy(n):
+    h = np.random.default_rng(n).normal(size=(n, n, 40))
+    h = h + np.swapaxes(h, 0, 1)
+    v = np.asarray(softest(jnp.asarray(h)))
+    want = np.linalg.eigh(np.moveaxis(h, -1, 0))[1][:, :, 0].T
+    np.testing.assert_allclose(np.abs(np.sum(v * want, 0)), 1.0, rtol=1e-9)
+
+
+def test_the_mirror_image_of_a_well_is_the_one_next_to_omega():
+    """chi (1 - 2 c c^T) has the same chi chi^T; no c takes it nearer to omega."""
+    rng, t, r, n = np.random.default_rng(3), 3, 2, 50
+    zw, target, u, omega = (jnp.asarray(rng.normal(size=s)) for s in ((t, t, n), (t, t, n), (r * t, n), (r * t, n)))
+    problem = VectorProblem(Identity(), zw, omega, target, 0.7)
+    image = reflected(problem, u)
+    close(gram(image, t), gram(u, t), 1e-12)
+
+    def distance(chi):
+        return np.sum((np.asarray(chi) - np.asarray(omega)) ** 2, 0)
+
+    chi, found = np.asarray(u).reshape(r, t, n), []
+    for angle in np.linspace(0, np.pi, 400):
+        c = np.array([np.cos(angle), np.sin(angle)])
+        found.append(distance((chi - 2 * c[:, None, None] * np.einsum("k,ktn->tn", c, chi)).reshape(r * t, n)))
+    np.testing.assert_allclose(distance(image), np.min(found, 0), rtol=1e-3)
+    one = problem._replace(omega=omega[:t])
+    close(reflected(one, u[:t]), -u[:t], 0)

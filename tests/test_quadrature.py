@@ -203,7 +203,7 @@ def test_blocks_add_up():
         # Which node is which matters: what was found on one half belongs to both.
         found = jnp.concatenate([n.found, n.found], -1)
         first, second = jnp.split(i["twice"], 2, -1)
-        same = jnp.sum(n.weight * jnp.sum((found[0] - n.normal[0] ** 2) ** 2 + (second - 2 * first) ** 2, 0))
+        same = jnp.sum(n.weight * jnp.sum((found[0] - n.normal[0] ** 2)[None] ** 2 + (second - 2 * first) ** 2, 0))
         return same + i["flag"] * jnp.sum(n.weight * jnp.sin(a * n.normal[1] + found[2]))
 
     def at_once(a):

@@ -31,7 +31,8 @@ def _posterior_error(activation: Activation, norm, noise, q, nodes: Nodes, token
 
     def one(n):
         x, weight = n
-        chi, other = (x[0], q * x[0] + jnp.sqrt(jnp.maximum(1 - q**2, 0.0)) * x[1]) if lora else (0.0, 0.0)
+        none = jnp.zeros_like(weight)
+        chi, other = (x[0], q * x[0] + jnp.sqrt(jnp.maximum(1 - q**2, 0.0)) * x[1]) if lora else (none, none)
         sizes = (chi**2, other**2)
         return row_error(activation, tokens, fields, (sizes[0], q * chi * other, sizes[1]), sizes, x[2:], weight) / 2
 

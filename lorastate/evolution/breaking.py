@@ -26,20 +26,20 @@ def level(y, kinds, f, known):
     """
     count = f.shape[0]
     low = jax.lax.stop_gradient(jnp.min(f, 0))
-    weight = jnp.exp(-y * (f - low)).reshape(2, count // 2, *f.shape[1:])
+    weight = jnp.exp(-y * (f - low[None])).reshape(2, count // 2, *f.shape[1:])
     halves = weight.mean(1)
     whole = halves.mean(0)
 
     def average(a):
         """Of all samples, (rows, ...), and of each half, (2, rows, ...)."""
-        parts = (weight * a.reshape(len(a), 2, count // 2, *a.shape[2:])).mean(2)
-        return parts.mean(1) / whole, jnp.moveaxis(parts / halves, 1, 0)
+        parts = (weight[None] * a.reshape(len(a), 2, count // 2, *a.shape[2:])).mean(2)
+        return parts.mean(1) / whole[None], jnp.moveaxis(parts / halves[None], 1, 0)
 
     def size(g):
         return jnp.tensordot(kinds, g**2, 1)
 
     found = [average(a) for a in known]
-    free = debiased(low - jnp.log(whole) / y, low - jnp.log(halves) / y)
+    free = debiased(low - jnp.log(whole) / y, low[None] - jnp.log(halves) / y)
     square = debiased(size(found[0][0]), jnp.stack([size(g) for g in found[0][1]]))
     return free, [debiased(*pair) for pair in found], square
 

@@ -87,7 +87,8 @@ def pretraining_error(activation: Activation, tokens: int, label_size, overlap, 
         return _map_error(tokens, law)
     if activation.rowwise:
         fields = _fields(activation, tokens, nodes)
-        return row_error(activation, tokens, law, (0.0, 0.0, 0.0), (0.0, 0.0), fields, nodes.weight)
+        none = jnp.zeros_like(nodes.weight)
+        return row_error(activation, tokens, law, (none,) * 3, (none,) * 2, fields, nodes.weight)
     y, z = joint_fields(activation, tokens, law, _fields(activation, tokens, nodes))
     return mean_square_distance(activation, y, z, nodes.weight)
 
@@ -151,16 +152,16 @@ def row_error(activation, tokens: int, law, update, sizes, normal, weight):
     both = [xx + more for xx, more in zip(law, update, strict=True)]
     rest = tokens - 1
     one, two = normal[:rest], normal[-rest:]
-    a, b, c = _root_of(*both)
+    a, b, c = (v[None] for v in _root_of(*both))
     if activation.forgets_shift:
         # Differences to the diagonal entry: its own variance, 2 x law, is shared by all of them. Their mean is apart.
-        d, e, f = _root_of(*(v + 2 * rest * xx for v, xx in zip(both, law, strict=True)))
-        mean = [v.mean(0) for v in (one, two)]
+        d, e, f = (r[None] for r in _root_of(*(v + 2 * rest * xx for v, xx in zip(both, law, strict=True))))
+        mean = [v.mean(0, keepdims=True) for v in (one, two)]
         one, two = one - mean[0], two - mean[1]
         y = a * one + d * mean[0]
         z = b * one + c * two + e * mean[0] + f * mean[1]
         first = [jnp.zeros_like(y[0])] * 2
-        y, z = y - sizes[0], z - sizes[1]
+        y, z = y - sizes[0][None], z - sizes[1][None]
     else:
         d, e, f = (jnp.sqrt(2.0) * v for v in _root_of(*law))
         y, z = a * one, b * one + c * two

@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
 
 from ..math.linear import ldl_solve
 from ..math.symmetric import hessian_to_coordinates, to_coordinates, to_matrix
@@ -30,8 +31,8 @@ class MapProblem(NamedTuple):
     """Pre-training proximal step: nodes `omega`, `target` (T, T, N), response `V`."""
 
     activation: Activation
-    omega: Any
-    target: Any
+    omega: Float[Array, "T T N"]
+    target: Float[Array, "T T N"]
     V: Any
 
     def take(self, index):
@@ -44,7 +45,7 @@ class MapProblem(NamedTuple):
         return 1 / (2 * self.V)
 
     @jax.jit
-    def terms(self, u):
+    def terms(self, u: Float[Array, "n N"]) -> tuple[Float[Array, " N"], Float[Array, "n N"], Float[Array, "n n N"]]:
         f, g, h = self.activation.loss_terms(to_matrix(u), self.target)
         d = u - to_coordinates(self.omega)
         n = u.shape[0]
@@ -52,12 +53,12 @@ class MapProblem(NamedTuple):
         return f + jnp.sum(d * d, 0) / (4 * self.V), to_coordinates(g) + d / (2 * self.V), hess
 
 
-def columns(u, tokens: int):
+def columns(u: Float[Array, "rT N"], tokens: int) -> list[Float[Array, "T N"]]:
     """The r columns (T, N) of chi in R^{T x r} from its coordinates u (r T, N), which hold one after the other."""
     return [u[k : k + tokens] for k in range(0, len(u), tokens)]
 
 
-def gram(u, tokens: int):
+def gram(u: Float[Array, "rT N"], tokens: int) -> Float[Array, "T T N"]:
     """chi chi^T, (T, T, N)."""
     return functools.reduce(operator.add, (c[:, None] * c[None, :] for c in columns(u, tokens)))
 
@@ -67,9 +68,9 @@ class VectorProblem(NamedTuple):
     response `v`, one number or one per coordinate, (r T, 1)."""
 
     activation: Activation
-    zw: Any
-    omega: Any
-    target: Any
+    zw: Float[Array, "T T N"]
+    omega: Float[Array, "rT N"]
+    target: Float[Array, "T T N"]
     v: Any
 
     def take(self, index):
@@ -87,7 +88,7 @@ class VectorProblem(NamedTuple):
         return len(self.omega) // len(self.zw)
 
     @jax.jit
-    def terms(self, u):
+    def terms(self, u: Float[Array, "n N"]) -> tuple[Float[Array, " N"], Float[Array, "n N"], Float[Array, "n n N"]]:
         t = len(self.zw)
         f, g, h = self.activation.loss_terms(self.zw + gram(u, t), self.target)
         s = g + jnp.swapaxes(g, 0, 1)
@@ -98,7 +99,7 @@ class VectorProblem(NamedTuple):
                 for k, a in enumerate(chi)]  # fmt: skip
         upper = [[jnp.swapaxes(rows[l][k], 0, 1) for l in range(k + 1, len(chi))] for k in range(len(chi))]
         hess = jnp.concatenate([jnp.concatenate(a + b, 1) for a, b in zip(rows, upper, strict=True)])
-        hess = hess + jnp.eye(len(u))[:, :, None] / jnp.asarray(self.v)[..., None]
+        hess = hess + jnp.eye(len(u))[:, :, None] / jnp.reshape(self.v, (-1, 1, 1))
         return f + jnp.sum(d * d / self.v, 0) / 2, grad, hess
 
 
@@ -114,7 +115,7 @@ def _curvature(h, a, b):
     ha, hb = (jnp.sum(h * u[None, None], 2) for u in (a, b))
     eye = jnp.eye(len(a))[:, :, None]
     cross = jnp.swapaxes(a[:, None] * hb, 0, 1) + b[:, None] * ha
-    return jnp.sum(h * (a * b)[:, None, None], 0) + eye * jnp.sum(hb * a[None], 1) + cross
+    return jnp.sum(h * (a * b)[:, None, None], 0) + eye * jnp.sum(hb * a[None], 1)[None] + cross
 
 
 class _State(NamedTuple):
@@ -123,7 +124,7 @@ class _State(NamedTuple):
     f: Any
     g: Any
     h: Any
-    cuts: Any  # how many times the next step is cut to a quarter
+    cut: Any  # what is left of the next step, 1, 1/4, 1/16, ...
     done: Any
     step: Any
 
@@ -148,18 +149,18 @@ def _newton(problem, start, limit, over, last_step):
         f, g, h = problem.terms(s.trial)
         size = _length(s.trial - s.u, s.u)
         good = ((f <= s.f + _rounding(f)) | (size < 1e-10)) & ~s.done
-        cuts = jnp.where(good, 0, s.cuts + 1)
+        cut = jnp.where(good, 1.0, s.cut / 4)
         u, f, g, h = (jnp.where(good, a, b) for a, b in zip((s.trial, f, g, h), (s.u, s.f, s.g, s.h), strict=True))
         scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(u.shape[0])])), 0)
-        x = ldl_solve(h, g, floor=jnp.minimum(1e-3 * scale, problem.stiffness / 2))[0] * 0.25**cuts
-        last = good & (cuts == 0) & (_length(x, u) < last_step)
+        x = ldl_solve(h, g, floor=jnp.minimum(1e-3 * scale, problem.stiffness / 2))[0] * cut[None]
+        last = good & (cut == 1) & (_length(x, u) < last_step)
         u = jnp.where(last, u - x, u)
-        return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, cuts, s.done | last, s.step + 1)
+        return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, cut, s.done | last, s.step + 1)
 
     n, nodes = start.shape
     far = jnp.full((nodes,), jnp.inf, start.dtype)
     eye = jnp.broadcast_to(jnp.eye(n, dtype=start.dtype)[:, :, None], (n, n, nodes))
-    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.zeros((nodes,), int), over, 0)
+    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.ones_like(far), over, 0)
     out = jax.lax.while_loop(cond, body, first)
     return out.u, out.f, out.done
 
@@ -245,24 +246,24 @@ def reflected(problem, u):
     chi, omega = (jnp.stack(columns(a, len(problem.zw))) for a in (u, problem.omega / problem.v))
     agree = jnp.einsum("ktn,ltn->kln", chi, omega)
     c = softest(agree + jnp.swapaxes(agree, 0, 1))
-    return (chi - 2 * c[:, None] * jnp.einsum("kn,ktn->tn", c, chi)).reshape(u.shape)
+    return (chi - 2 * c[:, None] * jnp.einsum("kn,ktn->tn", c, chi)[None]).reshape(u.shape)
 
 
 def softest(h):
     """Eigenvector (n, N) of the smallest eigenvalue of every H (n, n, N), by repeated squaring of (bound - H)."""
     n = h.shape[0]
     eye = jnp.eye(n)[:, :, None]
-    a = eye * jnp.sqrt(jnp.sum(h * h, (0, 1)) + 1e-300) - h
+    a = eye * jnp.sqrt(jnp.sum(h * h, (0, 1), keepdims=True) + 1e-300) - h
 
     def square(_, a):
         a = jnp.einsum("abn,bcn->acn", a, a)
-        return a / jnp.sqrt(jnp.sum(a * a, (0, 1)))
+        return a / jnp.sqrt(jnp.sum(a * a, (0, 1), keepdims=True))
 
     a = jax.lax.fori_loop(0, 20, square, a)
     # All columns are multiples of the eigenvector now: take the longest.
     size = jnp.sum(a * a, 0)
     v = jnp.take_along_axis(a, jnp.argmax(size, 0)[None, None], 1)[:, 0]
-    return v / jnp.sqrt(jnp.sum(v * v, 0))
+    return v / jnp.sqrt(jnp.sum(v * v, 0, keepdims=True))
 
 
 def locate_lowest(problem, starts):

@@ -122,12 +122,19 @@ _ANCHORS, _TRIED = 8, 3
 _FOLLOWS, _LAST = 3.0, 1e-5
 
 
+def _stiffness(problem):
+    """Curvature of the pull to omega in every unknown, (m, 1)."""
+    return jnp.broadcast_to(1 / jnp.asarray(problem.v), (len(problem.omega), 1))
+
+
 def _anchored(problem, guess):
     """The deepest distinct places (_ANCHORS, m, N) where descents from many starts, or mirror images of these, end at
     the nodes themselves, and the loss there (_ANCHORS, N), infinite where there are fewer."""
 
+    stiff = _stiffness(problem)
+
     def pull(u):
-        return jnp.sum((u - problem.omega) ** 2 / problem.v, -2) / 2
+        return jnp.sum(stiff * (u - problem.omega) ** 2, 0) / 2
 
     def one(start):
         u, f, ok = prox.locate(problem, start)
@@ -141,9 +148,9 @@ def _anchored(problem, guess):
         index = jnp.argmin(depth, 0)
         place = jnp.take_along_axis(places, index[None, None], 0)[0]
         there = jnp.where(jnp.isfinite(jnp.min(depth, 0)), jnp.take_along_axis(loss, index[None], 0)[0], jnp.inf)
-        return jnp.where(jnp.max(jnp.abs(places - place), 1) > 100 * _SAME, depth, jnp.inf), (place, there)
+        return jnp.where(jnp.max(jnp.abs(places - place[None]), 1) > 100 * _SAME, depth, jnp.inf), (place, there)
 
-    return jax.lax.scan(deepest, loss + pull(places), length=_ANCHORS)[1]
+    return jax.lax.scan(deepest, loss + jax.vmap(pull)(places), length=_ANCHORS)[1]
 
 
 def _promising(problem, x, anchors, loss):
@@ -155,17 +162,23 @@ def _promising(problem, x, anchors, loss):
     promises nothing.
     """
     m, n = problem.omega.shape
-    stiff = jnp.broadcast_to(1 / jnp.asarray(problem.v), (m, 1))[..., None]
+    stiff = _stiffness(problem)[..., None]
     points = x.reshape(m, -1, n)
-    costs = jax.lax.map(lambda al: al[1] + jnp.sum(stiff * (al[0][:, None] - points) ** 2, 0) / 2, (anchors, loss))
+
+    def cost(a_loss):
+        a, loss = a_loss
+        return loss[None] + jnp.sum(stiff * (a[:, None] - points) ** 2, 0) / 2
+
+    costs = jax.lax.map(cost, (anchors, loss))
     follows = jnp.sum(stiff * (points - problem.omega[:, None]) ** 2, 0) / 2
-    costs = jnp.where(costs < jnp.min(costs, 0) + _FOLLOWS * follows + _LEVEL, costs, jnp.inf)
+    enough = jnp.min(costs, 0) + _FOLLOWS * follows + _LEVEL
+    costs = jnp.where(costs < enough[None], costs, jnp.inf)
 
     def best(costs, _):
         index = jnp.argmin(costs, 0)  # (s, N)
         place = jnp.moveaxis(jnp.take_along_axis(anchors, index[:, None], 0), 0, 1)
         known = jnp.where(jnp.isfinite(jnp.min(costs, 0)), index, -1)
-        costs = jnp.where(jnp.arange(_ANCHORS)[:, None, None] == index, jnp.inf, costs)
+        costs = jnp.where(jnp.arange(_ANCHORS)[:, None, None] == index[None], jnp.inf, costs)
         return costs, (known.reshape(-1), place.reshape(m, -1))
 
     return jax.lax.scan(best, costs, length=_TRIED)[1]
@@ -185,7 +198,7 @@ def locate(problem, x, guess, previous: Wells, cold, look: Any = True) -> Wells:
 
     def looked():
         tried, places = _promising(problem, x, anchors, loss)
-        new = (tried >= 0) & (cold | ~jnp.any(tried[:, None] == previous.tried, 1))
+        new = (tried >= 0) & (cold | ~jnp.any(tried[:, None] == previous.tried[None], 1))
         return tried, places, new
 
     def followed():
@@ -220,7 +233,7 @@ def locate_alone(problem, guess, previous: Wells, cold) -> Wells:
 def share(wells: Wells):
     """For every node of one part, what it adds to the share of nodes with two wells."""
     looked_at = _LOOKED_AT if len(wells.u) == 1 and wells.two.shape[-1] >= _LOOKED_AT else 1
-    return 1.0 * wells.two * looked_at
+    return wells.two.astype(float) * looked_at
 
 
 def tiled(problem, x):
@@ -256,7 +269,7 @@ class Lowest(NamedTuple):
             return h[0]
         gap = self.f[1] - self.f[0]
         known = jax.lax.stop_gradient(jnp.where(self.two, jnp.abs(gap), 0.0))
-        width = _WIDTH * jnp.sum(known) / jnp.maximum(jnp.sum(self.two), 1) + 1e-12
+        width = _WIDTH * jnp.sum(known) / jnp.maximum(jnp.sum(self.two, dtype=known.dtype), 1) + 1e-12
         return _pick(jnp.where(self.two, gap, jnp.inf), width, *h)
 
 
@@ -268,7 +281,7 @@ def lowest(problem, wells: Wells) -> Lowest:
 
 @jax.custom_jvp
 def _pick(gap, width, a, b):
-    return jnp.where(gap >= 0, a, b)
+    return jnp.where(jnp.broadcast_to(gap >= 0, a.shape), a, b)
 
 
 @_pick.defjvp
@@ -278,7 +291,8 @@ def _pick_jvp(primals, tangents):
     near = jnp.where(two, gap, 0.0) / width
     kernel = jnp.where(two, (1.5 - near**2 / 2) * jnp.exp(-(near**2) / 2) / (width * np.sqrt(2 * np.pi)), 0.0)
     change = jnp.where(two, tangents[0], 0.0)
-    return _pick(gap, width, a, b), _pick(gap, width, *tangents[2:]) + (a - b) * (kernel * change)
+    jumps = jnp.broadcast_to(kernel * change, a.shape)
+    return _pick(gap, width, a, b), _pick(gap, width, *tangents[2:]) + (a - b) * jumps
 
 
 def debiased(average, halves):

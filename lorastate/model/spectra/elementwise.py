@@ -1,5 +1,7 @@
 """What all laws do with their arguments, elementwise: one shape and dtype, the limit delta -> 0+, the density."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -9,6 +11,11 @@ def prepare(*args: ArrayLike) -> tuple[Array, ...]:
     """Broadcast to one shape and one floating dtype."""
     dtype = jnp.result_type(float, *args)
     return tuple(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in args)))
+
+
+def last(values: Any, like: Array) -> Array:
+    """Numbers along the last axis of arrays like this one."""
+    return jnp.asarray(list(values), like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 #: delta below which laws are those of their limit 0+.

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from .elementwise import density_of, limit, prepare
+from .elementwise import density_of, last, limit, prepare
 from .rules import BandNodes, double_exponential, pairs_across
 
 
@@ -207,7 +207,7 @@ def _critical(delta: Array, kappa0: Array) -> tuple[Array, Array, Array, Array]:
     low = jnp.stack([-jnp.hypot(1.0, delta), 0 * delta, summit, pole], -1)
     high = jnp.stack([-jnp.abs(delta), summit, (1 - s_in) / s_in, jnp.hypot(delta, pole)], -1)
     k_, d2_, low, high = lax.stop_gradient((k, d2, low, high))
-    sign = jnp.asarray([-1, 1, -1, 1], low.dtype)
+    sign = last([-1, 1, -1, 1], low)
 
     def bisect(_, bracket):
         lo, hi = bracket
@@ -234,7 +234,7 @@ def edges(delta: ArrayLike, kappa0: ArrayLike) -> Array:
     delta, kappa0 = _prepare_law(delta, kappa0)
     mu, d2, k, gap = _critical(delta, kappa0)
     x = mu + d2 / mu + k * mu / (jnp.sqrt(k) * mu - 1)
-    one = jnp.where(jnp.arange(4) < 2, x[..., np.array([0, 3, 0, 3])], jnp.nan)
+    one = jnp.where(last(range(4), x) < 2, x[..., np.array([0, 3, 0, 3])], jnp.nan)
     return jnp.where(gap[..., None], x, one)
 
 
@@ -275,11 +275,11 @@ def band_nodes(delta: ArrayLike, kappa0: ArrayLike, n: int = 64) -> BandNodes:
     t0, t1, gap = _band_ends(delta, kappa0)
     theta = np.pi * np.arange(n, 0, -1) / (n + 1)
     half = ((t1 - t0) / 2)[..., None]
-    t = ((t1 + t0) / 2)[..., None] + half * jnp.asarray(np.cos(theta), half.dtype)
+    t = ((t1 + t0) / 2)[..., None] + half * last(np.cos(theta), half)
     d, k = delta[..., None, None], kappa0[..., None, None]
     x, rho, dxdt = _band_point(jnp.exp(t), d, k)
-    w = rho * dxdt * half * jnp.asarray(np.pi / (n + 1) * np.sin(theta), half.dtype)
-    both = gap[..., None, None] | (jnp.arange(2)[:, None] == 0)
+    w = rho * dxdt * half * last(np.pi / (n + 1) * np.sin(theta), half)
+    both = (gap[..., None] | (last([0, 1], t0) == 0))[..., None]
     parts = (x, jnp.where(both, w, 0.0), rho)
     return BandNodes(*(v.reshape(*delta.shape, 2 * n) for v in parts))
 
@@ -305,8 +305,8 @@ def pair_response(delta: ArrayLike, eps: ArrayLike, kappa0: ArrayLike, n: int = 
     t_in = jnp.log(s * k / (d2 * ((s - jnp.real(g)) ** 2 + jnp.imag(g) ** 2)))
     t_c = jnp.where(inside, t_in, jnp.where(e <= x0, t0, t1))
     offset = jnp.clip(e, x0, x1) - e
-    phi, dphi = jnp.asarray(double_exponential(n), t_c.dtype)
-    exists = gap[..., None] | (jnp.arange(2) == 0)
+    phi, dphi = (last(v, t_c[..., None]) for v in double_exponential(n))
+    exists = gap[..., None] | (last([0, 1], t_c) == 0)
 
     def side(t_end: Array) -> tuple[Array, Array]:
         """Distance from eps (no cancellation at the corner) and weight, (..., 2n)."""
