@@ -1,19 +1,24 @@
 """float64 for the whole suite, and one compilation cache for it and the processes that it starts."""
 
 import atexit
+import collections
+import gc
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
-#: Most of the suite's time goes into compilation: what is jitted without options of its own is optimised less here.
-_FLAGS = (
-    "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
-)
+#: Most of the suite's time goes into compilation, of programs that run once or twice: nothing is optimised here.
+_FLAGS = " ".join((
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1",
+))  # fmt: skip
 
 
 def _understood(flags: str) -> bool:
@@ -33,7 +38,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax  # noqa: E402
 
+from lorastate.runtime import program  # noqa: E402
+from lorastate.solution import lanes  # noqa: E402
+
+# The package's own options come before these: they are for what is run on an eighth as many nodes as usual, and faster
+# compilation is for what is then slow.
+program._USUAL, program._QUICK, lanes._MUCH = program._QUICK, {}, lanes._MUCH // 8
 jax.config.update("jax_enable_x64", True)
+
+# Tracing makes many objects, most of which stay: the collector would go through all of them again and again.
+gc.set_threshold(100_000, 20, 50)
 
 _finished = itertools.count(1)
 
@@ -55,14 +69,53 @@ def _few_programs_at_a_time():
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_promoted(request):
+    """Mathematics, model and evolution are tested without implicit promotion: arrays of two types, or of two ranks,
+    meet only where it is said that they do."""
+    if request.node.path.stem not in _STRICT or request.node.get_closest_marker("promotes"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 #: Files whose tests make no whole solve, but for those that are marked `solve`: the layer `pytest -m unit`.
 _UNIT = (
-    "test_fixed_point", "test_generalization", "test_layout", "test_prox", "test_quadrature", "test_setting",
-    "test_site", "test_spectrum", "test_stage", "test_theory_page", "test_wells",
+    "test_fixed_point", "test_generalization", "test_layout", "test_maxima", "test_order", "test_prox",
+    "test_quadrature", "test_setting", "test_site", "test_spectrum", "test_stage", "test_theory_page", "test_wells",
 )  # fmt: skip
+
+
+#: Those whose tests run without implicit promotion.
+_STRICT = (
+    "test_fixed_point", "test_generalization", "test_maxima", "test_order", "test_prox", "test_quadrature",
+    "test_spectrum", "test_wells",
+)  # fmt: skip
+
+#: Seconds that each file takes, on one core: the longest begin first, so that no worker is left with one at the end.
+#: A file stays on one worker (`--dist loadfile`), which compiles what its tests share once.
+_DURATIONS = Path(__file__).with_name("durations.json")
+_seconds = collections.Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--keep-durations", action="store_true", help=f"write what each file took to {_DURATIONS.name}")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in _UNIT and not item.get_closest_marker("solve"):
             item.add_marker("unit")
+    known = json.loads(_DURATIONS.read_text())
+    items.sort(key=lambda item: -known.get(item.path.stem, 0))
+
+
+def pytest_runtest_logreport(report):
+    _seconds[Path(report.fspath).stem] += report.duration
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--keep-durations") and not hasattr(session.config, "workerinput"):
+        known = json.loads(_DURATIONS.read_text()) | {name: round(value) for name, value in _seconds.items()}
+        _DURATIONS.write_text(json.dumps(dict(sorted(known.items(), key=lambda kv: -kv[1])), indent=1) + "\n")

@@ -18,6 +18,7 @@ from lorastate.math.quadrature import Nodes, nested_nodes
 from lorastate.model import wells
 from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem, gram
+from lorastate.runtime import program
 
 SMALL = ls.Numerics(nodes=4096, finetuning_nodes=8192, replicas=4)
 #: A glass: noisy labels and weak ridges on two tokens (M and Q of its map are those of the published equations).
@@ -26,22 +27,33 @@ GLASS = ls.Setting(
     ls.Finetuning(5.61813, 0.0732463), SMALL,
 )  # fmt: skip
 MAP = FrozenMap(jnp.array(0.631057), jnp.array(1.0165), jnp.array(1.884608))
-GLASSY = Order(*map(jnp.asarray, (0.4, 0.86, 0.76)), (jnp.array(0.55),), (jnp.array(1.28),))
+
+
+def order_of(response, overlap, noise, spread, y) -> Order:
+    response, overlap, noise, spread, y = map(jnp.asarray, (response, overlap, noise, spread, y))
+    return Order(response, overlap, noise, (spread,), (y,))
+
+
+GLASSY = order_of(0.4, 0.86, 0.76, 0.55, 1.28)
 
 
 def plain(value):
     return jax.tree_util.tree_map(float, value)
 
 
+#: Nodes and samples of most averages here: one compiled program for each number of steps.
+USUAL = 1024, 16
+
+
 @functools.cache
-def nodes_of(count, samples, rank=1, teacher_rank=1, tokens=2):
-    fine = ls.Finetuning(1.0, 1.0, 0.5, "softmax", tokens, rank=rank, teacher_rank=teacher_rank)
+def nodes_of(count, samples, rank=1, teacher_rank=1, seed=0):
+    fine = ls.Finetuning(1.0, 1.0, 0.5, "softmax", 2, rank=rank, teacher_rank=teacher_rank)
     mirror = ft.mirrored(fine)
-    outer = nested_nodes(ft.node_dimension(fine), count, 1, 0, mirror, None, count, rank * tokens, (samples,))
+    outer = nested_nodes(ft.node_dimension(fine), count, 1, seed, mirror, None, count, rank * 2, (samples,))
     return jax.tree_util.tree_map(lambda a: jnp.asarray(a[0]), outer)
 
 
-@functools.partial(jax.jit, static_argnames="levels")
+@functools.partial(jax.jit, static_argnames="levels", compiler_options=program._USUAL)  # run many times
 def averages_at(fine, order, nodes, levels):
     empty = jax.tree_util.tree_map(lambda a: jnp.asarray(a)[None], nodes)
     memory = jax.tree_util.tree_map(lambda a: a[0], finetuning_map.no_memory(fine, empty, levels)).found
@@ -61,7 +73,7 @@ def test_coordinates_come_back():
 def test_minima_that_do_not_differ_are_one(ranks):
     """q = p gives the replica-symmetric equations back for every y."""
     fine = ls.Finetuning(5.6, 0.07, 2.2, "softmax", 2, rank=ranks[0], teacher_rank=ranks[1])
-    nodes = nodes_of(256, 8, *ranks)
+    nodes = nodes_of(*USUAL, *ranks)
     if ranks[0] == 1:
         one = GLASSY._replace(spread=(), breaking=())
         apart = 1e-7
@@ -93,7 +105,7 @@ def test_prior_against_integration():
     w = w / w.sum()
     inner = np.array([np.log(np.sum(w * np.exp(y * (h + np.sqrt(s2) * x) ** 2 / (2 * A)))) for h in x * np.sqrt(1.51)])
     want = -np.sum(w * inner) / y  # m'^2 + p' = 1.51
-    zero = Order(*map(jnp.asarray, (0.0, 0.0, 0.0)), (jnp.array(0.0),), (jnp.array(y),))
+    zero = order_of(0.0, 0.0, 0.0, 0.0, y)
     assert float(ft._prior(fine, zero, c, (y,))) == pytest.approx(want, rel=1e-10)
 
 
@@ -106,7 +118,7 @@ def test_one_node_against_a_dense_grid(activation):
     g = rng.normal(size=(2, 2, 2))
     y0, zw = (jnp.asarray((a + a.T) * 1.2)[:, :, None] for a in g)
     teacher, noise = jnp.array([[1.1], [-0.4]]), jnp.array([[0.3], [0.9]])
-    order = Order(*map(jnp.asarray, (0.5, 0.5, 0.6)), (jnp.array(0.7),), (jnp.array(y),))
+    order = order_of(0.5, 0.5, 0.6, 0.7, y)
     # 4096 samples of z stand for one node.
     many = nested_nodes(4, 2, 1, 3, (0, 4), None, 2, tokens, (4096,)).inner[0][0][:, :, :1]
     d = ft.Draws(ft.Fields(y0, zw), teacher, noise, jnp.ones(1), (jnp.asarray(many),))
@@ -145,14 +157,15 @@ def test_one_node_against_a_dense_grid(activation):
 def test_few_samples_have_no_bias():
     """Averages over 16 samples against 256 at the same nodes."""
     fine = GLASS.finetuning_resolved
-    few, many = (averages_at(fine, GLASSY, nodes_of(1024, n), 1) for n in (16, 256))
+    count, samples = USUAL
+    few, many = (averages_at(fine, GLASSY, nodes_of(count, n), 1) for n in (samples, 256))
     assert float(few.potential) == pytest.approx(float(many.potential), rel=5e-3)
     np.testing.assert_allclose(few.squares, many.squares, rtol=2e-2)
     assert float(few.gains[0]) == pytest.approx(float(many.gains[0]), rel=4e-2)
 
 
 def test_slope_in_y_against_differences():
-    fine, nodes = GLASS.finetuning_resolved, nodes_of(512, 16)
+    fine, nodes = GLASS.finetuning_resolved, nodes_of(*USUAL)
     a = averages_at(fine, GLASSY, nodes, 1)
     c = ft.conjugates(fine, GLASSY, a)
 
@@ -168,19 +181,22 @@ def test_slope_in_y_against_differences():
 
 def test_conjugates_are_derivatives_of_c():
     """Integration by parts has changed their form: on many nodes they are what differences of c are."""
-    fine, nodes = GLASS.finetuning_resolved, nodes_of(8192, 32)
-    a = averages_at(fine, GLASSY, nodes, 1)
-    c = ft.conjugates(fine, GLASSY, a)
-    v, m, p, q = 0.4, 0.86, 0.86**2 + 0.76**2, 0.86**2 + 0.76**2 + 0.55**2
+    fine, sets = GLASS.finetuning_resolved, [nodes_of(*USUAL, seed=k) for k in range(10)]
+
+    def mean(order):
+        found = [averages_at(fine, order, nodes, 1) for nodes in sets]
+        return jax.tree_util.tree_map(lambda *values: sum(values) / len(sets), *found)
+
+    c = ft.conjugates(fine, GLASSY, mean(GLASSY))
+    y, v, m, p, q = 1.28, 0.4, 0.86, 0.86**2 + 0.76**2, 0.86**2 + 0.76**2 + 0.55**2
 
     def at(v=v, m=m, p=p, q=q):
-        order = Order(*map(jnp.asarray, (v, m, np.sqrt(p - m**2))), (jnp.asarray(np.sqrt(q - p)),), GLASSY.breaking)
-        return float(fine.alpha * averages_at(fine, order, nodes, 1).potential)
+        order = order_of(v, m, np.sqrt(p - m**2), np.sqrt(q - p), y)
+        return float(fine.alpha * mean(order).potential)
 
     def slope(name, value, h=0.02):
         return (at(**{name: value * (1 + h)}) - at(**{name: value * (1 - h)})) / (2 * h * value)
 
-    y = float(GLASSY.breaking[0])
     assert float(c.qhat) == pytest.approx(-2 * slope("v", v), rel=1e-2)
     assert float(c.mhat) == pytest.approx(-slope("m", m), rel=3e-2)
     assert float(c.lhat) == pytest.approx(y * float(c.qhat) + 2 * slope("q", q), rel=3e-2)

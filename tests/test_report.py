@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,16 +72,20 @@ def test_a_maximum_is_not_taken_for_a_minimum(toy, monkeypatch):
         ls.measure_mismatch(SETTING)
 
 
-def test_parts_of_the_noise():
-    M, Q, b = 1.1, 0.9, 0.8
-    setting = ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 0.3, recalibration=b), SETTING.numerics)
-    solution = SimpleNamespace(
-        setting=setting,
+def decomposed(M=1.1, Q=0.9, b=1.0, **fine):
+    """The parts of the noise on a map that is given, not solved for."""
+    solution: Any = SimpleNamespace(
+        setting=ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 0.3, recalibration=b, **fine), SETTING.numerics),
         pretraining={"V": 1.0, "M": M, "M_down": M, "Q": Q},
         finetuning={"recalibration": b},
         status={"pretraining": {"code": 0}},
     )
-    parts = noise_decomposition(solution)
+    return noise_decomposition(solution)
+
+
+def test_parts_of_the_noise():
+    M, Q, b = 1.1, 0.9, 0.8
+    parts = decomposed(M, Q, b)
     assert parts["total"] == pytest.approx(0.25 + 2 - 2 * b * M + b**2 * Q)
     assert parts["label_noise"] + parts["unexplained"] + parts["miscalibration"] == pytest.approx(parts["total"])
     assert parts["label_noise"] == 0.25 and parts["best_scale"] == pytest.approx(M / Q)
@@ -90,10 +95,7 @@ def test_parts_of_the_noise():
 
 def test_fresh_inputs_of_a_mixture_keep_their_label_noise():
     def label_noise(**inputs):
-        return noise_decomposition(ls.predict(replace_inputs(**inputs)))["label_noise"]
-
-    def replace_inputs(**inputs):
-        return ls.Setting(SETTING.pretraining, ls.Finetuning(3.0, 2.0, **inputs), SETTING.numerics)
+        return decomposed(**inputs)["label_noise"]
 
     assert label_noise(inputs="mixed", reused_fraction=0.2) == pytest.approx(0.8 * 0.25)
     assert label_noise(inputs="mixed", reused_fraction=0.2, label_noise="fresh") == pytest.approx(0.25)
