@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +74,8 @@ def initial(key):
         "out": (WIDTH, VOCABULARY),
     }  # fmt: skip
     keys = jax.random.split(key, len(shapes))
-    scale = {"embed": 0.5, "place": 0.5}
     return {
-        name: jax.random.normal(k, shape) * scale.get(name, shape[0] ** -0.5)
+        name: jax.random.normal(k, shape) * (0.5 if name in ("embed", "place") else shape[0] ** -0.5)
         for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
 
@@ -185,7 +185,8 @@ def measured_lora(p, lora, b, rows):
 
 def keep(path: Path, tree) -> None:
     leaves = jax.tree.leaves(tree)
-    np.savez(path.with_suffix(".part.npz"), **{f"{i:03d}": np.asarray(v) for i, v in enumerate(leaves)})
+    arrays: dict[str, Any] = {f"{i:03d}": np.asarray(v) for i, v in enumerate(leaves)}
+    np.savez(path.with_suffix(".part.npz"), **arrays)
     path.with_suffix(".part.npz").replace(path)
 
 

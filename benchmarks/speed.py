@@ -68,7 +68,7 @@ def identity_batch(count: int = 10_000) -> dict:
         _, code = jax.block_until_ready(solve(lams * (1 + 0.01 * k)))
         times.append(time.perf_counter() - start)
     warm = statistics.median(times)
-    return {"cold": cold, "warm": warm, "rate": f"{count / warm:.0f} settings/s, {int((code != 0).sum())} failed"}
+    return {"cold": cold, "warm": warm, "rate": f"{count / warm:.0f} settings/s, {int(np.sum(code != 0))} failed"}
 
 
 def softmax_one() -> dict:

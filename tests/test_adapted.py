@@ -58,7 +58,10 @@ def test_error_on_the_old_labels_against_sampling(rank, teacher_rank, activation
     y = np.sqrt(size / 2) * (g + g.swapaxes(0, 1))
     zw = overlap / size * y + np.sqrt((norm - overlap**2 / size) / 2) * (h + h.swapaxes(0, 1))
     d = node_dimension(activation, t, (max(rank, 2), 0))
-    nodes = Nodes(*(jnp.asarray(a[0]) for a in gaussian_nodes(d, 2**16, 2, 0)[:2])) if d else None
+    nodes = None
+    if d:
+        normal, weight = (jnp.asarray(a[0]) for a in gaussian_nodes(d, 2**16, 2, 0)[:2])
+        nodes = Nodes(normal, weight)
     for c in (0.7, 0.0):
         values = np.asarray(activation(jnp.asarray(zw + c * update)) - activation(jnp.asarray(y)))
         values = np.sum(values**2, (0, 1))
@@ -108,7 +111,7 @@ def test_nodes_of_low_ranks_are_the_same():
     stages = [(s.pretraining, s.finetuning_resolved) for s in (setting("softmax", rank=r) for r in (1, 2, 4))]
     one, two, four = (node_sets(*pair, NUMERICS).pretraining_test for pair in stages)
     assert node_sets(stages[0][0], None, NUMERICS).pretraining_test is one
-    assert one is two and four.normal.shape[1] == one.normal.shape[1] + 2
+    assert one and four and one is two and four.normal.shape[1] == one.normal.shape[1] + 2
 
 
 # ---- the factor on the update
@@ -130,8 +133,8 @@ def test_factor_of_training_is_a_ridge():
 def test_identity_factor(rank, teacher_rank):
     """[(T+1) Tr m m^T + r* Tr q] / [(T+1) Tr q^2 + (Tr q)^2]."""
     t, order = 2, order_for(rank, teacher_rank)
-    fine = setting(rank=rank, teacher_rank=teacher_rank).finetuning_resolved
-    layer = AdaptedLayer(None, fine, FrozenMap(1.1, 0.9, 2.0), order)
+    s = setting(rank=rank, teacher_rank=teacher_rank)
+    layer = AdaptedLayer(s.pretraining, s.finetuning_resolved, FrozenMap(1.1, 0.9, 2.0), order)
     c = near_minimum(layer, None)
     c, low = minimum(c, jnp.stack([layer.test_error(None, c * (1 + t)) for t in STENCIL]))
     k, m = min(rank, teacher_rank), np.atleast_1d(np.asarray(order.overlap))[0]
@@ -159,7 +162,7 @@ def curve(s, solution):
     fine, p, f = s.finetuning_resolved, solution.pretraining, solution.finetuning
     nodes = node_sets(s.pretraining, fine, s.numerics).finetuning_test
     order, frozen = from_norm(f["v"], f["m"], f["q"], 1.0), FrozenMap(p["M"], p["Q"], s.pretraining.Q0)
-    return jax.jit(lambda c: layer_error(AdaptedLayer(None, fine, frozen, order), nodes, c))
+    return jax.jit(lambda c: layer_error(AdaptedLayer(s.pretraining, fine, frozen, order), nodes, c))
 
 
 @pytest.mark.parametrize("lam, recalibration", [(0.3, 1.0), (3.0, 0.7)])

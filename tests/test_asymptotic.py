@@ -1,5 +1,7 @@
 """Training on the asymptotic channel: the law of what is drawn, the descents, and worked theory values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from lorastate.math.quadrature import gaussian_nodes  # noqa: E402
 from lorastate.model.activation import Custom, Identity, Softmax  # noqa: E402
 from lorastate.model.channel.frozen_map import FrozenMap  # noqa: E402
 from lorastate.setting.numerics import Numerics  # noqa: E402
+from lorastate.setting.paths import get  # noqa: E402
 from lorastate.setting.stages import Finetuning, Pretraining, Setting  # noqa: E402
 from lorastate.simulation import descents as _descents  # noqa: E402
 from lorastate.simulation import losses, on_channel, samples, searches  # noqa: E402
@@ -179,7 +182,7 @@ def test_deep_search_in_a_glass():
     # Of twelve random starts some end elsewhere, and the sentence says how many.
     worse = found.worse_starts
     assert 0 < worse["count"] <= 12 and worse["overlap"] < worse["lowest_overlap"] and worse["excess"] > 1e-3
-    assert f"{worse['count']} of 12 random starts" in found.verdict
+    assert f"{worse['count']} of 12 random starts" in str(found.verdict)
     for rows in found.searches.values():
         np.testing.assert_allclose(rows["train_loss"] - rows["train_error"], 0.05 * rows["q"], rtol=1e-10)
         np.testing.assert_allclose(rows["overlap"], rows["m"] / np.sqrt(rows["q"]), rtol=1e-10)
@@ -217,7 +220,7 @@ def test_error_follows_from_the_overlaps(activation, ranks):
     # The theory's own formula where the matrices are as it has them.
     m, q = 0.6 * np.eye(*ranks), 0.8 * np.eye(ranks[0])
     if ranks[0] > ranks[1]:
-        order = from_norm(*(jnp.array(v) for v in ([1.0, 1.0], [0.6, 0.0], [0.8, 0.8])), 1.0)
+        order = from_norm(jnp.array([1.0, 1.0]), jnp.array([0.6, 0.0]), jnp.array([0.8, 0.8]), 1.0)
     else:
         order = from_norm(1.0, 0.6, 0.8, 1.0)
     theory = finetuning_error(activation, 3, 2.25, 1.3, 1.2, order, nodes, ranks)
@@ -251,7 +254,7 @@ def test_a_run_depends_on_seed_and_index_alone(smooth, capsys):
 def test_nothing_is_compiled_anew_for_another_run():
     options = dict(dimension=40, starts=3, moves=2)
     trained(LINEAR, Finetuning(3.0, 0.3), runs=1, **options)
-    programs = _descents._start, _descents._advance
+    programs: tuple[Any, ...] = _descents._start, _descents._advance
     before = [program._cache_size() for program in programs]
     trained(LINEAR, Finetuning(3.0, 0.2), runs=3, seed=4, **options)
     assert [program._cache_size() for program in programs] == before
@@ -337,7 +340,7 @@ def test_training_of_both_stages_does_not_need_the_theory(monkeypatch):
     frozen = solution.pretrain(LINEAR, NUMERICS)
     result = simulate(setting, dimension=20, runs=1, test_samples=100)
     b = float(frozen.values["M"] / frozen.values["Q"])
-    assert float(result.setting.finetuning.recalibration.b) == pytest.approx(b)
+    assert float(get(result.setting, "finetuning.recalibration")) == pytest.approx(b)
     found = trained(LINEAR, Finetuning(3.0, 0.1, recalibration="noise"), dimension=40, runs=1)
     assert found.converged("deep").all()
     with pytest.raises(SolveError):  # the b of least E' does need it

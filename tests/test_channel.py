@@ -1,6 +1,7 @@
 """The frozen-map channels: laws, limits, closed forms, derivatives, and what is refused."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -128,7 +129,7 @@ def test_quantile():
         np.testing.assert_allclose(slope[exact], central[exact], rtol=1e-5)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "mixed": dict(kappa0=0.5, inputs="mixed", reused_fraction=0.4, label_noise="fresh", recalibration=0.9),
     "selected and recalibrated": dict(
         activation="identity", lam=0.1, inputs="selected", rho=0.1, pool=30.0, recalibration="noise"
@@ -159,10 +160,8 @@ def test_limits_of_the_solutions():
     none = ls.predict(setting("identity", 0.1, inputs="mixed", reused_fraction=0.0))
     for name in ("m", "q", "test_error", "effective_noise"):
         np.testing.assert_allclose(none.finetuning[name], fresh.finetuning[name], rtol=1e-9)
-    reused, mixed = (
-        ls.predict(setting("identity", 0.1, **k))
-        for k in ({"inputs": "reused"}, {"inputs": "mixed", "reused_fraction": 1.0})
-    )
+    reused_wholly: tuple[dict[str, Any], ...] = {"inputs": "reused"}, {"inputs": "mixed", "reused_fraction": 1.0}
+    reused, mixed = (ls.predict(setting("identity", 0.1, **k)) for k in reused_wholly)
     for name in ("m", "q", "test_error", "effective_noise"):
         np.testing.assert_allclose(mixed.finetuning[name], reused.finetuning[name], rtol=1e-9)
     # The mismatch: reused inputs are less noisy to LoRA than the test inputs.
@@ -179,7 +178,7 @@ def test_recalibrations():
     p = error.pretraining
     fine = replace(plain, "finetuning.recalibration", "noise").finetuning_resolved
     frozen = FrozenMap(p["M"], p["Q"], 2.0)
-    np.testing.assert_allclose(fine.scale(frozen), p["M"] / p["Q"], rtol=1e-9)
+    np.testing.assert_allclose(float(fine.scale(frozen)), p["M"] / p["Q"], rtol=1e-9)
     np.testing.assert_allclose(fine.effective_noise(frozen), 2.25 - p["M"] ** 2 / p["Q"], rtol=1e-9)
     # For the identity E' depends on b through Delta_eff alone, so that both prescriptions are one (up to quadrature).
     np.testing.assert_allclose(error.finetuning["recalibration"], p["M"] / p["Q"], rtol=0.01)

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 
+import lorastate as ls
 from lorastate import figures
 from lorastate._version import __version__
 from lorastate.cli import checks, environment, screen, tables
@@ -24,7 +26,7 @@ from lorastate.cli import main as cli
 from lorastate.cli import predict as predict_command
 from lorastate.design import optimize as design
 from lorastate.errors import Code, SolveError
-from lorastate.figures import drawing
+from lorastate.figures import drawing, maps
 from lorastate.runtime.program import Program
 from lorastate.runtime.progress import listening, tell
 from lorastate.setting.fields import continuous_fields
@@ -99,7 +101,7 @@ def call(capsys, monkeypatch):
         except SystemExit as leaving:
             code = leaving.code
         captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return Outcome(int(code or 0), captured.out, captured.err)
 
     return run
 
@@ -263,8 +265,8 @@ def test_help_and_version_do_not_need_jax():
 
 
 def start(words, **environment):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *words], env=os.environ | environment, text=True, **pipes)
+    environment, pipe = os.environ | environment, subprocess.PIPE
+    return subprocess.Popen([sys.executable, *words], env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
@@ -343,7 +345,7 @@ def test_ctrl_c_while(when):
     patience = "    from lorastate.cli import main as cli\n    cli._PATIENCE = 0.5\n"
     code = textwrap.dedent(heard + patience + INTERRUPTED[when])
     process = start(["-c", code + "\ncli.main()", "figure", "1"])
-    assert process.stdout.readline() == "ready\n"
+    assert process.stdout and process.stdout.readline() == "ready\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     try:
@@ -779,6 +781,22 @@ def test_figure(call, tmp_path, monkeypatch):
     assert call("figure", "spectrum", "--out", tmp_path, "--simulate").code == 0
     one, no, large = (tmp_path, (None, 2), True), (tmp_path, None, True), (tmp_path, (None, 4), True)
     assert called == [one, no, no, large]
+
+
+def test_a_figure_for_real(call, tmp_path, monkeypatch):
+    """The spectrum on few nodes: what is drawn is a density, whose mass and moments are those of the learned map."""
+    monkeypatch.setattr(maps, "NUMERICS", ls.Numerics(512, 1024, 2))
+    outcome = call("figure", "spectrum", "--out", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["spectrum.json", "spectrum.pdf", "spectrum.png"]
+    assert (tmp_path / "spectrum.png").read_bytes()[:4] == b"\x89PNG"
+    panels = json.loads((tmp_path / "spectrum.json").read_text())["panels"]
+    assert [panel["setting"]["pretraining"]["activation"] for panel in panels] == ["identity", "softmax"]
+    for panel in panels:
+        x, density = np.array(panel["x"]), np.array(panel["density"])
+        assert 0 < panel["atom"] < 1
+        for k, want in enumerate((1 - panel["atom"], *panel["moments"])):
+            assert trapezoid(x**k * density, x) == pytest.approx(want, rel=0.02)
 
 
 def test_explain(call, path, monkeypatch):

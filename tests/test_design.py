@@ -262,7 +262,7 @@ def best_scale(monkeypatch, of, solved=lambda b: True):
 
     monkeypatch.setattr(gradients, "evaluate", evaluate)
     found = gradients.with_best_scale(replace(setting(), "finetuning.recalibration", "error"))
-    return float(found.finetuning.recalibration.b), len(made)
+    return float(get(found, "finetuning.recalibration")), len(made)
 
 
 @pytest.mark.parametrize("best", [0.05, 0.7, 1.0, 1.2, 40.0])

@@ -1,6 +1,7 @@
 """Both stages of many lanes: which searches are made for which lanes, and which of them count."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ class Toy(Lanes):
     """Lanes that know their numbers: what is too rough without breaking, with it, and in a deep glass."""
 
     def take(self, index, tree):
-        assert isinstance(self.problem, SimpleNamespace)
-        lanes = [self.problem.lanes[k] for k in index]
-        return Toy(SimpleNamespace(numerics=self.problem.numerics, lanes=lanes), len(lanes)), tree
+        problem: Any = self.problem
+        lanes = [problem.lanes[k] for k in index]
+        kept: Any = SimpleNamespace(numerics=problem.numerics, lanes=lanes)
+        return Toy(kept, len(lanes)), tree
 
     def with_broken(self, deep):
         return self
@@ -33,8 +35,9 @@ def groups(monkeypatch):
         monkeypatch.setattr(solve, "pretrained", lambda lanes: None)
         monkeypatch.setattr(solve, "_symmetric", found(symmetric))
         monkeypatch.setattr(solve, "_broken", lambda *given: next(made)(*given))
-        problem = SimpleNamespace(numerics=SimpleNamespace(symmetry=symmetry), lanes=[0, 1, 2, 3])
-        return [(index, group.problem.lanes) for index, group in solve.solve(Toy(problem, 4))]
+        problem: Any = SimpleNamespace(numerics=SimpleNamespace(symmetry=symmetry), lanes=[0, 1, 2, 3])
+        groups: Any = solve.solve(Toy(problem, 4))
+        return [(index, group.problem.lanes) for index, group in groups]
 
     return run
 
@@ -56,7 +59,8 @@ def test_lanes_are_stacked_padded_and_taken():
         pre = ls.Pretraining(0.1, lam, activation="identity", tokens=2)
         return Problem.of(ls.Setting(pre, ls.Finetuning(3.0, 0.6), ls.Numerics(512, 1024, 2, seed=3)))
 
-    lanes = Lanes.of([problem(lam) for lam in (0.1, 0.2, 0.3)], mesh=True, width=4)
+    mesh: Any = True
+    lanes = Lanes.of([problem(lam) for lam in (0.1, 0.2, 0.3)], mesh, width=4)
     np.testing.assert_array_equal(lanes.problem.pre.lam, [0.1, 0.2, 0.3, 0.3])
     assert lanes.where(np.array([True, False, True, True])) == [0, 2]
     some, tree = lanes.take([0, 2], {"x": np.arange(4)})

@@ -35,7 +35,7 @@ def test_pretraining(solution):
     assert loss(train) == pytest.approx(float(p["train_error"]) / 0.2, rel=0.03)
     x = np.array([0.0, 1.0])
     kernel = stats.gaussian_kde(np.asarray(test["Z_W"][0, 1]))(x)
-    np.testing.assert_allclose(kernel, stats.norm(scale=float(p["Q"]) ** 0.5).pdf(x), rtol=0.05)
+    np.testing.assert_allclose(kernel, stats.norm.pdf(x, scale=float(p["Q"]) ** 0.5), rtol=0.05)
 
 
 def test_finetuning(solution):

@@ -96,7 +96,8 @@ def test_minimum_is_the_global_one_at_low_temperature():
 def test_no_lower_minimum_at_any_node(pre, point, some):
     """At the solution, on 2048 nodes, of which some per cent have two wells: 24 descents from elsewhere find nothing
     lower. From Omega and Y alone `some` end too high, from Omega alone some per cent: so much this test can see."""
-    order = from_norm(*map(jnp.asarray, point), pre.label_size)
+    v, m, q = map(jnp.asarray, point)
+    order = from_norm(v, m, q, pre.label_size)
     whole = gaussian_nodes(pt.node_dimension(pre), 4096, 2, 1)
     nodes, nothing = (jax.tree_util.tree_map(lambda a: jnp.asarray(a[0]), v) for v in (whole, pt.no_inner(pre, whole)))
     problem = pt.inner_problem(pre, order, nodes)
@@ -149,6 +150,10 @@ def J(law, d, eps=0.0):
     return map(float, derivatives(law, jnp.asarray(d), jnp.asarray(eps)))
 
 
+def zero_of(f, low, high) -> float:
+    return float(brentq(f, low, high))  # pyright: ignore[reportArgumentType]
+
+
 def interpolating(pre, n_eff):
     """lam V, M, Q as lam -> 0 below the interpolation threshold, where all labels are met: eta = 1,
 
@@ -157,7 +162,7 @@ def interpolating(pre, n_eff):
     law, an = pre.law, float(pre.alpha) * n_eff
 
     def at(d):
-        eps = brentq(lambda e: list(J(law, d, e))[1] - 2 * an * d, -5.0 * d, 5.0 * d)
+        eps = zero_of(lambda e: list(J(law, d, e))[1] - 2 * an * d, -5.0 * d, 5.0 * d)
         value, slope, along = J(law, d, eps)
         return eps, value - (d * slope + eps * along) / 2, value
 
@@ -165,7 +170,7 @@ def interpolating(pre, n_eff):
         _, M, Q = at(d)
         return an * d**2 - float(pre.label_size) + 2 * M - Q
 
-    eps, M, Q = at(brentq(excess, 0.3, 30.0))
+    eps, M, Q = at(zero_of(excess, 0.3, 30.0))
     return eps * an / 2 / float(pre.kappa) ** 0.5, M, Q
 
 
@@ -180,7 +185,7 @@ def regular(pre):
         value, slope, _ = J(law, d)
         return an * d**2 - float(pre.label_size) + value - d * slope
 
-    d = brentq(excess, 1e-3, 10.0)
+    d = zero_of(excess, 1e-3, 10.0)
     value, slope, _ = J(law, d)
     return pre.tokens**2 * slope / (8 * an * d - 4 * slope), value - d * slope / 2, value
 

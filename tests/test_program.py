@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -29,7 +30,8 @@ NUMERICS = ls.Numerics(512, 1024, 2)
 
 @pytest.fixture
 def folder(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
+    config: Any = jax.config
+    before = config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     yield tmp_path / "lorastate-programs"
     jax.config.update("jax_compilation_cache_dir", before)

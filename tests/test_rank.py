@@ -78,7 +78,7 @@ def test_the_search_finds_the_global_minimum():
     """Softmax with a weak ridge: omega alone misses some per cent of the nodes, and so do the usual starts."""
     s = setting(2, 2, "softmax")
     fine = s.finetuning_resolved
-    frozen, order = FrozenMap(0.9, 1.4, 2.0), from_norm(*map(jnp.asarray, (3.0, 0.9, 1.4)), 1.0)
+    frozen, order = FrozenMap(0.9, 1.4, 2.0), from_norm(jnp.array(3.0), jnp.array(0.9), jnp.array(1.4), 1.0)
     n = 512
     nodes = gaussian_nodes(ft.node_dimension(fine), 2 * n, 2, 0, ft.mirrored(fine))
     d = ft.draws(fine, frozen, jax.tree_util.tree_map(lambda a: jnp.asarray(a[0]), nodes))
@@ -123,7 +123,8 @@ def test_error_against_sampling(rank, teacher_rank, activation):
     d = node_dimension(activation, t, (rank, teacher_rank))
     nodes = None
     if d:
-        nodes = Nodes(*(jnp.asarray(a[0]) for a in gaussian_nodes(d, 2**16, 2, 0)[:2]))
+        normal, weight = (jnp.asarray(a[0]) for a in gaussian_nodes(d, 2**16, 2, 0)[:2])
+        nodes = Nodes(normal, weight)
     for c in (1.0, 0.6, 0.0):
         values = np.asarray(activation(jnp.asarray(zw + c * student)) - activation(jnp.asarray(y + teacher)))
         values = np.sum(values**2, (0, 1))

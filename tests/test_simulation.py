@@ -3,6 +3,7 @@
 import functools
 import gc
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ def test_summary_is_plain_numbers(softmax):
 
 
 def test_a_run_depends_on_seed_and_index_alone(softmax, capsys):
-    options = dict(dimension=D, test_samples=10_000)
+    options: dict[str, Any] = dict(dimension=D, test_samples=10_000)
     two = simulate(softmax.setting, runs=2, progress=True, **options)
     assert "6/6" in capsys.readouterr().err
     other = simulate(softmax.setting, runs=1, seed=1, **options)
@@ -380,7 +381,7 @@ def test_data_are_kept_only_where_asked_for_and_counted(monkeypatch):
         return found
 
     monkeypatch.setattr(two_stages, "_train_map", watched)
-    options = dict(dimension=20, starts=1, test_samples=100)
+    options: dict[str, Any] = dict(dimension=20, starts=1, test_samples=100)
     keeps = False
     simulate(small, runs=3, **options)
     keeps, memory = True, {}

@@ -167,4 +167,5 @@ def test_adding_a_prediction(examples, tmp_path):
     words = [sys.executable, "-m", "lorastate", "predict", "examples/softmax.toml"]
     shown = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     said, found = (re.search(r"(?m)^ *angle +(\S+) +\S+ +(.*)$", text) for text in (page, shown))
+    assert said and found
     assert abs(float(found[1]) - float(said[1])) < 0.1 * float(said[1]) and found[2] == said[2]

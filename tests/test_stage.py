@@ -41,7 +41,7 @@ class Linear(Stage):
         return {"first": x[0], "second": x[1], "error": errors}
 
 
-def bars_of(offset=0.0, shifts=None):
+def bars_of(offset: float | np.ndarray = 0.0, shifts=None):
     """Bars of the toy whose point is `offset` away from the solution, with the solutions of the replicas."""
     rng = np.random.default_rng(0)
     normal, weight = rng.normal(size=(2 * REPLICAS, 2, 16)), np.full((2 * REPLICAS, 16), 1 / 16)

@@ -386,7 +386,7 @@ def test_sizes_that_lag_are_no_death(solved, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "rows", lambda: next(reads, (columns, rows)))
     monkeypatch.setattr(journal, "size", lambda: 1)
     bar = SimpleNamespace(n=0, refresh=lambda: None)
-    task = SimpleNamespace(points=range(18), share=lambda process, processes: range(process, 18, processes))
+    task: Any = SimpleNamespace(points=range(18), share=lambda process, processes: range(process, 18, processes))
     assert sweeps._await(task, journal, 2, 0.0, bar) == (columns, rows)
     lost = {index: values for index, values in rows.items() if index != 3}
     monkeypatch.setattr(journal, "rows", lambda: (columns, lost))

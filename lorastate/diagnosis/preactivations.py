@@ -8,11 +8,10 @@ A training input has been seen: its pre-activation is pulled from the test law t
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ..errors import SettingError
 from ..evolution import finetuning as ft
@@ -32,7 +31,7 @@ _KINDS = ("test", "train")
 
 def sample_pretraining(
     solution: Solution, inputs: str = "test", samples: int = 10_000, seed: int = 0
-) -> dict[str, Any]:
+) -> dict[str, Float[Array, "T T samples"]]:
     """Samples (T, T, samples) of label `Y` (noise included) and map `Z_W` on test or training inputs.
 
     On test inputs also the clean label `Z_star`. Raises `SettingError` for an unknown kind of inputs.
@@ -55,7 +54,9 @@ def sample_pretraining(
     return {"Y": y, "Z_W": zw}
 
 
-def sample_finetuning(solution: Solution, inputs: str = "test", samples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def sample_finetuning(
+    solution: Solution, inputs: str = "test", samples: int = 10_000, seed: int = 0
+) -> dict[str, Float[Array, "*T samples"]]:
     """Samples of `chi_star`, `chi` (T, samples), `Y0`, `Z_W` (T, T, samples; recalibrated) on test or training inputs.
 
     Training inputs are those of the setting (fresh, reused, ...); samples of a mixture carry `weight` (samples,).

@@ -19,7 +19,7 @@ from ..setting.numerics import Numerics
 from ..setting.paths import replace
 from ..setting.stages import Finetuning, Pretraining, Setting
 from ..simulation.simulate import simulate
-from ..solution.solution import predict
+from ..solution.solution import predict, pretrain
 from .curves import NUMERICS, Curve, column, draw_curves, scan
 from .drawing import Training, legend_below, save, side_by_side
 
@@ -30,7 +30,7 @@ def spectrum(out, training: Training | None = None, progress: bool = True) -> li
     data: dict[str, Any] = {"figure": "spectrum", "panels": []}
     for axes, (name, lam) in zip(panels, (("identity", 0.1), ("softmax", 0.01)), strict=True):
         setting = Setting(Pretraining(0.1, lam, activation=name), Finetuning(3.0, 0.5), NUMERICS)
-        law = predict(setting).spectrum
+        law = pretrain(setting.pretraining, NUMERICS).spectrum
         edges = np.asarray(law.edges)
         x = np.linspace(1e-3, float(np.nanmax(edges)) * 1.05, 300)
         density = np.asarray(law.density(x))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ..errors import Code, succeeded
 from .implicit import CURVED, attach, nan_slope
@@ -49,14 +50,14 @@ class FixedPoint(NamedTuple):
     |x - x*| to first order, which `offset` (n,) = |(I - J)^{-1} (F(x) - x)| is.
     """
 
-    x: Any
-    code: Any
-    residual: Any
-    rate: Any
-    growth: Any
-    error: Any
-    offset: Any
-    steps: Any
+    x: Float[Array, " n"]
+    code: Int[Array, ""]
+    residual: Float[Array, ""]
+    rate: Float[Array, ""]
+    growth: Float[Array, ""]
+    error: Float[Array, ""]
+    offset: Float[Array, " n"]
+    steps: Int[Array, ""]
 
 
 class Map(NamedTuple):
@@ -90,7 +91,9 @@ _FLAT = 0.1
 _REPELS = 1.1
 
 
-def newton_step(jac, residual, outer: int = 0, hold: Any = False, uphill: float = _UPHILL):
+def newton_step(
+    jac: Float[Array, "n n"], residual: Float[Array, "n *k"], outer: int = 0, hold: Any = False, uphill: float = _UPHILL
+) -> Float[Array, "n *k"]:
     """(I - J)^{-1} residual, (n,) or (n, k); of the last `outer` coordinates, unless they are on `hold`, towards their
     maximum (see `Map`), by `uphill` at most."""
     n = len(jac)
@@ -246,7 +249,9 @@ def _advanced(fmap: Map, rules: Rules, s: _State) -> _State:
     )  # fmt: skip
 
 
-def iterate(fmap: Map, rules: Rules, require_stable: bool, x0, jac0, memory):
+def iterate(
+    fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any
+) -> tuple[FixedPoint, Float[Array, "n n"], Any]:
     """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
     n, dtype = x0.shape[0], x0.dtype
     inf, no, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(0)
@@ -287,14 +292,14 @@ def plain_map(step: Callable, args, const=None) -> Map:
     return Map(image, jacobian)
 
 
-def search(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
+def search(step: Callable, method: Method, x0: Float[Array, " n"], args, const=None) -> FixedPoint:
     """`fixed_point` without a derivative."""
     x0, args, const = jax.lax.stop_gradient((x0, args, const))
     jac0 = jnp.zeros((x0.shape[0], x0.shape[0]), x0.dtype)
     return iterate(plain_map(step, args, const), Rules.of(method), method.require_stable, x0, jac0, None)[0]
 
 
-def fixed_point(step: Callable, method: Method, x0, args, const=None) -> FixedPoint:
+def fixed_point(step: Callable, method: Method, x0: Float[Array, " n"], args, const=None) -> FixedPoint:
     """Solves x = step(x, args, const).
 
     `step` is a pure function of x (n,), of `args` (any pytree; every leaf is differentiable) and of `const` (a

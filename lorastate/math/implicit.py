@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from .linear import small_solve
 
@@ -15,7 +16,7 @@ CURVED = 5e-3
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def attach(step: Callable, outer: int, x, args, const=None):
+def attach(step: Callable, outer: int, x: Float[Array, " n"], args, const=None) -> Float[Array, " n"]:
     """Returns the fixed point `x` and gives it its derivative with respect to `args`.
 
     dx = (I - dF/dx)^{-1} (dF/dargs) dargs, by the implicit function theorem; `outer` as in `Map`.
@@ -32,7 +33,7 @@ def _attach_jvp(step, outer, primals, tangents):
     return x, implicit(jac, db, outer)
 
 
-def implicit(jac, change, outer: int = 0):
+def implicit(jac: Float[Array, "n n"], change: Float[Array, "n *k"], outer: int = 0) -> Float[Array, "n *k"]:
     """(I - J)^{-1} change, (n,) or (n, k). A maximum (see `Map.outer`) too flat to be placed stays where it is."""
     if not outer:
         return small_solve(jnp.eye(len(jac), dtype=jac.dtype) - jac, change)
@@ -45,7 +46,7 @@ def implicit(jac, change, outer: int = 0):
     return small_solve(gap, jnp.where(still if change.ndim == 1 else still[:, None], 0.0, change))
 
 
-def sensitivity(step: Callable, x, args, const=None, outer: int = 0):
+def sensitivity(step: Callable, x: Float[Array, " n"], args, const=None, outer: int = 0):
     """dx/dargs of the fixed point `x`, shaped like `args` with a leading axis (n,): the rule of `attach`, written out.
 
     One compiled derivative of `step` where `jacfwd` of `attach` has two; for scalar leaves and first derivatives.

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 @jax.jit
-def small_solve(a, b):
+def small_solve(a: Float[Array, "n n"], b: Float[Array, "n *k"]) -> Float[Array, "n *k"]:
     """Solves a x = b, a (n, n), b (n,) or (n, k), by unrolled elimination with row exchanges; no LAPACK call."""
     n = a.shape[0]
     vector = b.ndim == 1
@@ -61,13 +62,13 @@ def balanced(a):
 
 
 @jax.jit
-def spectral_radius(jac):
+def spectral_radius(jac: Float[Array, "n n"]) -> Float[Array, ""]:
     """max |eigenvalue| of a small matrix; no eigensolver, so it runs under vmap and on a GPU."""
     return jnp.exp(_log_norm_of_power(balanced(jac), 10))
 
 
 @jax.jit
-def spectral_abscissa(jac):
+def spectral_abscissa(jac: Float[Array, "n n"]) -> Float[Array, ""]:
     """max Re(eigenvalue), from the growth of exp(s J): the stability of the damped iteration."""
     n, jac = jac.shape[0], balanced(jac)
     scale = 1.0 + jnp.sqrt(jnp.sum(jac * jac))
@@ -80,7 +81,9 @@ def spectral_abscissa(jac):
 
 
 @jax.jit
-def ldl_solve(h, g, shift: Any = 0.0, floor: Any = 0.0):
+def ldl_solve(
+    h: Float[Array, "n n N"], g: Float[Array, "n N"], shift: Any = 0.0, floor: Any = 0.0
+) -> tuple[Float[Array, "n N"], Float[Array, " N"]]:
     """Solves (H + shift) x = g at every node by L D L^T; no LAPACK call.
 
     H (n, n, N) symmetric, g (n, N). Pivots d become max(|d|, floor), so that with `floor > 0` the matrix is

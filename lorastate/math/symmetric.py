@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 
 def dimension(tokens: int) -> int:
@@ -19,7 +20,7 @@ def dimension(tokens: int) -> int:
 
 
 @functools.lru_cache
-def basis(tokens: int) -> np.ndarray:
+def basis(tokens: int) -> Float[np.ndarray, "n_T T T"]:
     """Orthonormal basis B_k of Sym_T, (n_T, T, T): unit diagonals first, then (E_ab + E_ba)/sqrt(2)."""
     out = []
     for a in range(tokens):
@@ -35,7 +36,7 @@ def basis(tokens: int) -> np.ndarray:
 
 
 @functools.lru_cache
-def complement(tokens: int, drop_shift: bool) -> np.ndarray:
+def complement(tokens: int, drop_shift: bool) -> Float[np.ndarray, "n_eff n_T"]:
     """Orthonormal rows (n_eff, n_T) spanning Sym_T, or Sym_T without the common shift 11^T."""
     n = dimension(tokens)
     if not drop_shift:
@@ -45,7 +46,7 @@ def complement(tokens: int, drop_shift: bool) -> np.ndarray:
     return q[:, 1:n].T.copy()
 
 
-def to_matrix(c):
+def to_matrix(c: Float[Array | np.ndarray, "n_T *N"]) -> Float[Array, "T T *N"]:
     """Coordinates (n_T, ...) -> symmetric matrices (T, T, ...)."""
     tokens = int((np.sqrt(8 * c.shape[0] + 1) - 1) / 2 + 0.5)
     rows: list[list[Any]] = [[c[a] if a == b else None for b in range(tokens)] for a in range(tokens)]
@@ -57,7 +58,7 @@ def to_matrix(c):
     return jnp.stack([jnp.stack(r) for r in rows])
 
 
-def to_coordinates(z):
+def to_coordinates(z: Float[Array | np.ndarray, "T T *N"]) -> Float[Array, "n_T *N"]:
     """Matrices (T, T, ...) -> coordinates (n_T, ...) of their symmetric part (the adjoint of `to_matrix`)."""
     tokens = z.shape[0]
     out = [z[a, a] for a in range(tokens)]
@@ -66,7 +67,7 @@ def to_coordinates(z):
     return jnp.stack(out)
 
 
-def hessian_to_coordinates(h):
+def hessian_to_coordinates(h: Float[Array | np.ndarray, "T T T *N"]) -> Float[Array, "n_T n_T *M"]:
     """Row Hessians H[a, b, c] = d2 f / dZ_ab dZ_ac (T, T, T, ...) -> (n_T, n_T, ...) in coordinates.
 
     A general Hessian H[a, b, c, d] = d2 f / dZ_ab dZ_cd (T, T, T, T, N) is accepted as well (rank 5).

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ..errors import SettingError, is_concrete
 from ..math.symmetric import basis, dimension
@@ -30,16 +31,18 @@ class Activation(eqx.Module):
     #: Whether row a of sigma(Z) depends on row a of Z alone; `row` is then that map.
     rowwise: ClassVar[bool] = False
 
-    def row(self, z):
+    def row(self, z: Float[Array, "T *N"]) -> Float[Array, "T *N"]:
         """One row of sigma, (T, N) -> (T, N), for row-wise activations."""
         raise NotImplementedError
 
     @abc.abstractmethod
-    def __call__(self, z):
+    def __call__(self, z: Float[Array | np.ndarray, "T T *N"]) -> Float[Array, "T T *N"]:
         """sigma(Z), (T, T, ...) -> (T, T, ...)."""
 
     @abc.abstractmethod
-    def loss_terms(self, z, target) -> tuple[Any, Any, Any]:
+    def loss_terms(
+        self, z: Float[Array, "T T *N"], target: Float[Array, "T T *N"]
+    ) -> tuple[Float[Array, "*N"], Float[Array, "T T *N"], Float[Array, "T T *M"]]:
         """f = ||sigma(Z) - target||_F^2 with its derivatives in the entries of Z taken as independent.
 
         Returns `(f, G, H)` of shapes (N,), (T, T, N) and, for row-wise activations, (T, T, T, N):
@@ -135,7 +138,7 @@ def _is_plain(f: Callable) -> bool:
     return not isinstance(f, (eqx.Module, jax.tree_util.Partial))
 
 
-def revealed(activation: Activation, tokens: int):
+def revealed(activation: Activation, tokens: int) -> Float[Array, ""]:
     """n_eff = T (T+1), less 2 where sigma hides the common shift of Z: twice the dimensions of Z that a label tells.
 
     Raises `SettingError` for an activation of one's own that hides more, or is not monotone and may do so; NaN, with

@@ -46,8 +46,8 @@ class Pretraining(eqx.Module):
     base: BaseLaw | None = None
 
     def __init__(
-        self, alpha, lam, kappa0=None, kappa=1.0, delta=0.5, activation="softmax", tokens=3, beta=None, task=None,
-        base=None,
+        self, alpha, lam, kappa0=None, kappa=1.0, delta=0.5, activation: Any = "softmax", tokens=3, beta=None,
+        task=None, base=None,
     ):  # fmt: skip
         require_float64()
         self.alpha = real("pretraining.alpha", alpha, "alpha > 0", 0.0)

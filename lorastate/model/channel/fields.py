@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ...math.symmetric import complement, to_matrix
 
@@ -12,8 +13,8 @@ from ...math.symmetric import complement, to_matrix
 class Fields(NamedTuple):
     """Samples of the channel, (T, T, N) each: label pre-activation `y0` and frozen pre-activation `zw`."""
 
-    y0: Any
-    zw: Any
+    y0: Float[Array, "T T N"]
+    zw: Float[Array, "T T N"]
 
 
 class Moments(NamedTuple):
@@ -34,7 +35,9 @@ class Moments(NamedTuple):
         return jnp.where(live, self.yz / jnp.where(live, self.zz, 1.0), 1.0)
 
 
-def standard_fields(normal, tokens: int, drop_shift: bool, count: int = 2):
+def standard_fields(
+    normal: Float[Array, "d N"], tokens: int, drop_shift: bool, count: int = 2
+) -> tuple[Float[Array, "T T N"], ...]:
     """`count` independent GOE(T) fields of entry variance (1 + delta_ab), (T, T, N), from (count n_eff, N) nodes."""
     e = complement(tokens, drop_shift)
     n = len(e)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ...errors import SettingError, is_concrete
 from ...math.symmetric import to_coordinates, to_matrix
@@ -66,14 +67,18 @@ class Inputs(eqx.Module):
         """Number of standard normal coordinates that `fields` takes."""
         return field_dimension(tokens, drop_shift)
 
-    def search(self, frozen: FrozenMap, tokens: int, drop_shift: bool, normal, previous: Any = None) -> Any:
+    def search(
+        self, frozen: FrozenMap, tokens: int, drop_shift: bool, normal: Float[Array, "d N"], previous: Any = None
+    ) -> Any:
         """What `fields` needs and only a search can find, (..., N), without derivative; None if there is no such thing.
 
         With `previous`, found for a map very near this one, it is only brought up to date.
         """
 
     @abc.abstractmethod
-    def fields(self, frozen: FrozenMap, delta, tokens: int, drop_shift: bool, normal, found: Any = None) -> Fields:
+    def fields(
+        self, frozen: FrozenMap, delta, tokens: int, drop_shift: bool, normal: Float[Array, "d N"], found: Any = None
+    ) -> Fields:
         """(Y0, Z_W) at the normal nodes (dimension, N) for label noise `delta`; `found` by `search`."""
 
     @abc.abstractmethod

@@ -6,6 +6,7 @@ import abc
 from typing import Any
 
 import equinox as eqx
+from jaxtyping import Array, Float
 
 from ...errors import SettingError
 from .fields import Moments
@@ -15,7 +16,7 @@ class Recalibration(eqx.Module):
     """Factor b on the frozen map, Z_W -> b Z_W (W -> sqrt(b) W), at training and at test time."""
 
     @abc.abstractmethod
-    def factor(self, moments: Moments):
+    def factor(self, moments: Moments) -> Float[Array, ""]:
         """b, from the moments of the channel before."""
 
 

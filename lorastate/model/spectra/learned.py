@@ -7,8 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.typing import ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
 from .base import BaseLaw
 from .elementwise import as_array, prepare
@@ -28,28 +27,28 @@ class LearnedSpectrum(eqx.Module):
     whose trace is then sqrt(kappa0) per D. Fields broadcast.
     """
 
-    eta: Array = eqx.field(converter=as_array)
-    delta: Array = eqx.field(converter=as_array)
-    eps: Array = eqx.field(converter=as_array)
+    eta: Float[Array, "*shape"] = eqx.field(converter=as_array)
+    delta: Float[Array, "*shape"] = eqx.field(converter=as_array)
+    eps: Float[Array, "*shape"] = eqx.field(converter=as_array)
     law: Any = eqx.field(converter=_as_law)
 
     @property
-    def atom(self) -> Array:
+    def atom(self) -> Float[Array, "*shape"]:
         """Weight of the eigenvalue 0: ``F_delta(eps)``, in [0, 1]."""
         return self.law.mass_below(self.eps, self.delta)
 
     @property
-    def rank_fraction(self) -> Array:
+    def rank_fraction(self) -> Float[Array, "*shape"]:
         """Rank of S_hat over D, ``1 - F_delta(eps)``; the law holds while P / D is at least it."""
         return 1 - self.atom
 
-    def density(self, s: ArrayLike) -> Array:
+    def density(self, s: ArrayLike) -> Float[Array, "*shape"]:
         """``rho_delta(eps + s / eta) / eta`` for s > 0, else 0; integrates to rank_fraction."""
         s, eta, eps = prepare(s, self.eta, self.eps)
         return jnp.where(s > 0, self.law.density(eps + s / eta, self.delta) / eta, 0.0)
 
     @property
-    def edges(self) -> Array:
+    def edges(self) -> Float[Array, "*shape 2B"]:
         """Support of the continuous part, (..., 4) or more: ``eta max(edge - eps, 0)`` of each band left.
 
         Bands ascending, nan-padded; all nan when nothing is left (eps right of the support).
@@ -64,12 +63,12 @@ class LearnedSpectrum(eqx.Module):
         return jnp.where(x[..., 1:] > 0, x, jnp.nan).reshape(*eta.shape, -1)
 
     @property
-    def moment1(self) -> Array:
+    def moment1(self) -> Float[Array, "*shape"]:
         """``Tr S_hat / D = eta int (x - eps)_+ mu_delta = -(eta / 2) dJ/deps``, per D."""
         delta, eps = prepare(self.delta, self.eps)
         return self.eta * jax.jvp(lambda e: self.law.J(delta, e), (eps,), (eps * 0 - 0.5,))[1]
 
     @property
-    def moment2(self) -> Array:
+    def moment2(self) -> Float[Array, "*shape"]:
         """``Q = Tr S_hat^2 / D = eta^2 J(delta, eps)``, per D."""
         return self.eta**2 * self.law.J(self.delta, self.eps)

@@ -4,18 +4,18 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
 
 class BandNodes(NamedTuple):
     """Quadrature nodes ``x``, weights ``w`` of mu_delta and ``density`` at the nodes, (..., 2n) or more."""
 
-    x: Array
-    w: Array
-    density: Array
+    x: Float[Array, "*shape nodes"]
+    w: Float[Array, "*shape nodes"]
+    density: Float[Array, "*shape nodes"]
 
 
-def gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
+def gauss_legendre(n: int) -> tuple[Float[np.ndarray, "{n}"], Float[np.ndarray, "{n}"]]:
     """Nodes and weights on [0, 1]."""
     x, w = np.polynomial.legendre.leggauss(n)
     return (x + 1) / 2, w / 2
