@@ -61,9 +61,9 @@ def test_starts_keep_what_they_should(ranks):
 def test_weighted_averages_of_few_samples():
     """f = s z: -(1/y) log E exp(-y f) = -y s^2/2, and under that weight E z = -y s. Most of what few samples do to
     nonlinear functions of averages has been taken away."""
-    y, s, samples = 1.2, 0.6, 32
+    y, s, samples = 1.2, 0.6, 64
     z = jax.random.normal(jax.random.key(2), (1, samples, 100_000))
-    free, ((mean, _),), square = (
+    free, (mean,), square = (
         jax.tree_util.tree_map(np.asarray, v) for v in breaking.level(y, np.ones((1, 1)), s * z[0], [z])
     )
     weight = np.exp(-y * s * np.asarray(z))
@@ -71,8 +71,8 @@ def test_weighted_averages_of_few_samples():
     low = -np.log(weight[0].mean(0)) / y
     cases = (free, low, -y * s**2 / 2), (mean, biased, -y * s), (square, biased**2, (y * s) ** 2)
     for got, plain, want in cases:
-        assert abs(plain.mean() - want) > 5e-3  # else this tests nothing
-        assert abs(got.mean() - want) < abs(plain.mean() - want) / 4
+        assert abs(plain.mean() - want) > 3e-3  # else this tests nothing
+        assert abs(got.mean() - want) < abs(plain.mean() - want) / 3
 
 
 def quadratic(a, noise, spreads, ys):
