@@ -47,7 +47,7 @@ program._USUAL, program._QUICK, lanes._MUCH = program._QUICK, {}, lanes._MUCH //
 jax.config.update("jax_enable_x64", True)
 
 # Tracing makes many objects, most of which stay: the collector would go through all of them again and again.
-gc.set_threshold(100_000, 20, 50)
+gc.set_threshold(50_000, 10, 10)
 
 _finished = itertools.count(1)
 
