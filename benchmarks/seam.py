@@ -10,6 +10,7 @@ beside central differences over the neighbours, 4 per cent away.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ SETTINGS = {
 }
 
 
-def row(setting: ls.Setting) -> dict[str, float | str]:
+def row(setting: ls.Setting) -> dict[str, Any]:
     found = ls.predict(setting)
     error, slopes = ls.gradient(setting)
     values, bars = found.finetuning, found.errors["finetuning"]

@@ -60,6 +60,14 @@ def _memory_maps() -> int:
         return 0
 
 
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return 0
+
+
 @pytest.fixture(autouse=True)
 def _few_programs_at_a_time():
     """Compiled programs hold memory maps, of which Linux lets a process have 65530: a worker that keeps those of half
@@ -67,6 +75,15 @@ def _few_programs_at_a_time():
     yield
     if next(_finished) % 8 == 0 and _memory_maps() > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_for_the_next_file():
+    """Files share few programs: those of the last ones are given up where they take much memory."""
+    yield
+    if _resident() > 2**31:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
