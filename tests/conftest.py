@@ -5,6 +5,7 @@ import collections
 import gc
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -125,7 +126,7 @@ def pytest_collection_modifyitems(items):
         if item.path.stem in _UNIT and not item.get_closest_marker("solve"):
             item.add_marker("unit")
     known = json.loads(_DURATIONS.read_text())
-    items.sort(key=lambda item: -known.get(item.path.stem, 0))
+    items.sort(key=lambda item: -known.get(item.path.stem, math.inf))  # what is not known begins first
 
 
 def pytest_runtest_logreport(report):
