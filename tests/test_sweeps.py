@@ -554,6 +554,15 @@ def test_a_point_without_an_optimum_is_a_point_that_failed(tmp_path, monkeypatch
         ls.sweep(base, {"pretraining.lam": [0.1]}, gradient="overlap")
 
 
+def test_a_field_that_is_found_may_be_an_axis():
+    """b stands beside the word that asks for it."""
+    found = ls.sweep(setting(), {"finetuning.recalibration": ["noise", 0.7]})
+    assert list(found["finetuning.recalibration"].values) == ["noise", "0.7"]
+    noise, given = (float(v) for v in found["finetuning.recalibration_value"])
+    best = float((found["pretraining.M"] / found["pretraining.Q"])[0])
+    assert given == 0.7 and noise == pytest.approx(best, rel=1e-12)
+
+
 def test_a_bad_point_is_found_before_any_is_solved(solved, tmp_path):
     grid = {"pretraining.delta": [0.5, 1.0], "finetuning.delta": [0.5, 0.7], "finetuning.inputs": ["fresh", "reused"]}
     with pytest.raises(ls.SettingError, match="keep their noise"):

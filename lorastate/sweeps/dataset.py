@@ -41,7 +41,8 @@ def labelled(
         values, attributes = table[:, k].reshape(shape), _attributes(name, gradient)
         if name.endswith((".code", ".steps", "optimum.end", "optimum.solves")):
             values = np.where(np.isfinite(values), values, -1).astype(np.int32)
-        variables[name] = (dims, values, attributes)
+        # A word of an axis stands for a number that is found: both are there, by two names.
+        variables[f"{name}_value" if name in axes else name] = (dims, values, attributes)
     attributes = {
         "title": "lorastate sweep",
         "setting": json.dumps(setting_to_dict(setting)),
