@@ -90,7 +90,8 @@ def broken_bounds(setting: ls.Setting, found: ls.Solution) -> list[str]:
 
     Q0 = float(setting.pretraining.Q0)
     at_most("M^2 <= Q Q0", pre["M"] ** 2, pre["Q"] * Q0, 2 * float(pre["M"]) * bar("pretraining", "M"))
-    at_most("O_W <= 1", pre["overlap"], 1.0, bar("pretraining", "overlap"))
+    if float(pre["Q"]) > 0:  # a student that is zero has none
+        at_most("O_W <= 1", pre["overlap"], 1.0, bar("pretraining", "overlap"))
     at_most("0 <= rank <= 1", pre["rank_fraction"], 1.0)
     at_most("L - penalty <= L", pre["train_error"], pre["train_loss"])
     at_most("m^2 <= q", fine["m"] ** 2, fine["q"], 2 * abs(float(fine["m"])) * bar("finetuning", "m"))
