@@ -27,13 +27,19 @@ class Toy(Lanes):
 
 @pytest.fixture
 def groups(monkeypatch):
-    def found(rough):
-        return lambda lanes, *_: SimpleNamespace(rough=np.isin(lanes.problem.lanes, rough), coarse=None)
+    def found(rough, failed=(), marginal=()):
+        def search(lanes, *_):
+            rough_, failed_, marginal_ = (np.isin(lanes.problem.lanes, which) for which in (rough, failed, marginal))
+            code = np.where(failed_, ls.Code.nonfinite, ls.Code.ok)
+            solved = SimpleNamespace(point=SimpleNamespace(code=code))
+            return SimpleNamespace(rough=rough_, coarse=None, solved=solved, marginal=marginal_)
 
-    def run(symmetry, symmetric, broken=()):
-        made = iter([*(found(rough) for rough in broken)])
+        return search
+
+    def run(symmetry, symmetric, broken=(), failed=(), marginal=()):
+        made = iter([*(found(rough, failed) for rough in broken)])
         monkeypatch.setattr(solve, "pretrained", lambda lanes: None)
-        monkeypatch.setattr(solve, "_symmetric", found(symmetric))
+        monkeypatch.setattr(solve, "_symmetric", found(symmetric, (), marginal))
         monkeypatch.setattr(solve, "_broken", lambda *given: next(made)(*given))
         problem: Any = SimpleNamespace(numerics=SimpleNamespace(symmetry=symmetry), lanes=[0, 1, 2, 3])
         groups: Any = solve.solve(Toy(problem, 4))
@@ -48,6 +54,9 @@ def test_a_lane_is_solved_again_until_it_will_do(groups):
     assert groups("auto", [1, 3], [[]]) == [(every, every), ([1, 3], [1, 3])]
     # 2 is a deep glass, and stays one.
     assert groups("auto", [1, 2], [[2], [2]]) == [(every, every), ([1, 2], [1, 2]), ([2], [2])]
+    # 1 fails with breaking, 3 too, but that is symmetric all but a little.
+    found = groups("auto", [1, 2, 3], [[1, 3], [1, 3]], failed=[1, 3], marginal=[2, 3])
+    assert found == [(every, every), ([1, 2, 3], [1, 2, 3]), ([1, 3], [1, 3]), ([3], [3])]
     # Where no lane is finished nothing is yielded: nobody describes what does not count.
     assert groups("1rsb", every, [every, [0]]) == [(every, every)]
     # Replica symmetry that was asked for: the second search is the last.

@@ -23,6 +23,7 @@ from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem
 from lorastate.simulation import losses, samples
 from lorastate.simulation.measures import lora_overlaps
+from lorastate.solution import solve as orchestrator
 from lorastate.solution.finetuning import replicon
 from lorastate.solution.problem import Problem
 from lorastate.solution.stage import response_gap
@@ -287,6 +288,29 @@ def test_spare_directions_from_few_samples_to_many(alpha):
     solution = ls.predict(setting(2, 1, alpha=alpha), throw=False)
     assert ls.Code(int(solution.branches.code[0])) is ls.Code.ok
     assert solution.symmetry == "one-step broken"
+
+
+@pytest.mark.parametrize(("alpha", "taken"), [(3.0, False), (100.0, True)])
+def test_a_marginal_symmetric_solution_stands_in(alpha, taken, monkeypatch):
+    """From many samples minima hardly differ (replicon 1.08): where the search with breaking fails, the symmetric one
+    is as good. In a glass it is not, and the failure stays."""
+    s, real = setting(2, 1, alpha=alpha), orchestrator._broken
+    glass = ls.predict(s, throw=False)
+
+    def failing(*args):
+        found = real(*args)
+        point = found.solved.point
+        point = point._replace(code=jnp.full_like(jnp.asarray(point.code), int(ls.Code.nonfinite)))
+        return found._replace(solved=found.solved._replace(point=point), rough=jnp.ones_like(found.rough))
+
+    monkeypatch.setattr(orchestrator, "_broken", failing)
+    found = ls.predict(s, throw=False)
+    assert found.ok == taken
+    if taken:
+        assert found.symmetry == "replica symmetric" and 1 <= float(found.finetuning["replicon"]) < 1.1
+        for name in ("q", "q_spare", "test_error"):
+            bar = np.hypot(found.stderr("finetuning", name), glass.stderr("finetuning", name))
+            assert abs(float(found.finetuning[name] - glass.finetuning[name])) < 4 * bar
 
 
 # ---- gradients

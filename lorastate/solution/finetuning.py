@@ -190,13 +190,15 @@ class SecondStage(NamedTuple):
     """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
     was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
     breaking the glass is deep (where `numerics.symmetry` is not "auto": whether another search is asked for). `coarse`
-    (n,): where the first stage of the informative search ended."""
+    (n,): where the first stage of the informative search ended. `marginal`: solved, with one well everywhere, and the
+    replicon hardly above one."""
 
     solved: Solved
     branches: Branches
     found: Any
     rough: Any
     coarse: Any
+    marginal: Any
 
 
 class Answer(NamedTuple):

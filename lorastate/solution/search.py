@@ -195,6 +195,11 @@ def _clearly_rough(memory: Slots, rows):
     return jnp.all(memory.data.averages.two_wells[rows, 0] > 30 * FEW)
 
 
+#: Replicon up to which minima differ by so little that a symmetric solution will do where one with breaking fails: what
+#: it is off by is of the order of the square of the replicon less one.
+_MARGINAL = 1.1
+
+
 def _lowest(code, energies):
     """The branch of lowest free energy. One that was nearly solved counts where it lies clearly lower: then the answer
     is that the solve failed, not the other branch."""
@@ -210,6 +215,8 @@ def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> 
     fine = jax.lax.stop_gradient(problem.fine)
     starts = jnp.stack([start(fine, True), start(fine, False)])
     found, asked = _solve(problem, first, problem.nodes.finetuning, Search(0, alone, starts)), problem.numerics.symmetry
+    if asked != "auto":
+        found = found._replace(marginal=jnp.array(False))
     if asked == "1rsb":
         return found._replace(rough=jnp.array(True))
     if asked == "rs":  # wells matter here only because these nodes are taken to have one
@@ -244,10 +251,12 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     if fine.inputs.needs_map:
         code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
+    marginal = jnp.array(False)
     if search.alone:
         _, gap = mean(averages(LoraStage(fine, frozen), best.point.x, prepared, best.inner))
-        rough = rough | ~(replicon(fine, gap) < 1)
+        growth = replicon(fine, gap)
+        rough, marginal = rough | ~(growth < 1), ~rough & (growth < _MARGINAL)
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((o.overlap, o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
     branches = Branches(m, q, energies, tried.code, chosen)
-    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), coarse)
+    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), coarse, marginal)

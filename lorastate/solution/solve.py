@@ -59,12 +59,13 @@ def solve(lanes: Lanes) -> Iterator[tuple[list[int], Solves]]:
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
     with one step of symmetry breaking, in a deep glass once more with more samples, or, if `numerics.symmetry` asks for
-    it, with nodes that have two wells. Outside of transformations only: there is nothing to look at inside.
+    it, with nodes that have two wells. Where that fails, and the symmetric solution is unstable by a little only, it is
+    taken. Outside of transformations only: there is nothing to look at inside.
     """
     index, rs = list(range(lanes.count)), lanes.problem.numerics.symmetry == "rs"
     first = pretrained(lanes)
     second = _symmetric(lanes, first, True)
-    coarse = second.coarse
+    coarse, begin = second.coarse, Solves(lanes, first, second)
     for deep in (False,) if rs else (False, True):
         again = lanes.where(second.rough)
         if len(again) < lanes.count:
@@ -79,11 +80,15 @@ def solve(lanes: Lanes) -> Iterator[tuple[list[int], Solves]]:
             lanes = lanes.with_broken(deep)
             second = _broken(lanes, first, coarse)
     yield index, Solves(lanes, first, second)
+    failed = {index[k] for k in lanes.where(~succeeded(second.solved.point.code))}
+    if marginal := sorted(failed.intersection(begin.lanes.where(begin.second.marginal))):
+        lanes, (first, second) = begin.lanes.take(marginal, (begin.first, begin.second))
+        yield marginal, Solves(lanes, first, second)
 
 
 def solve_alone(problem: Problem) -> Solves:
     """`solve` for a lane of one."""
-    ((_, found),) = solve(Lanes(problem))
+    *_, (_, found) = solve(Lanes(problem))
     return found
 
 
