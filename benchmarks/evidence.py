@@ -9,7 +9,6 @@ docs/evidence.md for each: verdict, median error bar of what training knows, far
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
@@ -104,6 +103,7 @@ def main() -> None:
 
     jax.config.update("jax_enable_x64", True)
     import lorastate as ls
+    from lorastate.cli.output import write_json
     from lorastate.figures import verification
 
     print("| setting | phase | E' | whole | alone | known to | farthest | verdict | time |\n|---" + "|---" * 8 + "|")
@@ -117,7 +117,7 @@ def main() -> None:
         except (ls.SolveError, ls.SettingError) as error:
             print(f"| {name} | {error} |", flush=True)
             continue
-        (out / "verify.json").write_text(json.dumps(found.summary(), indent=1, default=float) + "\n")
+        write_json(out / "verify.json", found.summary())
         verification(found, out)
         print(row(name, found, time.time() - began), flush=True)
         jax.clear_caches()  # every D has programs of its own

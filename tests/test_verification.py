@@ -18,39 +18,39 @@ DIMENSIONS, RUNS = (50, 100, 200), (16, 8, 4)
 
 def made(rng, law, noise=1.0, power=1.0):
     """Runs at every D that follow a law, with a scatter noise / D^power."""
-    return [law(d) + noise * d**-power * rng.standard_normal(n) for d, n in zip(DIMENSIONS, RUNS, strict=True)]
+    return {d: law(d) + noise * d**-power * rng.standard_normal(n) for d, n in zip(DIMENSIONS, RUNS, strict=True)}
 
 
 # ---- the law ---------------------------------------------------------------------------------------------------
 
 
 def test_exact_law():
-    samples = [np.array([2 - 3 / d + s * 1e-9 for s in (-1, 1)]) for d in DIMENSIONS]
-    law = extrapolate(DIMENSIONS, samples)
+    samples = {d: np.array([2 - 3 / d + s * 1e-9 for s in (-1, 1)]) for d in DIMENSIONS}
+    law = extrapolate(samples)
     assert law is not None
     assert law.limit == pytest.approx(2, abs=1e-8) and law.slope == pytest.approx(-3, abs=1e-6)
     assert law.freedom == 1 and law.smallest == 50
-    half = [np.array([2 - 3 / d**0.5 + s * 1e-9 for s in (-1, 1)]) for d in DIMENSIONS]
-    law = extrapolate(DIMENSIONS, half, power=0.5)
+    half = {d: np.array([2 - 3 / d**0.5 + s * 1e-9 for s in (-1, 1)]) for d in DIMENSIONS}
+    law = extrapolate(half, power=0.5)
     assert law is not None and law.limit == pytest.approx(2, abs=1e-8)
 
 
 def test_the_same_in_every_run():
-    law = extrapolate(DIMENSIONS, [np.full(4, 0.7)] * 3)
+    law = extrapolate({d: np.full(4, 0.7) for d in DIMENSIONS})
     assert law is not None and law.limit == pytest.approx(0.7) and law.limit_error < 1e-9
 
 
 def test_two_runs_at_two_dimensions_are_needed():
-    assert extrapolate([50], [np.ones(4)]) is None
-    assert extrapolate([50, 100], [np.ones(4), np.ones(1)]) is None
-    assert rate([50], [np.ones(4)], 1.0) == pytest.approx((math.nan, math.nan), nan_ok=True)
+    assert extrapolate({50: np.ones(4)}) is None
+    assert extrapolate({50: np.ones(4), 100: np.ones(1)}) is None
+    assert rate({50: np.ones(4)}, 1.0) == pytest.approx((math.nan, math.nan), nan_ok=True)
 
 
 def test_error_bars_of_the_limit_are_honest():
     rng = np.random.default_rng(0)
     gaps, likely = [], []
     for _ in range(400):
-        law = extrapolate(DIMENSIONS, made(rng, lambda d: 1 + 2 / d))
+        law = extrapolate(made(rng, lambda d: 1 + 2 / d))
         assert law is not None
         gaps.append((law.limit - 1) / law.limit_error)
         likely.append(law.likelihood)
@@ -61,30 +61,29 @@ def test_error_bars_of_the_limit_are_honest():
 
 def test_scatter_falls_as_the_runs_do():
     rng = np.random.default_rng(1)
-    samples = [d**-0.5 * rng.standard_normal(400) for d in DIMENSIONS]
-    np.testing.assert_allclose(scatter(DIMENSIONS, samples), np.array(DIMENSIONS) ** -0.5, rtol=0.08)
+    samples = {d: d**-0.5 * rng.standard_normal(400) for d in DIMENSIONS}
+    np.testing.assert_allclose(scatter(samples), np.array(DIMENSIONS) ** -0.5, rtol=0.08)
 
 
 def test_small_dimensions_that_bend_the_law_are_left_out():
     rng = np.random.default_rng(2)
     dimensions = (25, 50, 100, 200, 400)
-    samples = [1 + 2 / d + 400 / d**2 + 0.05 / d * rng.standard_normal(20) for d in dimensions]
-    law = extrapolate(dimensions, samples)
+    law = extrapolate({d: 1 + 2 / d + 400 / d**2 + 0.05 / d * rng.standard_normal(20) for d in dimensions})
     assert law is not None and law.smallest > 25
 
 
 def test_rate():
     rng = np.random.default_rng(3)
-    found, error = rate(DIMENSIONS, made(rng, lambda d: 1 + 30 / d, noise=0.5), 1.0)
+    found, error = rate(made(rng, lambda d: 1 + 30 / d, noise=0.5), 1.0)
     assert found == pytest.approx(1, abs=4 * error) and error < 0.2
-    assert math.isnan(rate(DIMENSIONS, made(rng, lambda d: 1.0), 1.0)[0])
+    assert math.isnan(rate(made(rng, lambda d: 1.0), 1.0)[0])
 
 
 # ---- judging ---------------------------------------------------------------------------------------------------
 
 
 def row(limit, error=0.001, theory=1.0, spread=0.0, why_not=""):
-    law = extrapolate([100, 200], [np.array([limit - error, limit + error])] * 2)
+    law = extrapolate({d: np.array([limit - error, limit + error]) for d in (100, 200)})
     assert law is not None
     return judged(
         Row("alone", "finetuning", "q", theory, 0.0, law._replace(limit_error=error), 1, 0, spread, ""), why_not

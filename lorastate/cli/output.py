@@ -7,7 +7,12 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+
+if TYPE_CHECKING:
+    from ..setting.stages import Setting
 
 
 def say(text: str) -> None:
@@ -44,6 +49,13 @@ def clean(value: Any) -> Any:
 
 def dumps(value: Any) -> str:
     return json.dumps(clean(value), indent=2, allow_nan=False)
+
+
+def with_setting(result: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+    """The result, the setting that it is of, and the version that made it."""
+    from ..setting.files import setting_to_dict
+
+    return {**result, "setting": setting_to_dict(setting), "version": __version__}
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,7 @@ from .._version import __version__
 from .checks import check_objective
 from .exit_codes import FAILED
 from .options import OBJECTIVE, Json, Set, SettingPath
-from .output import print_json, say, warn
+from .output import print_json, say, warn, with_setting
 from .tables import (
     TITLE,
     branch_line,
@@ -57,13 +57,12 @@ class Predict:
         return {"both": self._both, "pretraining": self._pretraining, "limits": self._limits}[self.only](setting)
 
     def _pretraining(self, setting: Setting) -> int:
-        from ..setting.files import setting_to_dict
         from ..solution.solution import pretrain
 
         found = pretrain(setting.pretraining, setting.numerics, throw=False)
         summary = found.summary()
         if self.json:
-            print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
+            print_json(with_setting(summary, setting))
         elif found.ok:
             say(describe(setting))
             say(prediction_table("pretraining", summary))
@@ -74,11 +73,10 @@ class Predict:
 
     def _limits(self, setting: Setting) -> int:
         from ..bayes.limits import bayes_optimal
-        from ..setting.files import setting_to_dict
 
         found = bayes_optimal(setting)
         if self.json:
-            print_json({**found.summary(), "setting": setting_to_dict(setting), "version": __version__})
+            print_json(with_setting(found.summary(), setting))
         else:
             say(describe(setting))
             say(limits_table(found))
@@ -86,7 +84,6 @@ class Predict:
 
     def _both(self, setting: Setting) -> int:
         from ..diagnosis import second_step
-        from ..setting.files import setting_to_dict
         from ..solution import solution
 
         pool = ThreadPoolExecutor(1)  # compiles beside the other
@@ -105,7 +102,7 @@ class Predict:
         if self.cross_check and found.ok:
             summary["cross_check"] = checked(setting)
         if self.json:
-            print_json({**summary, "setting": setting_to_dict(setting), "version": __version__})
+            print_json(with_setting(summary, setting))
         else:
             say(describe(setting))
             for stage in TITLE:
@@ -156,7 +153,7 @@ class Gradient:
     json: Json = False
 
     def __call__(self) -> int:
-        from ..setting.files import load_setting, setting_to_dict
+        from ..setting.files import load_setting
         from ..setting.paths import get
         from ..solution import gradients
 
@@ -165,15 +162,7 @@ class Gradient:
         value, gradient = gradients.gradient(setting, of=self.of)
         value, gradient = float(value), {path: float(slope) for path, slope in gradient.items()}
         if self.json:
-            print_json(
-                {
-                    "value": value,
-                    "gradient": gradient,
-                    "of": self.of,
-                    "setting": setting_to_dict(setting),
-                    "version": __version__,
-                }
-            )
+            print_json(with_setting({"value": value, "gradient": gradient, "of": self.of}, setting))
         else:
             say(describe(setting))
             rows = [(path, number(float(get(setting, path))), number(slope)) for path, slope in gradient.items()]

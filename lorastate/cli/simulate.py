@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from .._version import __version__
 from .checks import check_simulation
 from .comparison import theory_of, train_alone, train_both
 from .options import Json, Runs, Seed, Set, SettingPath
-from .output import print_json, say
+from .output import print_json, say, with_setting
 from .tables import channel_tables, describe, simulation_tables
 
 
@@ -34,7 +33,7 @@ class Simulate:
     json: Json = False
 
     def __call__(self) -> int:
-        from ..setting.files import load_setting, setting_to_dict
+        from ..setting.files import load_setting
         from ..simulation.simulate import check_options
 
         setting = load_setting(self.setting, self.set)
@@ -47,7 +46,7 @@ class Simulate:
         train, tables = (train_alone, channel_tables) if alone else (train_both, simulation_tables)
         _, compared, status = train(setting, theory_of(setting), dimension, self.runs, self.seed, **options)
         if self.json:
-            print_json({**compared, "setting": setting_to_dict(setting), "version": __version__})
+            print_json(with_setting(compared, setting))
         else:
             say(describe(setting))
             say(tables(compared))

@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
-from .._version import __version__
 from .checks import check_fields, check_objective, directory
 from .environment import drawing
 from .exit_codes import FAILED, INTERRUPTED
 from .options import OBJECTIVE, Json, Set, SettingPath
-from .output import cannot_write, print_json, say, warn
+from .output import cannot_write, print_json, say, warn, with_setting
 from .tables import describe, sweep_lines
 
 
@@ -48,7 +47,7 @@ class Sweep:
 
         from ..errors import SettingError
         from ..setting.fields import continuous_fields
-        from ..setting.files import load_setting, setting_to_dict
+        from ..setting.files import load_setting
         from ..sweeps import sweep as sweeps
         from ..sweeps.dataset import summary
         from ..sweeps.grid import parse_axis
@@ -86,7 +85,7 @@ class Sweep:
         found = summary(data)
         written = [out / "sweep.nc", *drawing().sweep(data, out)]
         if self.json:
-            print_json({**found, "setting": setting_to_dict(setting), "version": __version__})
+            print_json(with_setting(found, setting))
         else:
             say(describe(setting))
             say(sweep_lines(found))

@@ -8,12 +8,11 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from .._version import __version__
 from .checks import directory
 from .environment import drawing
 from .exit_codes import FAILED, INTERRUPTED
 from .options import Json, Seed, Set, SettingPath
-from .output import cannot_write, print_json, say, warn, write_json
+from .output import cannot_write, print_json, say, warn, with_setting, write_json
 from .tables import describe, verification_tables
 
 
@@ -37,7 +36,7 @@ class Verify:
 
     def __call__(self) -> int:
         from ..errors import SettingError
-        from ..setting.files import load_setting, setting_to_dict
+        from ..setting.files import load_setting
         from ..verification.verify import VerificationInterrupted, verify
 
         setting = load_setting(self.setting, self.set)
@@ -53,7 +52,7 @@ class Verify:
             return INTERRUPTED
         except OSError as error:
             raise SettingError(cannot_write(out, error)) from None
-        summary = {**found.summary(), "setting": setting_to_dict(setting), "version": __version__}
+        summary = with_setting(found.summary(), setting)
         write_json(out / "verify.json", summary)
         written = [out / "verify.json", *figures.verification(found, out)]
         if self.json:

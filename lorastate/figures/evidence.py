@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..predictions import prediction
-from ..verification.extrapolation import scatter
+from ..verification.extrapolation import points
 from ..verification.result import WAYS, Row, Verification
 from .drawing import legend_below, save_pictures
 
@@ -41,10 +41,9 @@ def verification(found: Verification, out: Path | str) -> list[Path]:
 def _panel(axes: Any, found: Verification, rows: list[Row]) -> None:
     for row in rows:
         colour, mark = _COLOURS[row.way], _MARKS[row.way]
-        column = f"{'deep' if row.way == 'alone' else row.stage}.{row.name}"
-        runs = {d: x for d, x in found.samples[row.way][column].items() if len(x) > 1}
-        size, means = np.array(list(runs)), np.array([np.mean(x) for x in runs.values()])
-        bars = scatter(list(runs), list(runs.values())) / np.sqrt([len(x) for x in runs.values()])
+        known = points(found.samples[row.way][row.column])
+        assert known is not None  # a row has a law through them
+        size, means, bars = known
         label = f"{WAYS[row.way]}, trained"
         axes.errorbar(1 / size, means, bars, fmt=mark, ms=4, mfc="white", color=colour, capsize=2, label=label)
         x = np.linspace(0, 1 / row.law.smallest, 50)

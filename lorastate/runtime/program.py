@@ -25,7 +25,7 @@ import numpy as np
 
 from .._version import SOURCE, source_on_disk
 from ..errors import is_concrete
-from .progress import tell
+from .progress import anyone, tell
 
 #: How the names of this package's modules begin.
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -85,7 +85,8 @@ class Program:
             return self._jit("inner", {})(*args)
         leaves, treedef = jax.tree_util.tree_flatten(args)
         arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
-        self._announce(args, treedef, [a.shape for a in arrays])
+        if anyone():
+            self._announce(args, treedef, [a.shape for a in arrays])
         backend = platform(arrays)
         options = _options(backend, self._quick)
         folder = _folder()

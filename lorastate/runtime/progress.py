@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 _listeners: list[Callable[[str, bool], None]] = []
 
 
+def anyone() -> bool:
+    """Whether somebody listens."""
+    return bool(_listeners)
+
+
 def tell(name: str, new: bool) -> None:
     """A program of that name begins; `new`: it has to be compiled, or read from disk, before."""
     for listener in _listeners:

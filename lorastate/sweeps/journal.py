@@ -33,7 +33,8 @@ class Journal:
     """
 
     def __init__(self, out: Path, manifest: dict[str, Any], process: int, what: str = "sweep"):
-        self.out, self.manifest, self.what = out, manifest, what
+        self.out, self.what = out, what
+        self.manifest = json.loads(json.dumps(manifest))  # as it comes back from the file
         self.path, self._end = out / f"points-{process}.bin", -1
         file = out / f"{what}.json"
         if file.exists():

@@ -10,7 +10,6 @@ stopped in any way goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -192,7 +191,7 @@ def _opened(out: str | os.PathLike[str] | None, task: _Task) -> Iterator[Journal
     about |= {"descents": task.descents and task.descents._asdict()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(held(folder, process))
-        journal = Journal(folder, json.loads(json.dumps(about)), process)
+        journal = Journal(folder, about, process)
         if jax.process_count() > 1:
             stack.enter_context(Alive(folder, process))
         yield journal

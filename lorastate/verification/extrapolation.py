@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -28,14 +28,31 @@ class Law(NamedTuple):
     power: float
 
 
-def scatter(dimensions: Sequence[int], samples: Sequence[np.ndarray]) -> np.ndarray:
+class Points(NamedTuple):
+    """Means over the runs at every D, ascending, with standard errors."""
+
+    size: np.ndarray
+    mean: np.ndarray
+    bar: np.ndarray
+
+
+def points(runs: Mapping[int, np.ndarray]) -> Points | None:
+    """From {D: values}, without those D that have one run only; None where fewer than two are left."""
+    known = {d: np.asarray(runs[d], float) for d in sorted(runs) if len(runs[d]) > 1}
+    if len(known) < 2:
+        return None
+    bar = scatter(known) / np.sqrt([len(x) for x in known.values()])
+    return Points(np.array(list(known), float), np.array([np.mean(x) for x in known.values()]), bar)
+
+
+def scatter(runs: Mapping[int, np.ndarray]) -> np.ndarray:
     """Standard deviation from run to run at every D, as one law a D^-g through all of them.
 
     With few runs at a D its own deviation is known to tens of per cent, and a mean that by chance has a small one would
     weigh far too much in a fit. g between 0 and 1.5 is the most likely one of Gaussian runs.
     """
-    size, n = np.asarray(dimensions, float), np.array([len(x) - 1 for x in samples], float)
-    variance = np.array([np.var(x, ddof=1) if len(x) > 1 else 0.0 for x in samples])
+    size, n = np.array(list(runs), float), np.array([len(x) - 1 for x in runs.values()], float)
+    variance = np.array([np.var(x, ddof=1) for x in runs.values()])
     powers = np.linspace(0, 1.5, 61)
     a2 = np.array([np.sum(n * variance * size ** (2 * g)) / np.sum(n) for g in powers])
     with np.errstate(divide="ignore"):
@@ -52,18 +69,16 @@ def _line(x, y, bar) -> tuple[np.ndarray, np.ndarray, float]:
     return found, covariance, float(np.sum((design @ found - y / bar) ** 2))
 
 
-def extrapolate(dimensions: Sequence[int], samples: Sequence[np.ndarray], power: float = 1.0) -> Law | None:
-    """The law through the runs at each D; None where fewer than two D have two runs each.
+def extrapolate(runs: Mapping[int, np.ndarray], power: float = 1.0) -> Law | None:
+    """The law through {D: values of the runs there}; None where fewer than two D have two runs each.
 
     Corrections of higher order may show at small D: the smallest ones are left out, one by one, as long as chi-squared
     is unlikely and three others are left.
     """
-    pairs = sorted((d, np.asarray(x, float)) for d, x in zip(dimensions, samples, strict=True) if len(x) > 1)
-    if len(pairs) < 2:
+    known = points(runs)
+    if known is None:
         return None
-    size, runs = np.array([d for d, _ in pairs], float), [x for _, x in pairs]
-    mean = np.array([np.mean(x) for x in runs])
-    bar = scatter(list(size), runs) / np.sqrt([len(x) for x in runs])
+    size, mean, bar = known
     bar = np.maximum(bar, 1e-12 * np.max(np.abs(mean)) + 1e-300)  # what is the same in every run
     for k in range(max(len(size) - 2, 1)):
         found, covariance, chi2 = _line(size[k:] ** -power, mean[k:], bar[k:])
@@ -77,18 +92,16 @@ def extrapolate(dimensions: Sequence[int], samples: Sequence[np.ndarray], power:
     return Law(limit, limit_error, slope, slope_error, chi2, freedom, likelihood, int(size[k]), power)
 
 
-def rate(dimensions: Sequence[int], samples: Sequence[np.ndarray], limit: float) -> tuple[float, float]:
+def rate(runs: Mapping[int, np.ndarray], limit: float) -> tuple[float, float]:
     """g and its standard error where mean - limit falls as D^-g, from the D at which it is at least three of its
     standard errors; NaN where there are fewer than two."""
-    pairs = [(d, np.asarray(x, float)) for d, x in zip(dimensions, samples, strict=True) if len(x) > 1]
-    if len(pairs) < 2 or not math.isfinite(limit):
+    known = points(runs)
+    if known is None or not math.isfinite(limit):
         return math.nan, math.nan
-    size = np.array([d for d, _ in pairs], float)
-    bar = scatter(list(size), [x for _, x in pairs]) / np.sqrt([len(x) for _, x in pairs])
-    gap = np.array([np.mean(x) for _, x in pairs]) - limit
-    seen = np.abs(gap) > 3 * bar
+    gap = known.mean - limit
+    seen = np.abs(gap) > 3 * known.bar
     if np.sum(seen) < 2 or len(set(np.sign(gap[seen]))) > 1:
         return math.nan, math.nan
-    relative = (bar / np.abs(gap))[seen]
-    found, covariance, _ = _line(np.log(size[seen]), np.log(np.abs(gap[seen])), relative)
+    relative = (known.bar / np.abs(gap))[seen]
+    found, covariance, _ = _line(np.log(known.size[seen]), np.log(np.abs(gap[seen])), relative)
     return float(-found[1]), float(np.sqrt(covariance[1, 1]))

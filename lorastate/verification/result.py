@@ -41,6 +41,11 @@ class Row(NamedTuple):
     verdict: str
 
     @property
+    def column(self) -> str:
+        """What its runs are called in `Verification.samples`: of fine-tuning alone those of the lowest minima."""
+        return f"{'deep' if self.way == 'alone' else self.stage}.{self.name}"
+
+    @property
     def gap(self) -> float:
         bar = math.hypot(self.law.limit_error, self.theory_error)
         return (self.law.limit - self.theory) / bar if bar > 0 else math.nan

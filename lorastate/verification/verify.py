@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +96,7 @@ def verify(
     manifest = {"source": SOURCE, "seed": seed, "starts": starts, "moves": moves}
     if folder:
         manifest["setting"] = description(setting)
-    rows = _trained(ways, folder, json.loads(json.dumps(manifest)), progress)
+    rows = _trained(ways, folder, manifest, progress)
     samples, failed = {}, {}
     for way, (columns, table) in rows.items():
         wanted = {i: v for i, v in table.items() if i % _RUNS < ways[way].runs.get(i // _RUNS, 0)}
@@ -212,16 +211,15 @@ def _rows(solution: Solution, way: str, samples: Mapping[str, Mapping[int, np.nd
             continue
         stage = "finetuning" if way == "alone" else head
         theory = float(getattr(solution, stage).get(name, math.nan))
-        law = extrapolate(list(runs), list(runs.values()), _power(solution, way, stage))
+        law = extrapolate(runs, _power(solution, way, stage))
         if law is None or not math.isfinite(theory) or not math.isfinite(law.limit):
             continue
         error = solution.stderr(stage, name)
         spread = 0.0
         if glass and way == "alone":
-            informed = samples[f"informed.{name}"]
-            near = extrapolate(list(informed), list(informed.values()))
+            near = extrapolate(samples[f"informed.{name}"])
             spread = abs(near.limit - law.limit) if near else 0.0
-        falls = rate(list(runs), list(runs.values()), theory)
+        falls = rate(runs, theory)
         error = error if math.isfinite(error) else 0.0
         row = Row(way, stage, name, theory, error, law, *falls, spread, "")
         why_not = "zero in the theory" if abs(theory) < 1e-6 else ""
