@@ -19,6 +19,7 @@ from lorastate.model import wells
 from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem, gram
 from lorastate.runtime import program
+from lorastate.solution.finetuning import placed
 
 SMALL = ls.Numerics(nodes=4096, finetuning_nodes=8192, replicas=4)
 #: A glass: noisy labels and weak ridges on two tokens (M and Q of its map are those of the published equations).
@@ -311,6 +312,18 @@ def test_what_training_pays_for_the_norm(glass):
     f = plain(glass.finetuning)
     assert slope == pytest.approx(f["q"], rel=0.03)
     assert f["train_error"] == pytest.approx(f["free_energy"] - lam * slope, rel=0.003)
+
+
+@pytest.mark.parametrize(
+    ("complexity", "error", "breaking", "known"),
+    [(0.0, 0.041, 1.70, True), (0.06, 2.4, 3.24, False), (6.17, 0.84, 19.0, False), (np.nan, np.nan, np.nan, True)],
+)
+def test_an_answer_whose_breaking_is_not_known_is_none(complexity, error, breaking, known):
+    """Softmax, T = 2, alpha 0.21, lambda 0.0043, kappa0 0.63, delta 2.4, alpha' 4.2, lambda' 0.083: of four seeds at
+    default nodes one has found the place of y (E' 0.730(2)); the others end on hold or at a bound, at 0.73 to 0.80."""
+    values = {"complexity": complexity, "breaking": breaking, "free_energy": 1.70}
+    values = {name: jnp.asarray(v) for name, v in values.items()}
+    assert bool(placed(values, {"complexity": jnp.asarray(error)})) is known
 
 
 def test_smooth_settings_are_symmetric():

@@ -105,13 +105,16 @@ class _Progress(NamedTuple):
 
 
 def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progress:
-    """Both starts compared, before either is refined or has set y free: phi is maximal in it."""
-    now, found = (kind == (_FREE if search.levels else _LAST)) & (k == 0), s.found
+    """Both starts compared, before either is refined: whether they are one, before y is free, and whether one lies
+    above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above."""
+    found, last = s.found, (kind == _LAST) & (k == 0)
+    now = (kind == _FREE) & (k == 0) if search.levels else last
     close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
     same = jnp.where(now, close, s.same)
     gap = found.energy - found.energy[::-1]
-    clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & succeeded(found.code)[::-1]
-    return s._replace(same=same, above=jnp.where(now & (search.levels > 0), clearly, s.above))
+    placed = (succeeded(found.code) & ~found.stale)[::-1]
+    clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & placed
+    return s._replace(same=same, above=jnp.where(last & (search.levels > 0), clearly, s.above))
 
 
 def _needless(search: Search, s: _Progress, kind, k):
@@ -200,11 +203,13 @@ def _clearly_rough(memory: Slots, rows):
 _MARGINAL = 1.1
 
 
-def _lowest(code, energies):
+def _lowest(code, energies, levels: int):
     """The branch of lowest free energy. One that was nearly solved counts where it lies clearly lower: then the answer
-    is that the solve failed, not the other branch."""
+    is that the solve failed, not the other branch. Not so with breaking, where it counts if there is no other: its y
+    has not found its place, and phi is maximal in y."""
     nearly = (code == Code.floor) | (code == Code.stalled) | (code == Code.max_steps) | (code == Code.cycle)
-    handicap = jnp.where(code == Code.ok, 0.0, jnp.where(nearly, 2e-3 * (1 + jnp.abs(energies)), jnp.inf))
+    most = 1e6 if levels else 2e-3 * (1 + jnp.abs(energies))
+    handicap = jnp.where(code == Code.ok, 0.0, jnp.where(nearly, most, jnp.inf))
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
 
 
@@ -238,7 +243,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     # Where the second start found nothing new it stands for the first.
     tried = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), points)
     energies = jnp.where(same, found.energy[0], found.energy)
-    chosen = jnp.where(same, 0, _lowest(tried.code, energies))
+    chosen = jnp.where(same, 0, _lowest(tried.code, energies, search.levels))
     point = jax.tree_util.tree_map(lambda a: a[chosen], points)
     best = Solved(point, found.jacobian[chosen], memory._replace(here=found.row[chosen]).read().found)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)

@@ -205,12 +205,14 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
     errors = {k: jnp.hypot(error(v), jnp.mean(v) - values[k]) for k, v in of_replicas.items()}
     x = solved.point.x
     off = jnp.abs(numbers(x + solved.point.offset) - numbers(x))
-    return Bars(errors, jnp.max(off / (error(jax.vmap(numbers)(xs)) + _FINE)))
+    known = jnp.minimum(error(jax.vmap(numbers)(xs)), _COARSE)
+    return Bars(errors, jnp.max(off / (known + _FINE)))
 
 
 #: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those
-#: of order parameters below which none has to be.
-_FLOOR_SHARE, _FINE = 2.0, 5e-4
+#: of order parameters below which none has to be, and above which they excuse no more: what is not known at all is
+#: within its error of anything.
+_FLOOR_SHARE, _FINE, _COARSE = 2.0, 5e-4, 0.1
 
 
 def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
