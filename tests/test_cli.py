@@ -286,6 +286,24 @@ def test_debug_nans(path):
     assert json.loads(out)["finetuning"]["test_error"] == pytest.approx(0.988, rel=0.05)
 
 
+def test_rules_for_other_programs(path):
+    """What the environment may ask of JAX for programs of one's own."""
+    rules = {"DISABLE_JIT": "1", "NO_TRACING": "1", "NUMPY_DTYPE_PROMOTION": "strict", "NUMPY_RANK_PROMOTION": "raise",
+             "TRANSFER_GUARD": "disallow", "DEFAULT_PRNG_IMPL": "rbg"}  # fmt: skip
+    words = ["-m", "lorastate", "simulate", path, "--dimension", "20", "--runs", "1", "--starts", "1", "--json"]
+    (out, said), (plain, _) = (
+        start(words, **{f"JAX_{name}": value for name, value in given.items()}).communicate() for given in (rules, {})
+    )
+    assert out == plain and json.loads(out)["runs"] == 1 and "Traceback" not in said, said
+
+
+def test_a_value_that_jax_does_not_know(path):
+    process = start(["-m", "lorastate", "predict", path], JAX_LOGGING_LEVEL="LOUD")
+    out, said = process.communicate()
+    assert process.returncode == 2 and out == "" and said.count("\n") == 1
+    assert said.startswith("lorastate: JAX does not start") and "LOUD" in said and "allowed" in said
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_letters_that_stdout_has_not(tmp_path, encoding):
     code = "from lorastate.cli import main as cli; cli._run = lambda c: cli.say(str(c.out)) or 0; cli.main()"
@@ -636,6 +654,24 @@ def test_full_disk():
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr.startswith("lorastate: input or output failed")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shells are different there")
+@pytest.mark.parametrize(
+    ("closed", "words", "code", "said"),
+    [
+        (">&-", "--version", 1, "lorastate: input or output failed (stdout is closed)\n"),
+        (">&-", "--help", 1, "lorastate: input or output failed (stdout is closed)\n"),
+        (">&- 2>&-", "--version", 1, ""),
+        ("2>&-", "predict nowhere.toml", 2, ""),
+        ("<&-", "--version", 0, ""),
+    ],
+)
+def test_closed_streams(closed, words, code, said):
+    command = f'exec "$0" -m lorastate {words} {closed}'
+    done = subprocess.run(["/bin/sh", "-c", command, sys.executable], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert done.stdout == (f"{__version__}\n" if code == 0 else "")
 
 
 @pytest.mark.parametrize(

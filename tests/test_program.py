@@ -1,5 +1,6 @@
 """Programs kept on disk: read back as they were, made anew where they cannot be, never mistaken for another."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
+from lorastate import _version
 from lorastate.math.quadrature import gaussian_nodes
 from lorastate.runtime import program
 from lorastate.runtime.program import Program
@@ -218,6 +220,16 @@ def test_source_is_read_before_it_is_imported(tmp_path):
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
+def test_source_of_which_nothing_is_left(tmp_path, monkeypatch):
+    """Installations that have what Python has made of the source alone, or not even that on disk."""
+    monkeypatch.setattr(_version, "_FOLDER", tmp_path)
+    assert _version.source_on_disk() == ""
+    (tmp_path / "part.pyc").write_bytes(b"one")
+    first = _version.source_on_disk()
+    (tmp_path / "part.pyc").write_bytes(b"another")
+    assert "" != first != _version.source_on_disk()
+
+
 def nodes_kept(folder):
     return list(folder.with_name("lorastate-nodes").glob("*"))
 
@@ -282,6 +294,16 @@ def test_undefined_numbers_are_not_bugs():
             jnp.log(jnp.array(-1.0))
 
 
+def test_strict_promotion_is_not_for_these_programs():
+    setting = ls.Setting(ls.Pretraining(0.1, 0.1, activation="identity", tokens=2), ls.Finetuning(3.0, 1.0), NUMERICS)
+    want, slopes = ls.gradient(setting)
+    jax.clear_caches()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert (float(ls.predict(setting).test_error), *ls.gradient(setting)) == (want, want, slopes)
+        with pytest.raises(ValueError, match="promotion"):
+            jnp.add(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.float32))
+
+
 # ---------------------------------------------------------------- what JAX computes on
 
 
@@ -297,6 +319,25 @@ def test_a_cuda_machine_has_its_own_programs(folder, accelerator):
     assert np.isfinite(solve(Program(search_pretraining), 0.1).point.x).all()
     (file,) = folder.iterdir()
     assert program._read(file)[0].platforms == ("cuda",) and program.platform() == "cuda"
+
+
+def test_a_cuda_machine_reads_its_programs_back(folder, accelerator, monkeypatch):
+    """What JAX runs on is "cuda" to an export: one for "gpu" is refused when it is called. A CPU stands for it here."""
+    export = jax.export.export
+
+    def named(f, platforms):
+        exported = export(f, platforms=["cpu"])
+        return lambda *given: dataclasses.replace(
+            exported(*given), platforms=tuple("cpu" if p == "cuda" else p for p in platforms)
+        )
+
+    monkeypatch.setattr(jax.export, "export", named)
+    found = solve(Program(search_pretraining), 0.1)
+    monkeypatch.setattr(Program, "_export", fail)
+    second = Program(search_pretraining)
+    same(solve(second, 0.1), found)
+    (used,) = second._kept.values()
+    assert used is not None
 
 
 def test_programs_follow_the_default_device(folder, accelerator):

@@ -23,13 +23,27 @@ def float64_refused() -> bool:
     return True
 
 
+#: Double precision, and none of what the environment may ask of JAX to find faults in programs of one's own, or to draw
+#: other random numbers.
+_RULES = {
+    "jax_enable_x64": True,
+    "jax_debug_nans": False,  # what is undefined is NaN
+    "jax_debug_infs": False,
+    "jax_disable_jit": False,
+    "jax_no_tracing": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_transfer_guard": "allow",
+    "jax_default_prng_impl": "threefry2x32",
+}
+
+
 def set_up_jax() -> None:
-    """Double precision, NaN allowed, and what is compiled kept on disk."""
+    """JAX as these equations need it, and what is compiled kept on disk."""
     import jax
 
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_debug_nans", False)  # what is undefined is NaN
-    jax.config.update("jax_debug_infs", False)
+    for name, value in _RULES.items():
+        jax.config.update(name, value)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is nobody's concern
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Compiled once per machine and version of jax; JAX_COMPILATION_CACHE_DIR moves it.

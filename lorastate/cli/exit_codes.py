@@ -1,3 +1,4 @@
-"""Exit codes of the command line: 0 when the answer is right, 1 when input or output failed, and these."""
+"""Exit codes of the command line: 0 when the answer is right, and these."""
 
-BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
+#: Input or output failed, bad input, a solve that failed, Ctrl-C, a reader that went away.
+UNWRITTEN, BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141

@@ -26,7 +26,7 @@ from tyro.conf import FlagCreatePairsOff
 from .._version import __version__
 from .commands import Command, spread
 from .environment import float64_refused, no_device, set_up_jax
-from .exit_codes import BAD_INPUT, BROKEN_PIPE, FAILED, INTERRUPTED
+from .exit_codes import BAD_INPUT, BROKEN_PIPE, FAILED, INTERRUPTED, UNWRITTEN
 from .output import say, warn
 from .screen import at_work
 
@@ -36,12 +36,26 @@ _PATIENCE = 3.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; usage errors and `--help` leave through `SystemExit`."""
+    if _nobody_reads():
+        return UNWRITTEN
     with _interruptible():
         status = _main(list(sys.argv[1:] if argv is None else argv))
     if status == INTERRUPTED and argv is None:  # the process ends here: threads that compile cannot be stopped
         sys.stdout.flush()
         os._exit(status)
     return status
+
+
+def _nobody_reads() -> bool:
+    """Whether the shell has closed stdout, which is said. What is closed is opened on nothing: the next file that is
+    opened would have its number, and be written what libraries say."""
+    closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if closed:
+        warn("input or output failed (stdout is closed)")
+    return closed
 
 
 @contextlib.contextmanager
@@ -122,7 +136,7 @@ def _main(words: list[str]) -> int:
         if isinstance(error, BrokenPipeError):
             return BROKEN_PIPE
         warn(f"input or output failed ({error})")
-        return 1
+        return UNWRITTEN
 
 
 #: What another process was just writing, or a disk that is full: it is compiled here, as it would be without a cache.
@@ -137,8 +151,11 @@ def _run(command: Any) -> int:
 
 
 def _computed(command: Any) -> int:
-    import jax
-
+    try:
+        import jax
+    except ValueError as error:  # a variable of the environment with a value that JAX does not know
+        warn(f"JAX does not start: {error}; allowed: what its documentation lists, or leaving it out")
+        return BAD_INPUT
     set_up_jax()
     from ..errors import SettingError, SolveError
 

@@ -59,6 +59,16 @@ def platform(arrays: Iterable[Any] = ()) -> str:
     return jax.export.default_export_platform() if name == jax.default_backend() else name
 
 
+#: What a user may ask of JAX for programs of his own is not asked of these: what is undefined is NaN, and arrays of
+#: several types and ranks meet.
+_RULES = (
+    lambda: jax.debug_nans(False),
+    lambda: jax.debug_infs(False),
+    lambda: jax.numpy_dtype_promotion("standard"),
+    lambda: jax.numpy_rank_promotion("allow"),
+)
+
+
 class Program:
     """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU.
 
@@ -75,7 +85,9 @@ class Program:
         self._seen: set[Any] = set()
 
     def __call__(self, *args):
-        with jax.debug_nans(False), jax.debug_infs(False):  # what is undefined is NaN
+        with contextlib.ExitStack() as stack:
+            for rule in _RULES:
+                stack.enter_context(rule())
             return self._call(*args)
 
     def _call(self, *args):

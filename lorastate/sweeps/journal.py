@@ -49,7 +49,8 @@ class Journal:
             raise SettingError(
                 f"{str(file)!r} is not the record of a {self.what}; allowed: another directory"
             ) from None
-        if not isinstance(before, dict) or before.get("source") != self.manifest["source"]:
+        source = self.manifest["source"]  # empty where it cannot be read
+        if not isinstance(before, dict) or not source or before.get("source") != source:
             raise SettingError(
                 f"{str(self.out)!r} holds a {self.what} by another version of lorastate, or of its source; allowed: "
                 "another directory"
