@@ -10,7 +10,7 @@ import pytest
 
 import lorastate as ls
 from lorastate.bayes import finetuning, posterior
-from lorastate.bayes.finetuning import bayes_optimal_finetuning, weak_recovery_threshold
+from lorastate.bayes.finetuning import bayes_optimal_finetuning, bayes_optimal_threshold
 from lorastate.bayes.limits import _error, _posterior_error
 from lorastate.bayes.pretraining import bayes_optimal_pretraining, mmse
 from lorastate.evolution.order import decode
@@ -224,7 +224,7 @@ def test_bayes_optimal_limits_of_much_and_no_data():
     assert bayes_optimal_finetuning(fine, 1e-4).q > 0.9999
     few = ls.Finetuning(0.01, 1.0, delta=0.5, activation="identity", tokens=2)
     assert bayes_optimal_finetuning(few, 0.5).q == 0.0
-    threshold = weak_recovery_threshold(few, 0.5)
+    threshold = bayes_optimal_threshold(few, 0.5)
     below, above = (
         bayes_optimal_finetuning(ls.Finetuning(f * threshold, 1.0, delta=0.5, activation="identity", tokens=2), 0.5)
         for f in (0.9, 1.3)
@@ -262,6 +262,16 @@ def test_without_noise_too_few_numbers_settle_nothing():
     for noise in (0.0, 1e-9, 2e-9, 1e-6):
         assert known(0.05, noise).q == 0.0
         assert known(0.5, noise).q > 1 - 2 * noise - 1e-11
+
+
+def test_stages_and_noises_that_are_none_are_refused():
+    known = ls.Finetuning(3.0, 1.0, activation="softmax", tokens=2)
+    for limit in (bayes_optimal_finetuning, bayes_optimal_threshold):
+        with pytest.raises(ls.SettingError, match=r"finetuning.activation = None follows pre-training"):
+            limit(ls.Finetuning(3.0, 1.0, tokens=2), 0.5)
+        for noise in (-0.1, np.nan, np.inf):
+            with pytest.raises(ls.SettingError, match=rf"effective_noise = {noise} is out of range"):
+                limit(known, noise)
 
 
 def test_without_solution_there_is_an_error(monkeypatch):

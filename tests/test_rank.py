@@ -9,7 +9,7 @@ import pytest
 from orders import order_for
 
 import lorastate as ls
-from lorastate.bayes.finetuning import bayes_optimal_finetuning, weak_recovery_threshold
+from lorastate.bayes.finetuning import bayes_optimal_finetuning, bayes_optimal_threshold
 from lorastate.diagnosis.thresholds import frozen_map
 from lorastate.evolution import finetuning as ft
 from lorastate.evolution.order import Order, decode, from_norm
@@ -392,7 +392,7 @@ def test_what_is_known_for_a_teacher_of_rank_one_only():
     for refused in (
         lambda: ls.bayes_optimal(s),
         lambda: bayes_optimal_finetuning(s.finetuning_resolved, 0.5),
-        lambda: weak_recovery_threshold(s.finetuning_resolved, 0.5),
+        lambda: bayes_optimal_threshold(s.finetuning_resolved, 0.5),
     ):
         with pytest.raises(ls.SettingError, match=r"finetuning\.teacher_rank = 2 is too high.*; allowed: 1"):
             refused()

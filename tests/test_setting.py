@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lorastate.errors import SettingError
 from lorastate.model.activation import Identity, Softmax
+from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.channel.inputs import Mixed, Reused
 from lorastate.setting.fields import KEYS, continuous_fields
 from lorastate.setting.files import load_setting, setting_from_dict, setting_to_dict
@@ -164,6 +165,10 @@ def test_unreadable_paths(tmp_path):
     path = tmp_path / "binary.toml"
     path.write_bytes(b"# \xff\xfe")
     with pytest.raises(SettingError, match=r"byte 2 is not UTF-8"):
+        load_setting(path)
+    with open(path, "wb") as file:
+        file.truncate(2**36)  # as long as a device without end, and as empty
+    with pytest.raises(SettingError, match=r"has more than 1,000,000 bytes; allowed"):
         load_setting(path)
 
 
@@ -500,3 +505,12 @@ def test_a_beta_that_follows_counts_in_the_slope():
     unsaid, named = (Setting(stages[0], Finetuning(3.0, 1.0, activation=a), stages[1]) for a in (None, "softmax"))
     (value, slopes), (other, slopes_of_other) = gradient(unsaid), gradient(named)
     assert (value, slopes) == (other, slopes_of_other)
+
+
+def test_a_stage_alone_does_not_know_what_it_follows():
+    frozen, stage = FrozenMap(0.9, 1.2, 1.0), Finetuning(3.0, 0.1)
+    for of in (stage.moments, stage.scale, stage.effective_noise):
+        with pytest.raises(SettingError, match=r"finetuning.delta = None follows pre-training.*finetuning_resolved"):
+            of(frozen)
+    resolved = Setting(Pretraining(0.1, 0.1, tokens=2, delta=0.4), stage).finetuning_resolved
+    assert float(resolved.effective_noise(frozen)) == pytest.approx(1.0 - 2 * 0.9 + 1.2 + 0.4 / 2)

@@ -274,6 +274,10 @@ def test_another_source_is_another_sweep(solved, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "SOURCE", "another")
     with pytest.raises(ls.SettingError, match=r"another version of lorastate.*another directory"):
         ls.sweep(setting(), MANY, out=tmp_path)
+    monkeypatch.setattr(sweeps, "SOURCE", "")  # it could not be read: nobody knows whether it is the same
+    ls.sweep(setting(), MANY, out=tmp_path / "new")
+    with pytest.raises(ls.SettingError, match=r"another version of lorastate.*another directory"):
+        ls.sweep(setting(), MANY, out=tmp_path / "new")
 
 
 class Halved(ls.Activation):
@@ -336,6 +340,11 @@ def test_words_and_numbers_as_axes(solved):
         ({"finetuning.delta": [None, 0.5]}, ["finetuning.delta", "None", "numbers or words"]),
         ({"pretraining.activation": [np.tanh]}, ["pretraining.activation", "numbers or words"]),
         ({"finetuning.rho": [0.1]}, ["finetuning.rho", "no meaning"]),
+        ({"pretraining.tokens": [2, float("inf")]}, ["pretraining.tokens = inf", "whole number"]),
+        (
+            {f"pretraining.{name}": np.linspace(0.1, 1, 200) for name in ("lam", "alpha", "delta", "kappa0")},
+            ["the grid has 1,600,000,000 points", "at most 1,000,000"],
+        ),
     ],
 )
 def test_bad_grids(solved, grid, words):

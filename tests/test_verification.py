@@ -177,6 +177,8 @@ def test_bad_input(tmp_path):
         ({"dimensions": (), "alone": ()}, "both empty"),
         ({"runs": 1}, "runs = 1 is out of range"),
         ({"alone": (5, 100)}, "alone = 5 is out of range"),
+        ({"starts": 0}, "starts = 0 is out of range"),
+        ({"moves": -1}, "moves = -1 is out of range"),
     ):
         with pytest.raises(ls.SettingError, match=words):
             ls.verify(SETTING, **given)

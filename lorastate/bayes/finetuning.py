@@ -137,16 +137,26 @@ def _closed_in(excess, a: float, b: float) -> float:
 # ---- what is asked for -----------------------------------------------------------------------------------------
 
 
+def _checked(fine: Finetuning, effective_noise: float) -> float:
+    """The noise, once stage and noise make sense. What rounding has put below zero is zero."""
+    require_float64()
+    require_rank_one(fine)
+    fine.require("activation", "tokens")
+    noise = float(effective_noise)
+    if not -1e-9 <= noise < np.inf:
+        raise SettingError(f"effective_noise = {noise} is out of range; allowed: effective_noise >= 0, finite")
+    return max(noise, 0.0)
+
+
 def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesFinetuning:
     """Bayes-optimal limit of `fine` on fresh inputs with this Delta_eff (`lam` plays no part).
 
     `fine` with tokens and activation filled in (`Setting.finetuning_resolved`). Outside of JAX transformations only.
-    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift, and for a
-    teacher of higher rank; `SolveError` where no solution can be told from the errors of the averages.
+    Raises `SettingError` for an activation of one's own, which may hide more of the label than its shift, for a teacher
+    of higher rank, and where a number is missing or out of range; `SolveError` where no solution can be told from the
+    errors of the averages.
     """
-    require_float64()
-    require_rank_one(fine)
-    given = max(float(effective_noise), 0.0)
+    given = _checked(fine, effective_noise)
     equation = _Equation(fine, float(fine.alpha), max(given, _NOISELESS))
     solutions = equation.solutions()
     if not solutions:
@@ -158,12 +168,10 @@ def bayes_optimal_finetuning(fine: Finetuning, effective_noise: float) -> BayesF
     return BayesFinetuning(q, float(np.sqrt(q)), given, (1 - q) * equation.spread(best))
 
 
-def weak_recovery_threshold(fine: Finetuning, effective_noise: float) -> float:
+def bayes_optimal_threshold(fine: Finetuning, effective_noise: float) -> float:
     """alpha'_c of the Bayes-optimal estimator: below it q = 0 is stable, and no better than nothing.
 
     q' is proportional to alpha' at given q, so that alpha'_c = lim q / (q'/alpha') as q -> 0; no search is needed.
     """
-    require_float64()
-    require_rank_one(fine)
-    q, equation = 1e-3, _Equation(fine, 1.0, max(float(effective_noise), _NOISELESS))
+    q, equation = 1e-3, _Equation(fine, 1.0, max(_checked(fine, effective_noise), _NOISELESS))
     return q / float(jnp.mean(equation.respond(np.log1p(-q))[0]))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..bayes.finetuning import weak_recovery_threshold as bayes_threshold
+from ..bayes.finetuning import bayes_optimal_threshold
 from ..bayes.frozen_map import frozen_map as seen_map
 from ..bayes.pretraining import bayes_optimal_pretraining
 from ..errors import Code, SettingError, SolveError, require_float64, succeeded
@@ -114,7 +114,9 @@ def weak_recovery_threshold(setting: Setting, solution: Solution | None = None) 
 def bayes_recovery_threshold(setting: Setting) -> float:
     """alpha'_c of the Bayes-optimal estimator on the Bayes-optimal map (fresh inputs)."""
     pre, fine = setting.pretraining, setting.finetuning_resolved
-    return bayes_threshold(fine, float(fine.delta / 2 + pre.downstream_Q0 - bayes_optimal_pretraining(pre).Q_down))
+    return bayes_optimal_threshold(
+        fine, float(fine.delta / 2 + pre.downstream_Q0 - bayes_optimal_pretraining(pre).Q_down)
+    )
 
 
 def instability_threshold(setting: Setting, path: str, low: float, high: float, rtol: float = 1e-3) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..bayes.finetuning import weak_recovery_threshold as bayes_threshold
+from ..bayes.finetuning import bayes_optimal_threshold
 from ..diagnosis import thresholds
 from ..errors import SettingError, SolveError
 from ..predictions import axis_label
@@ -71,7 +71,9 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
         lines["instability"] += [(noise, alpha) for alpha in _breaks(here, "finetuning.alpha", row)]
         if i % 2 == 0:
             lines["weak_recovery"].append((noise, _threshold(here)))
-            lines["weak_recovery_bayes_optimal"].append((noise, bayes_threshold(here.finetuning_resolved, noise)))
+            lines["weak_recovery_bayes_optimal"].append(
+                (noise, bayes_optimal_threshold(here.finetuning_resolved, noise))
+            )
     bar.close()
     overlaps = np.abs([column(row, "overlap") for row in rows])
     figure, axes = side_by_side(1, 6.4, 5.0)

@@ -23,6 +23,10 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Largest entry, in size: fourth powers of logits are averaged.
+_LARGEST = 1e12
+
+
 def read(paths: Sequence[str | Path], layer: str = "") -> dict[str, np.ndarray]:
     """The arrays of `NAMES` that the files have, all of them float64 and finite.
 
@@ -116,4 +120,6 @@ def numbers(name: str, value: Any) -> np.ndarray:
         raise SettingError(f"{name} is not an array of real numbers; allowed: floats") from None
     if not np.all(np.isfinite(array)):
         raise SettingError(f"{name} has {np.sum(~np.isfinite(array))} entries that are not finite; allowed: none")
+    if np.max(np.abs(array), initial=0.0) > _LARGEST:
+        raise SettingError(f"{name} has an entry of size {np.max(np.abs(array)):.3g}; allowed: up to {_LARGEST:g}")
     return array

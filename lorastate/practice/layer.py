@@ -52,7 +52,7 @@ def layer_of(arrays: Mapping[str, np.ndarray], dimension: int, heads: int = 1, h
     S = (A + A.T) / 2
     size = np.sum(A**2)
     if not size > 0:
-        raise SettingError(f"{' and '.join(given)} are zero; allowed: weights of a layer that does something")
+        raise SettingError(f"the map of {' and '.join(given)} is zero; allowed: weights of a layer that does something")
     values = np.linalg.eigvalsh(S)
     negative = np.sum(values[values < 0] ** 2) / max(np.sum(values**2), np.finfo(float).tiny)
     return Layer(S, " and ".join(given), float(1 - np.sum(S**2) / size), float(negative))

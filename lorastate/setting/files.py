@@ -116,10 +116,18 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | str) else np.asarray(value).tolist()
 
 
+#: Bytes that a settings file may have: what is longer, or without end, is none.
+_MOST = 10**6
+
+
 def _read(path: Path) -> dict[str, Any]:
     where = str(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(_MOST + 1)
+        if len(data) > _MOST:
+            raise SettingError(f"{where!r} has more than {_MOST:,} bytes; allowed: a TOML file of a few lines")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise SettingError(f"there is no settings file {where!r}; allowed: the path of a TOML file") from None
     except IsADirectoryError:

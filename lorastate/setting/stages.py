@@ -167,13 +167,22 @@ class Finetuning(eqx.Module):
         """Whether the beta of a softmax is that of pre-training."""
         return self.activation is None or (isinstance(self.activation, Softmax) and self.activation.beta is None)
 
-    @property
-    def _drops(self) -> bool:
-        return self.activation.forgets_shift
+    def require(self, *names: str) -> None:
+        """Raises `SettingError` if one of these fields follows pre-training, of which a stage alone knows nothing."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise SettingError(
+                    f"finetuning.{name} = None follows pre-training, which is not known here; allowed: a value, or the "
+                    "stage that setting.finetuning_resolved gives"
+                )
 
     def moments(self, frozen) -> Moments:
-        """Second moments of (Y0, Z_W) on the fine-tuning inputs, before recalibration."""
-        return self.inputs.moments(frozen, self.delta, self.tokens, self._drops)
+        """Second moments of (Y0, Z_W) on the fine-tuning inputs, before recalibration.
+
+        Raises `SettingError` as `require` does.
+        """
+        self.require("delta", "activation", "tokens")
+        return self.inputs.moments(frozen, self.delta, self.tokens, self.activation.forgets_shift)
 
     def scale(self, frozen):
         """b, the factor on the frozen map."""

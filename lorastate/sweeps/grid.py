@@ -13,6 +13,9 @@ from ..errors import SettingError
 from ..setting.paths import get, parse_value
 from ..setting.stages import Setting
 
+#: Points of a grid, and values of an axis: all of them are made into settings before the first is solved.
+_MOST = 10**6
+
 
 def parse_axis(text: str, option: str = "grid") -> tuple[str, list[Any]]:
     """Path and values of "pretraining.lam=log:1e-3:1:64", "...=lin:0:1:11" or "...=0.5,1,2"."""
@@ -27,12 +30,15 @@ def parse_axis(text: str, option: str = "grid") -> tuple[str, list[Any]]:
         return path, [parse_value(path, word.strip()) for word in words.split(",") if word.strip()]
     try:
         low, high, count = float(numbers[0]), float(numbers[1]), int(numbers[2])
-        good = len(numbers) == 3 and kind in ("log", "lin") and 1 <= count <= 10**6 and math.isfinite(low + high)
+        good = (
+            len(numbers) == 3 and kind in ("log", "lin") and 1 <= count <= _MOST and math.isfinite(abs(low) + abs(high))
+        )
     except (ValueError, IndexError):
         good = False
     if not good:
         raise SettingError(
-            f"{option} {text!r} is not readable; allowed: path=log:low:high:count, path=lin:..., path=a,b,c"
+            f"{option} {text!r} is not readable; allowed: path=log:low:high:count (count from 1 to {_MOST:,}), "
+            "path=lin:..., path=a,b,c"
         )
     if kind == "log" and not min(low, high) > 0:
         raise SettingError(
@@ -58,6 +64,9 @@ def plain_axes(setting: Setting, grid: Mapping[str, Iterable[Any]]) -> dict[str,
         if len(set(plain)) < len(plain):
             raise SettingError(f"grid {path} names a value more than once; allowed: each value once")
         axes[path] = [round(v) for v in plain] if _counts(setting, path) and all(map(_is_whole, plain)) else plain
+    count = math.prod(map(len, axes.values()))
+    if count > _MOST:
+        raise SettingError(f"the grid has {count:,} points; allowed: at most {_MOST:,}")
     return axes
 
 
@@ -70,7 +79,7 @@ def _counts(setting: Setting, path: str) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isclose(value, round(value), rel_tol=1e-12)
+    return isinstance(value, int | float) and math.isfinite(value) and math.isclose(value, round(value), rel_tol=1e-12)
 
 
 def points(axes: Mapping[str, list[Any]]) -> list[dict[str, Any]]:

@@ -79,6 +79,8 @@ def verify(
     """
     require_float64()
     runs, seed = whole("runs", runs, 2, 1000), whole("seed", seed, 0, 2**32 - 1)
+    starts = None if starts is None else whole("starts", starts, 1, 100)
+    moves = None if moves is None else whole("moves", moves, 0, 1000)
     sizes = {"whole": _dimensions("dimensions", dimensions), "alone": _dimensions("alone", alone)}
     if not any(sizes.values()):
         raise SettingError("dimensions and alone are both empty; allowed: two or more dimensions in one of them")
