@@ -352,6 +352,26 @@ INTERRUPTED = {
         time.sleep(60)
     cli._run = run
     """,
+    "something is imported that makes an error of its own of it": """
+    import time
+    def importing(command):
+        print("ready", flush=True)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise ImportError("an extension could not be initialised")
+    cli._run = importing
+    """,
+    "somebody takes it for something else and goes on": """
+    import time
+    def careless(command):
+        print("ready", flush=True)
+        try:
+            time.sleep(60)
+        except BaseException:
+            time.sleep(60)
+    cli._run = careless
+    """,
 }
 
 
@@ -360,7 +380,7 @@ INTERRUPTED = {
 def test_ctrl_c_while(when):
     # A process started in the background may have inherited that SIGINT is ignored.
     heard = "    import signal\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    patience = "    from lorastate.cli import main as cli\n    cli._PATIENCE = 0.5\n"
+    patience = "    from lorastate.cli import main as cli\n    cli._PATIENCE, cli._LONGEST = 0.5, 1.0\n"
     code = textwrap.dedent(heard + patience + INTERRUPTED[when])
     process = start(["-c", code + "\ncli.main()", "figure", "1"])
     assert process.stdout and process.stdout.readline() == "ready\n"
@@ -372,6 +392,30 @@ def test_ctrl_c_while(when):
         process.kill()
     assert process.returncode == 130
     assert said.endswith("lorastate: interrupted\n") and "Traceback" not in said, said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are different there")
+def test_ctrl_c_before_the_command_line_is_there():
+    code = """
+        import signal, sys, threading
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        class Slow:
+            def find_spec(self, name, *_):
+                if name == "lorastate.cli":
+                    print("ready", flush=True)
+                    threading.Event().wait()
+        sys.meta_path.insert(0, Slow())
+        from lorastate.__main__ import main
+        main()
+    """
+    process = start(["-c", textwrap.dedent(code)])
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (130, "lorastate: interrupted\n")
 
 
 # Where what is compiled is kept.

@@ -17,6 +17,7 @@ import pytest
 import tyro
 
 import lorastate as ls
+from lorastate.cli import exit_codes
 from lorastate.cli.checks import check_fields
 from lorastate.cli.commands import Command, spread
 from lorastate.cli.figure import Figure
@@ -49,6 +50,17 @@ def test_links(page):
         path = (ROOT / page).parent / file if file else ROOT / page
         assert path.is_file(), target
         assert not anchor or anchor in anchors(path.read_text()), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_are_named_are_there(page):
+    for name, file in re.findall(r"\[(test_\w+)\]\((?:\.\./)*(tests/\w+\.py)\)", PAGES[page]):
+        assert re.search(rf"(?m)^def {name}\(", (ROOT / file).read_text()), (name, file)
+
+
+def test_every_exit_code_is_listed():
+    listed = {int(code) for code in re.findall(r"(?m)^\| (\d+) \|", PAGES["docs/commands.md"])}
+    assert listed == {0, *(code for name, code in vars(exit_codes).items() if name.isupper())}
 
 
 def test_reference_has_every_public_name():

@@ -30,16 +30,22 @@ from .exit_codes import BAD_INPUT, BROKEN_PIPE, FAILED, INTERRUPTED, UNWRITTEN
 from .output import say, warn
 from .screen import at_work
 
-#: Seconds after Ctrl-C that Python may take to see it.
-_PATIENCE = 3.0
+#: Seconds after Ctrl-C that Python may take to see it, and those that may go by until the command has ended.
+_PATIENCE, _LONGEST = 3.0, 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; usage errors and `--help` leave through `SystemExit`."""
     if _nobody_reads():
         return UNWRITTEN
-    with _interruptible():
-        status = _main(list(sys.argv[1:] if argv is None else argv))
+    with _interruptible() as seen:
+        try:
+            status = _main(list(sys.argv[1:] if argv is None else argv))
+        except Exception:  # an import that is interrupted may end in any error
+            if not seen.is_set():
+                raise
+            warn("interrupted")
+            status = INTERRUPTED
     if status == INTERRUPTED and argv is None:  # the process ends here: threads that compile cannot be stopped
         sys.stdout.flush()
         os._exit(status)
@@ -60,28 +66,26 @@ def _nobody_reads() -> bool:
 
 @contextlib.contextmanager
 def _interruptible():
-    """Ctrl-C also where the compiler is at work, which does not let Python see it: after some seconds the process ends.
+    """Ctrl-C also where the compiler is at work, which does not let Python see it, and where other code takes it for
+    another error and goes on: after some seconds the process ends.
 
-    A second Ctrl-C ends it at once.
+    A second Ctrl-C ends it at once. Yields an event that says whether there was one.
     """
+    seen, ended = threading.Event(), threading.Event()
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
+        yield seen
         return
-    seen, (told, tell) = threading.Event(), socket.socketpair()
-
-    def leave():
-        warn("interrupted")
-        os._exit(INTERRUPTED)
+    told, tell = socket.socketpair()
 
     def watch():
         with told:
             while word := told.recv(1):
-                if word[0] == signal.SIGINT and not seen.wait(_PATIENCE):
-                    leave()
+                if word[0] == signal.SIGINT and not (seen.wait(_PATIENCE) and ended.wait(_LONGEST)):
+                    _leave()
 
     def interrupt(*_):
         if seen.is_set():
-            leave()
+            _leave()
         seen.set()
         raise KeyboardInterrupt
 
@@ -98,8 +102,9 @@ def _interruptible():
     usual, sys.unraisablehook = sys.unraisablehook, swallowed
     threading.Thread(target=watch, daemon=True).start()
     try:
-        yield
+        yield seen
     finally:
+        ended.set()
         sys.unraisablehook = usual
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.set_wakeup_fd(before)
@@ -150,15 +155,36 @@ def _run(command: Any) -> int:
         return _computed(command)
 
 
+@contextlib.contextmanager
+def _imports():
+    """Ctrl-C ends the process at once: extensions that are interrupted while they are loaded make other errors of it,
+    and libraries go on without them."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or usual is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _leave(*_) -> None:
+    warn("interrupted")
+    os._exit(INTERRUPTED)
+
+
 def _computed(command: Any) -> int:
     try:
-        import jax
+        with _imports():
+            import jax
+
+            from ..errors import SettingError, SolveError
     except ValueError as error:  # a variable of the environment with a value that JAX does not know
         warn(f"JAX does not start: {error}; allowed: what its documentation lists, or leaving it out")
         return BAD_INPUT
     set_up_jax()
-    from ..errors import SettingError, SolveError
-
     with _own_warnings():
         try:
             return command()
