@@ -36,7 +36,7 @@ _NAMES = {
     "diagnosis.cross_check": "cross_check",
     "design.mismatch": "measure_mismatch find_mismatch Mismatch",
     "sweeps.sweep": "sweep SweepInterrupted SweepIncomplete",
-    "solution.gradients": "gradient",
+    "solution.gradients": "gradient SlopeWarning",
     "design.optimize": "optimize",
     "design.optimum": "Optimum",
     "design.sensitivities": "sensitivities Sensitivities",

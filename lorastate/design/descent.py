@@ -89,7 +89,7 @@ class Landscape:
         self.solves += 1
         xs = [float(x) for x in self.fields(u)]
         s = replace_all(self.setting, dict(zip(self.over, xs, strict=True)))
-        value, slopes, failed = evaluate(s, self.objective)
+        value, slopes, failed, _ = evaluate(s, self.objective)
         self.bar.update()
         slope = [slopes[field.path] * field.pace(x) for field, x in zip(self._over, xs, strict=True)]
         return Trial(np.array(u), s, value, np.array(slope), slopes, failed is None)

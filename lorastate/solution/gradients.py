@@ -6,6 +6,7 @@ All derivatives go through both fixed points by the implicit function theorem.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -25,7 +26,7 @@ from .finetuning import SecondStage, lora_overlap
 from .pretraining import FirstStage, MapStage
 from .problem import Problem
 from .solve import Solves, failure, solve_alone
-from .stage import averaged, test_errors
+from .stage import FEW, averaged, test_errors
 
 #: Objectives by name, each to be minimised, as functions of the adapted layer, the order parameters of pre-training (in
 #: the solver's coordinates) and the nodes. Names without a stage are those of fine-tuning.
@@ -91,13 +92,18 @@ def check_objective(name: str) -> str:
     return name
 
 
+class SlopeWarning(UserWarning):
+    """Derivatives that are estimates, because minima jump from well to well."""
+
+
 class Point(NamedTuple):
     """An objective at one setting: its `value` (-overlap for "overlap"), `slopes` = total derivatives by dotted path,
-    and why it could not be had, if so."""
+    why it could not be had, if so, and where minima `jump`, for which a kernel stands in the slopes."""
 
     value: float
     slopes: dict[str, float]
     failure: SolveError | None = None
+    jump: str = ""
 
 
 def total_slopes(setting: Setting, grads) -> dict[str, float]:
@@ -132,7 +138,18 @@ def evaluated(setting: Setting, objective: str, found: Solves) -> Point:
             return Point(float(value), slopes, failure(stage, Code(int(code)), residual, problem.pre, first.values))
     if not all(map(math.isfinite, slopes.values())):
         return Point(float(value), slopes, SolveError("gradient", Code.nonfinite, f"objective {objective}"))
-    return Point(float(value), slopes)
+    return Point(float(value), slopes, jump=_jump(found))
+
+
+def _jump(found: Solves) -> str:
+    """Where minima jump from well to well, in words."""
+    where, problem = [], found.problem
+    share = float(found.first.values["double_well_share"])
+    if problem.fine.inputs.needs_map and share > FEW:
+        where.append(f"pre-training has many minima ({100 * share:.2g} % of its nodes have two wells)")
+    if ft.order_at(problem.fine, found.second.solved.point.x).levels:
+        where.append("fine-tuning is a glass")
+    return " and ".join(where)
 
 
 def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str, float]]:
@@ -142,7 +159,9 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
     adapted layer on the labels of pre-training), "effective_noise", "overlap" or "pretraining.test_error" (E).
 
     Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
-    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed.
+    the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed. Where minima jump from
+    well to well, in a glass and where pre-training has many minima, derivatives are estimates that get better with
+    more nodes: a `SlopeWarning` says so.
     """
     require_float64()
     objective, searched = check_objective(of), searches_scale(setting)
@@ -150,9 +169,16 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
         # E' is stationary in b: there is no need to differentiate the search.
         only_of_error(of)
         setting = with_best_scale(setting)
-    value, slopes, failed = evaluate(setting, objective)
+    value, slopes, failed, jump = evaluate(setting, objective)
     if failed is not None:
         raise failed
+    if jump:
+        warnings.warn(
+            f"derivatives are estimates here, a few per cent off or, in the worst case measured, 20: {jump}; "
+            "more nodes help",
+            SlopeWarning,
+            stacklevel=2,
+        )
     if searched:
         del slopes[SCALE]
     sign = -1.0 if of == "overlap" else 1.0
@@ -210,7 +236,7 @@ class _OfScale:
 
     def slope(self, log_b: float) -> float:
         if log_b not in self.known:
-            value, slopes, failed = evaluate(self.setting(log_b), "test_error")
+            value, slopes, failed, _ = evaluate(self.setting(log_b), "test_error")
             if failed is not None and not self.known:
                 raise failed  # whatever b is
             if failed is not None:
