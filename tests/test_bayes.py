@@ -122,6 +122,11 @@ def test_limits_and_noiseless_recovery():
     assert int(near.code) == 0 and float(near.Q) == pytest.approx(1.5, abs=1e-4)
 
 
+def test_a_solve_that_failed_has_no_number():
+    lost = bayes_optimal_pretraining(ls.Pretraining(1e-12, 1.0, activation="identity", tokens=2))
+    assert int(lost.code) != ls.Code.ok and np.isnan([lost.Q, lost.overlap, lost.Q_down]).all()
+
+
 def test_never_below_the_learned_map():
     for delta in (0.1, 1.0):
         best = bayes_optimal_pretraining(pre(delta=delta))

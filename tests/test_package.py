@@ -90,3 +90,9 @@ def test_task_as_a_field_is_differentiable(setting):
         return ls.get(ls.replace(setting, "pretraining.task", ls.Task(a=a)), "pretraining.task.a") ** 2
 
     assert np.isclose(float(jax.grad(square)(3.0)), 6.0)
+
+
+@pytest.mark.parametrize("of", [3, None, ["test_error"], "loss"])
+def test_an_objective_is_a_name(setting, of):
+    with pytest.raises(ls.SettingError, match=r"objective = .* is unknown; allowed"):
+        ls.gradient(setting, of=of)

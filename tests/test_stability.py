@@ -48,6 +48,16 @@ def test_no_threshold_in_reach():
     assert np.isfinite(stability.interpolation_threshold(setting().pretraining))
 
 
+def test_interpolation_threshold_far_out():
+    """Much noise, or little rank: every number is as good as another, 2 n_eff alpha -> 1. A law without noise in reach
+    of rounding: the limit of none."""
+    for options in ({"delta": 1e6}, {"delta": 1e100}, {"kappa0": 1e-12}):
+        pre = ls.Pretraining(1.0, 1.0, activation="identity", tokens=2, **options)
+        assert stability.interpolation_threshold(pre) == pytest.approx(1 / 12, rel=2e-3), options
+    wide = ls.Pretraining(1.0, 1.0, kappa0=1e12, activation="identity", tokens=2)
+    assert stability.interpolation_threshold(wide) == pytest.approx(1 / 6, rel=1e-3)
+
+
 def test_interpolation_threshold_without_noise_is_the_limit_of_little():
     # arXiv:2509.24914: alpha_bar = alpha (T^2 + T - 2)/2 for softmax.
     for kappa0, published in (

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..errors import require_float64
+from ..errors import require_float64, succeeded
 from ..math.fixed_point import Method, fixed_point
 from ..model.activation import revealed
 from ..model.spectra.base import BaseLaw
@@ -68,12 +68,14 @@ def _solve(law, delta, alpha, n_eff):
 def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
     """Bayes-optimal limit of `pre` (its `lam` and `kappa` play no part); differentiable, and works under vmap.
 
-    Noiseless labels with more samples than unknowns give Q = Q0. Raises `SettingError` for an activation of one's own
-    that hides more of Y than the common shift, or may do so; inside a transformation Q is then NaN.
+    Noiseless labels with more samples than unknowns give Q = Q0. Where the solve failed all is NaN. Raises
+    `SettingError` for an activation of one's own that hides more of Y than the common shift, or may do so; inside a
+    transformation Q is then NaN.
     """
     require_float64()
     n_eff = revealed(pre.activation, pre.tokens)
     s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
+    s = jnp.where(succeeded(code), s, jnp.nan)
     Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
     down = Q if pre.task is None else pre.task.best_overlap(pre.downstream_law, jnp.sqrt(jnp.maximum(s, _SMALL)))
     return BayesPretraining(Q, jnp.sqrt(Q / pre.Q0), s, code, down)

@@ -33,7 +33,7 @@ def interpolation_threshold(pre: Pretraining) -> float:
     """alpha_interp: as lam -> 0 the training loss of pre-training vanishes below it, and V grows without bound.
 
     n_eff = T (T+1), or T (T+1) - 2 for softmax, which forgets the common shift. Without noise d = 0 and the limit
-    J_1 / d -> 2 - p^2 counts, p the share of zero eigenvalues of S*.
+    J_1 / d -> 2 - p^2 counts, p the share of zero eigenvalues of S*; with much noise J_1 / d -> 1.
     """
     require_float64()
     law, size = pre.law, float(pre.label_size)
@@ -45,9 +45,12 @@ def interpolation_threshold(pre: Pretraining) -> float:
         d = jnp.exp(log_d)
         return float(law.J(d, jnp.zeros(())) - d / 2 * slope(d)) - size
 
-    # J - (d/2) J_1 = E[lambda_+ S*] is Q0 at d = 0 and grows with d.
+    # J - (d/2) J_1 = E[lambda_+ S*] is Q0 at d = 0 and grows with d. Beyond these ends the limits are as good.
     low, high = np.log(1e-4), np.log(1e4)
-    d = jnp.asarray(1e-7) if excess(low) > 0 else jnp.exp(root_between(excess, low, high))
+    if excess(low) > 0:
+        d = jnp.asarray(1e-7)
+    else:
+        d = jnp.exp(root_between(excess, low, high) if excess(high) > 0 else high)
     return float(slope(d) / (2 * d * revealed(pre.activation, pre.tokens)))
 
 

@@ -86,7 +86,7 @@ def slopes_at(found: Solves, objective: str):
 
 def check_objective(name: str) -> str:
     """The name, if there is such an objective; else `SettingError`."""
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         allowed = ", ".join(f'"{k}"' for k in OBJECTIVES)
         raise SettingError(f"objective = {name!r} is unknown; allowed: {allowed}")
     return name
