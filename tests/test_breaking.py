@@ -19,7 +19,10 @@ from lorastate.model import wells
 from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem, gram
 from lorastate.runtime import program
+from lorastate.solution import gradients
 from lorastate.solution.finetuning import placed
+from lorastate.solution.problem import Problem
+from lorastate.solution.solve import solve_alone
 
 SMALL = ls.Numerics(nodes=4096, finetuning_nodes=8192, replicas=4)
 #: A glass: noisy labels and weak ridges on two tokens (M and Q of its map are those of the published equations).
@@ -292,6 +295,20 @@ def test_what_samples_put_below_zero_is_zero():
     a = ft.Averages(number(1.0), number(0.0), number(0.5), (number(-1e-6), number(0.4)), (number(0.1),), number(0.0))
     new = ft.order_parameters(fine, GLASSY, a, hold=True)
     assert 0 < float(new.noise) < 1e-6 and np.isfinite(new.response) and float(new.breaking[0]) == 1.28
+
+
+def test_derivatives_look_for_wells_anew():
+    """A search knows the wells that it has followed: without the second ones, derivatives are the same."""
+    found = solve_alone(Problem.of(GLASS))
+    solved = found.second.solved
+    inner = solved.inner
+    assert float(jnp.mean(1.0 * inner.two)) > 1e-3
+    poor = inner._replace(u=jnp.stack([inner.u[:, 0]] * 2, 1), two=jnp.zeros_like(inner.two))
+    less = found._replace(second=found.second._replace(solved=solved._replace(inner=poor)))
+    (value, slopes), (same, others) = (gradients.slopes_at(f, "test_error") for f in (found, less))
+    assert float(value) == float(same)
+    for a, b in zip(*map(jax.tree_util.tree_leaves, (slopes, others)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_training_ends_where_the_theory_says(glass):

@@ -56,6 +56,11 @@ def locate_inner(
     return wells.locate(problem, ft.samples(order, d), guess, previous, cold, look)
 
 
+def locate_all(fine, frozen, order: Order, nodes: Nodes, previous: Wells) -> Wells:
+    """Inner minimisers of all parts, looked for anew."""
+    return jax.lax.map(lambda part: locate_inner(fine, frozen, order, *part), (nodes, previous))
+
+
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
     """`finetuning.step` for the solver. The index of a `Rules` is (number of parts, whether y is on hold)."""
 

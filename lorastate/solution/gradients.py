@@ -14,6 +14,7 @@ import jax
 
 from ..errors import Code, SettingError, SolveError, require_float64, succeeded
 from ..evolution import finetuning as ft
+from ..evolution import finetuning_map
 from ..evolution import pretraining as pt
 from ..math.implicit import sensitivity
 from ..math.roots import root_between
@@ -72,8 +73,13 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
         return OBJECTIVES[objective](layer, x, nodes)
 
     each = jax.tree_util.tree_map
+    inner = second.solved.inner
+    if levels:  # a search follows the wells that it knows: of those that could take over, derivatives need all
+        inner = finetuning_map.locate_all(
+            problem.fine, problem.frozen(x), ft.order_at(problem.fine, y), prepared, inner
+        )
     dx = sensitivity(map_step, x, params, first.solved.inner)
-    by_x, by_params = sensitivity(lora_step, y, (x, params), second.solved.inner, levels)
+    by_x, by_params = sensitivity(lora_step, y, (x, params), inner, levels)
     dy = each(lambda partial, dx: partial + by_x @ dx, by_params, dx)
     at_y, at_x, partial = jax.jacfwd(value, argnums=(0, 1, 2))(y, x, params)
     return value(y, x, params), each(lambda p, dx, dy: p + at_x @ dx + at_y @ dy, partial, dx, dy)
