@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorastate.math.fixed_point import curvature, newton_step
+from lorastate.errors import Code
+from lorastate.math.fixed_point import Map, Method, Rules, climb, curvature, newton_step, uphill_step
 from lorastate.math.implicit import CURVED, attach, implicit
 
 N = 3
@@ -28,15 +29,13 @@ def test_curvature_with_the_others_following(bend):
     np.testing.assert_allclose(curved, bend, rtol=1e-12)
 
 
-@pytest.mark.parametrize("columns", [None, 2])
-def test_steps_towards_a_maximum(columns):
+def test_steps_towards_a_maximum():
     jac, residual, _ = linear(0.8)
-    rhs = residual if columns is None else np.stack([residual, -2 * residual], 1)
-    given = jnp.asarray(jac), jnp.asarray(rhs), 1
-    np.testing.assert_allclose(newton_step(*given, uphill=10.0), np.linalg.solve(np.eye(N + 1) - jac, rhs), rtol=1e-11)
-    held = np.asarray(newton_step(*given, hold=True))
-    assert np.all(held[N] == 0)
-    np.testing.assert_allclose(held[:N], np.linalg.solve(np.eye(N) - jac[:N, :N], rhs[:N]), rtol=1e-12)
+    given = jnp.asarray(jac), jnp.asarray(residual), 1
+    np.testing.assert_allclose(uphill_step(*given, 10.0), np.linalg.solve(np.eye(N + 1) - jac, residual), rtol=1e-11)
+    held = np.asarray(newton_step(*given))
+    assert held[N] == 0
+    np.testing.assert_allclose(held[:N], np.linalg.solve(np.eye(N) - jac[:N, :N], residual[:N]), rtol=1e-12)
 
 
 def test_away_from_a_minimum():
@@ -44,7 +43,7 @@ def test_away_from_a_minimum():
     jac, residual, answer = linear(-0.5)
     direct = np.linalg.solve(np.eye(N) - jac[:N, :N], residual[:N])
     slope = residual[N] + jac[N, :N] @ direct
-    step = np.asarray(newton_step(jnp.asarray(jac), jnp.asarray(residual), 1, uphill=0.2))
+    step = np.asarray(uphill_step(jnp.asarray(jac), jnp.asarray(residual), 1, 0.2))
     assert abs(slope) > 0.01 and step[N] == pytest.approx(0.2 * np.sign(slope))
     np.testing.assert_allclose(step[:N], direct + answer * step[N], rtol=1e-11)
 
@@ -75,3 +74,57 @@ def test_slope_of_a_maximum():
     dy = np.cos(y) / (1 + b * np.sin(y))
     np.testing.assert_allclose(by_a, [1, 0], atol=1e-12)
     np.testing.assert_allclose(by_b, [np.cos(y) * dy, dy], rtol=1e-12)
+
+
+def climbed(slope, start, tries=30, edge=np.inf):
+    """A climb in y of something with this slope, where x = cos(x)/2 + y follows; beyond the `edge` x has no value."""
+
+    def image(z, memory, cold, _):
+        x, y = z
+        out = jnp.stack([jnp.where(y < edge, 0.5 * jnp.cos(x) + y, jnp.nan), y + slope(x, y)])
+        return out, memory.at[0].add(1).at[1].add(jnp.where(cold, 1, 0))
+
+    def jacobian(z, *_):
+        return jax.jacfwd(lambda z: image(z, jnp.zeros(2, int), False, 0)[0])(z)
+
+    rules = Rules.of(Method(tolerance=1e-6, max_steps=60), exact=False)
+    fmap, begin = Map(image, jacobian, outer=1), jnp.array([0.0, start])
+    found, placed = climb(fmap, rules, True, begin, jnp.zeros((2, 2)), jnp.zeros(2, int), tries)
+    return found, bool(placed)
+
+
+@pytest.mark.parametrize("start", [-1.9, 0.3, 1.4])
+def test_a_climb_ends_at_the_next_maximum(start):
+    """The slope sin(2 pi y)/10 + (x_y - x)/10 has maxima at y = 0.5 + n where x is x_y: that uphill counts."""
+    found, placed = climbed(lambda x, y: 0.1 * jnp.sin(2 * np.pi * y) + 0.1 * (0.5 * jnp.cos(x) + y - x), start)
+    assert placed and int(found.point.code) == Code.ok
+    x, y = np.asarray(found.point.x)
+    assert y == pytest.approx(np.floor(start) + 0.5, abs=1e-5)
+    assert x == pytest.approx(0.5 * np.cos(x) + y, abs=2e-6)
+
+
+def test_a_climb_of_no_steps_stays():
+    found, placed = climbed(lambda x, y: 0.3 - y, 1.0, tries=0)
+    assert not placed and found.point.x[1] == 1.0
+    assert found.point.x[0] == pytest.approx(0.5 * np.cos(float(found.point.x[0])) + 1.0, abs=2e-6)
+
+
+def test_only_the_first_pass_of_a_climb_is_cold():
+    found, placed = climbed(lambda x, y: jnp.tanh(0.3 - y), -1.5)
+    assert placed and found.point.x[1] == pytest.approx(0.3, abs=1e-5)
+    assert found.memory[1] == 1 < found.memory[0] - 5
+
+
+def test_a_jump_of_the_slope_is_no_maximum():
+    found, placed = climbed(lambda x, y: jnp.where(y < 1.234, 0.4, -0.4), 0.0)
+    assert not placed and int(found.point.code) == Code.ok
+    assert abs(found.point.x[1] - 1.234) <= 0.5
+
+
+def test_a_climb_comes_back_from_where_nothing_is_found():
+    """Short of the maximum at 2 there is nothing more: the climb stays on the side where there is."""
+    found, placed = climbed(lambda x, y: 0.1 * (2 - y), 0.0, edge=1.3)
+    assert not placed and int(found.point.code) == Code.ok
+    assert 0.9 < found.point.x[1] < 1.3
+    x, y = np.asarray(found.point.x)
+    assert x == pytest.approx(0.5 * np.cos(x) + y, abs=2e-6)

@@ -74,10 +74,10 @@ def _at_fixed_breaking(
     """`_NAMES` of the solution near `start`, with its breaking parameters, and the result code."""
     nodes, levels, x = ft.prepare(fine, frozen, nodes), start.levels, start.encode()
     method = Method(tolerance=1e-4, max_steps=60, burn_in=12, damping=0.5, floor=1e-2)
-    rules = Rules.of(method)._replace(hold=True, index=(len(nodes.weight), True))
+    rules = Rules.of(method, len(nodes.weight))
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, levels))
     fmap = finetuning_map.state_evolution(fine, frozen, nodes, levels)
-    point, _, memory = iterate(fmap, rules, True, x, jnp.zeros((len(x), len(x))), memory)
+    point, _, _, memory = iterate(fmap, rules, True, x, jnp.zeros((len(x), len(x))), memory)
     averages = jax.tree_util.tree_map(lambda a: a.mean(0), memory.read().averages)
     found = ft.order_at(fine, point.x)
     along = found.along

@@ -283,16 +283,16 @@ def energy_slopes(fine: Finetuning, order: Order, a: Averages) -> tuple:
     return tuple(p + fine.alpha * k / y for p, k, y in zip(prior, a.gains, order.breaking, strict=True))
 
 
-#: Largest y times the standard deviation of f over the samples.
-_DEEPEST = 2.0
+#: Least and largest y times the standard deviation of f over the samples.
+_SHALLOWEST, _DEEPEST = 0.01, 2.0
 
 
-def order_parameters(fine: Finetuning, order: Order, a: Averages, hold: Any = False) -> Order:
+def order_parameters(fine: Finetuning, order: Order, a: Averages) -> Order:
     """Second half-step, from the averages at `order`. What leaves the domain (A_i below zero) comes out as NaN;
     p'_0, which its samples may put below zero where it is small, as zero.
 
-    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of; on `hold` it stays, and it does
-    not grow beyond where a few samples would carry all weight.
+    y_i grows or falls with d phi / d y_i, in units of the gain that it is a part of, and falls where a few samples
+    carry all weight, or rises where all carry the same.
     """
     c, q0 = conjugates(fine, order, a), TEACHER_SIZE
     A = _precisions(fine, c, order.breaking)
@@ -305,8 +305,9 @@ def order_parameters(fine: Finetuning, order: Order, a: Averages, hold: Any = Fa
         y = order.breaking[i]
         relative = slope * y / (fine.alpha * jnp.abs(a.gains[i]) + 1e-30)
         scale = jnp.sqrt(jnp.sum(order.spread[i] ** 2 * a.squares[i + 1]))
-        relative = jnp.where(y * scale < _DEEPEST, relative, jnp.minimum(relative, 0.0))
-        breaking.append(jnp.where(hold, y, y * jnp.exp(_STEP * jnp.tanh(relative / _STEP))))
+        relative = jnp.where(y * scale < _DEEPEST, relative, -1.0)
+        relative = jnp.where(y * scale > _SHALLOWEST, relative, 1.0)
+        breaking.append(y * jnp.exp(_STEP * jnp.tanh(relative / _STEP)))
     new = Order(lifted(1 / A[-1], RESPONSE_FLOOR), c.mhat * q0 / A[0], noise, spread, tuple(breaking))
     return jax.tree_util.tree_map(lambda v: jnp.where(good, v, jnp.nan), new)
 

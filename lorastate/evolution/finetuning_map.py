@@ -62,10 +62,10 @@ def locate_all(fine, frozen, order: Order, nodes: Nodes, previous: Wells) -> Wel
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
-    """`finetuning.step` for the solver. The index of a `Rules` is (number of parts, whether y is on hold)."""
+    """`finetuning.step` for the solver. The index of a `Rules` is the number of parts."""
 
-    def image(x, memory, cold, index):
-        order, (count, hold) = ft.order_at(fine, x), index
+    def image(x, memory, cold, count):
+        order = ft.order_at(fine, x)
 
         def one(n, previous):
             # y alone moves no minimiser.
@@ -75,11 +75,9 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
             return a, Memory(found, a, jnp.where(look, x, previous.at))
 
         a, memory = sweep(one, nodes, memory, count)
-        return ft.order_parameters(fine, order, a, hold).encode(), memory
+        return ft.order_parameters(fine, order, a).encode(), memory
 
-    def jacobian(x, memory, index):
-        count, hold = index
-
+    def jacobian(x, memory, count):
         def plain(x):
             order = ft.order_at(fine, x)
 
@@ -87,7 +85,7 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
                 return ft.averages_of(fine, frozen, order, n, m.found), m
 
             a, _ = sweep(at, nodes, memory, count, write=False)
-            return ft.order_parameters(fine, order, a, hold).encode()
+            return ft.order_parameters(fine, order, a).encode()
 
         return jax.jacfwd(plain)(x)
 

@@ -91,7 +91,8 @@ def decode(x, spare: bool = False) -> Order:
     end = begin + d * k
     response, noise = jnp.exp(x[:d]), x[d + 1 : begin]
     if k:
-        noise = jnp.sqrt(lifted(noise, NOISE_FLOOR**2))
+        # Twice the floor: rounding must not take what lies on it for something that moves.
+        noise = jnp.sqrt(lifted(noise, 2 * NOISE_FLOOR**2))
     spreads = jnp.sqrt(lifted(jnp.exp(2 * x[begin:end]) - SPREAD_LEVEL**2, SPREAD_FLOOR**2)).reshape(k, d)
     breaking = tuple(jnp.exp(x[end : end + k]))
     if spare:

@@ -27,7 +27,7 @@ def broken_start(fine: Finetuning, x, informative: bool = True):
     spread = jnp.sqrt(0.1 * q)
     # |g|^2 is about q / (v^2 alpha').
     scale = jnp.sqrt(jnp.sum(spread**2 * q / v**2) / fine.alpha)
-    return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (0.5 / scale,)).encode()
+    return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (0.25 / scale,)).encode()
 
 
 def pushed(fine: Finetuning, x):
@@ -42,9 +42,9 @@ def pushed(fine: Finetuning, x):
 
 
 def apart(fine: Finetuning, x, other):
-    """How far two solutions are apart in m and q."""
+    """How far two solutions are apart in |m| and q."""
     a, b = (order_at(fine, v) for v in (x, other))
-    gaps = a.overlap - b.overlap, a.norm(TEACHER_SIZE) - b.norm(TEACHER_SIZE)
+    gaps = abs(a.overlap) - abs(b.overlap), a.norm(TEACHER_SIZE) - b.norm(TEACHER_SIZE)
     return jnp.stack([jnp.max(jnp.abs(gap)) for gap in gaps])
 
 

@@ -44,8 +44,8 @@ class Method(eqx.Module):
 class FixedPoint(NamedTuple):
     """Result of `fixed_point`.
 
-    `residual` is the true one, max |F(x) - x|, undamped (the outer coordinates of a `Map` with a weight of 0.1). `rate`
-    is the spectral radius of dF/dx (the contraction rate of the plain iteration), `growth` the largest real part of its
+    `residual` is the true one, max |F(x) - x|, undamped (without the outer coordinates of a `Map`). `rate` is
+    the spectral radius of dF/dx (the contraction rate of the plain iteration), `growth` the largest real part of its
     eigenvalues (>= 1 means that even the damped iteration is repelled) and `error` = residual |(I - J)^{-1}| bounds
     |x - x*| to first order, which `offset` (n,) = |(I - J)^{-1} (F(x) - x)| is.
     """
@@ -68,7 +68,7 @@ class Map(NamedTuple):
     count or keeps the memory of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts.
 
     The last `outer` coordinates are those of a maximum that the others adjust to: there F(x) - x rises and falls as the
-    slope of what is maximal, and a Newton step is made uphill.
+    slope of what is maximal. `iterate` leaves them where they are, `climb` goes uphill.
     """
 
     image: Callable
@@ -81,33 +81,27 @@ class Map(NamedTuple):
 _NEAR = 1e-3
 #: Picard steps at most that `Method.settle` adds to the first ones.
 _SETTLING = 12
-#: Longest step towards a maximum (see `Map.outer`).
-_UPHILL = 0.3
-#: Residual of the other coordinates up to which a step towards a maximum is accepted.
-_ASTRAY = 5e-3
-#: Weight of the outer coordinates in a residual: they sit on a flat maximum, and the others hardly depend on where.
-_FLAT = 0.1
 #: Growth from which on a solution with outer coordinates repels: its Jacobian is that of a sampled map, known to that.
 _REPELS = 1.1
 
 
-def newton_step(
-    jac: Float[Array, "n n"], residual: Float[Array, "n *k"], outer: int = 0, hold: Any = False, uphill: float = _UPHILL
-) -> Float[Array, "n *k"]:
-    """(I - J)^{-1} residual, (n,) or (n, k); of the last `outer` coordinates, unless they are on `hold`, towards their
-    maximum (see `Map`), by `uphill` at most."""
-    n = len(jac)
-    gap = jnp.eye(n, dtype=jac.dtype) - jac
+def newton_step(jac: Float[Array, "n n"], residual: Float[Array, " n"], outer: int = 0) -> Float[Array, " n"]:
+    """(I - J)^{-1} residual, (n,); the last `outer` coordinates stay."""
+    m = len(jac) - outer
+    step = small_solve(jnp.eye(m, dtype=jac.dtype) - jac[:m, :m], residual[:m])
+    return jnp.concatenate([step, jnp.zeros(outer, step.dtype)])
+
+
+def uphill_step(jac: Float[Array, "n n"], residual: Float[Array, " n"], outer: int, longest: Any) -> Float[Array, " n"]:
+    """`newton_step`, in the last `outer` coordinates towards their maximum (see `Map`), by `longest` at most."""
+    direct = newton_step(jac, residual, outer)
     if not outer:
-        return small_solve(gap, residual)
-    m, rhs = n - outer, residual if residual.ndim == 2 else residual[:, None]
-    direct = small_solve(gap[:m, :m], rhs[:m])
+        return direct
+    m = len(jac) - outer
     answer, bend = curvature(jac, outer)
-    slope = rhs[m:] - gap[m:, :m] @ direct
-    up = jnp.clip(slope / jnp.maximum(bend, CURVED)[:, None], -uphill, uphill)
-    up = jnp.where(hold, 0.0, up)
-    step = jnp.concatenate([direct + answer @ up, up])
-    return step if residual.ndim == 2 else step[:, 0]
+    slope = residual[m:] + jac[m:, :m] @ direct[:m]
+    up = jnp.clip(slope / jnp.maximum(bend, CURVED), -longest, longest)
+    return direct + jnp.concatenate([answer @ up, up])
 
 
 def curvature(jac, outer: int):
@@ -142,7 +136,7 @@ class Rules(NamedTuple):
 
     `index` is handed to the map (e.g. how many replicas it averages). With `exact` every Newton step has a new
     Jacobian; without, the stage starts from the last one, computes it once more near the solution and updates it by
-    Broyden's rule. With `hold` the `outer` coordinates of the map stay where they are (its F does not move them).
+    Broyden's rule.
     """
 
     tolerance: Any
@@ -154,14 +148,13 @@ class Rules(NamedTuple):
     index: Any
     settle: Any
     exact: Any
-    hold: Any
 
     @staticmethod
     def of(method: Method, index: int = 0, exact: bool = True) -> Rules:
         m = method
         return Rules(
             float(m.tolerance), m.max_steps, m.burn_in, float(m.damping), float(m.bound), float(m.floor), index,
-            float(m.settle), exact, False,
+            float(m.settle), exact,
         )  # fmt: skip
 
 
@@ -169,11 +162,10 @@ def _size(v):
     return jnp.max(jnp.abs(v))
 
 
-def _misfit(fmap: Map, residual):
-    """Size of a residual F(x) - x, with little weight for the outer coordinates."""
-    if not fmap.outer:
-        return _size(residual)
-    return jnp.maximum(_size(residual[: -fmap.outer]), _FLAT * _size(residual[-fmap.outer :]))
+def _residual(fmap: Map, image, x):
+    """F(x) - x, zero in the outer coordinates."""
+    g = image - x
+    return g.at[len(g) - fmap.outer :].set(0.0) if fmap.outer else g
 
 
 def _early(rules: Rules, step, residual):
@@ -184,34 +176,30 @@ def _early(rules: Rules, step, residual):
 
 def _proposed(fmap: Map, rules: Rules, s: _State):
     """The next trial, and whether it is a Picard step. The first pass evaluates at the start itself."""
-    g = s.image - s.x
-    newton = newton_step(s.jac, g, fmap.outer, rules.hold)
-    picard = _early(rules, s.step, _misfit(fmap, g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
+    g = _residual(fmap, s.image, s.x)
+    newton = newton_step(s.jac, g, fmap.outer)
+    picard = _early(rules, s.step, _size(g)) | (s.length < 0.02) | ~jnp.all(jnp.isfinite(newton))
     # A Newton step in log or atanh coordinates longer than a few units means nothing: cut it.
     cut = jnp.minimum(1.0, 2.0 / jnp.maximum(_size(newton), 1e-300))
     move = jnp.where(picard, (1.0 - rules.damping) * g, s.length * cut * newton)
     return s.x + jnp.where(s.step < 0, 0.0, move), picard
 
 
-def _updated(s: _State, move, change, usable):
+def _updated(jac, move, change, usable):
     """Broyden's update of the Jacobian."""
     square = move @ move
-    jac = s.jac + jnp.outer(change - s.jac @ move, move) / jnp.where(square > 0, square, 1.0)
-    return jnp.where(usable & (square > 0) & jnp.all(jnp.isfinite(jac)), jac, s.jac)
+    new = jac + jnp.outer(change - jac @ move, move) / jnp.where(square > 0, square, 1.0)
+    return jnp.where(usable & (square > 0) & jnp.all(jnp.isfinite(new)), new, jac)
 
 
-def _advanced(fmap: Map, rules: Rules, s: _State) -> _State:
+def _advanced(fmap: Map, rules: Rules, warm: Any, s: _State) -> _State:
     """One pass: propose, evaluate, accept or not, renew the Jacobian, judge."""
     first, exact = s.step < 0, jnp.asarray(rules.exact)
     trial, picard = _proposed(fmap, rules, s)
-    image, memory = fmap.image(trial, s.memory, first, rules.index)
+    image, memory = fmap.image(trial, s.memory, first & ~warm, rules.index)
     finite = jnp.all(jnp.isfinite(image))
-    residual, size = _misfit(fmap, image - trial), _misfit(fmap, s.image - s.x)
+    residual, size = _size(_residual(fmap, image, trial)), _size(_residual(fmap, s.image, s.x))
     less = residual < (1.0 - 1e-3 * s.length) * size
-    if fmap.outer:
-        # On the way up to a maximum its slope may well grow: it is the others that must not go astray.
-        inner, before = (_size(v[: -fmap.outer]) for v in (image - trial, s.image - s.x))
-        less = less | (~jnp.asarray(rules.hold) & (inner < jnp.maximum((1.0 - 1e-3 * s.length) * before, _ASTRAY)))
     accept = first | picard | (finite & less)
     done = accept & finite & (residual <= rules.tolerance)
     # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
@@ -219,7 +207,7 @@ def _advanced(fmap: Map, rules: Rules, s: _State) -> _State:
     length = jnp.where(accept, jnp.where(picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
     length = jnp.where(first | renew, s.length, length)
     x, memory = jnp.where(accept, trial, s.x), fmap.commit(memory, accept)
-    jac = _updated(s, trial - s.x, image - s.image, accept & ~first & finite)
+    jac = _updated(s.jac, trial - s.x, image - s.image, accept & ~first & finite)
     close = ~exact & (residual < _NEAR)
     newton_next = ~_early(rules, s.step + 1, residual) & (exact | (close & ~s.near))
     wanted = ((accept & newton_next) | renew | (done & ~(close & s.near))) & jnp.all(jnp.isfinite(x))
@@ -235,10 +223,6 @@ def _advanced(fmap: Map, rules: Rules, s: _State) -> _State:
     patience = jnp.where(best < rules.floor, 4, 15 + rules.burn_in)
     code = jnp.where((since > patience) & (rules.burn_in >= 0), Code.stalled, code)
     code = jnp.where(~accept & (length < 0.02) & (size < rules.floor), Code.floor, code)
-    if fmap.outer:
-        # A new Jacobian near a solution that bends the wrong way: there is no maximum to be found.
-        bent = wanted & ~exact & ~jnp.asarray(rules.hold) & ~jnp.all(curvature(jac, fmap.outer)[1] > 0)
-        code = jnp.where(bent & (_misfit(fmap, s.image - s.x) < _ASTRAY), Code.stalled, code)
     code = jnp.where(accept & (_size(x) > rules.bound), Code.diverged, code)
     code = jnp.where(accept & ~finite, Code.nonfinite, code)
     done = done & finite
@@ -249,26 +233,35 @@ def _advanced(fmap: Map, rules: Rules, s: _State) -> _State:
     )  # fmt: skip
 
 
+class Iterated(NamedTuple):
+    """What `iterate` and `climb` return: the result, F(x), the Jacobian and the memory there."""
+
+    point: FixedPoint
+    image: Any
+    jacobian: Any
+    memory: Any
+
+
 def iterate(
-    fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any
-) -> tuple[FixedPoint, Float[Array, "n n"], Any]:
-    """Solves x = F(x) by the rules of one stage; returns `(FixedPoint, Jacobian, memory)`."""
+    fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any,
+    warm: Any = False,
+) -> Iterated:  # fmt: skip
+    """Solves x = F(x) by the rules of one stage. If `warm`, memory and Jacobian are those of a point very near x0."""
     n, dtype = x0.shape[0], x0.dtype
     inf, no, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(0)
     begin = jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite))
     start = _State(
-        x0, x0, memory, jac0, jac0, no, no, jnp.ones((), dtype), jnp.array(-1), begin, no, jnp.array(jnp.inf, dtype),
-        zero, inf, inf,
+        x0, x0, memory, jac0, jac0, no, jnp.array(warm), jnp.ones((), dtype), jnp.array(-1), begin, no,
+        jnp.array(jnp.inf, dtype), zero, inf, inf,
     )  # fmt: skip
     s = jax.lax.while_loop(
         lambda s: ~s.done & (s.code == Code.ok) & (s.step < rules.max_steps),
-        lambda s: _advanced(fmap, rules, s),
+        lambda s: _advanced(fmap, rules, jnp.array(warm), s),
         start,
     )
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
-    inner = s.known[: n - fmap.outer, : n - fmap.outer]
-    growth = spectral_abscissa(inner)
-    residual = _misfit(fmap, s.image - s.x)
+    inner, g = s.known[: n - fmap.outer, : n - fmap.outer], _residual(fmap, s.image, s.x)
+    growth, residual = spectral_abscissa(inner), _size(g)
     below = residual < rules.floor
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
     code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)
@@ -276,8 +269,79 @@ def iterate(
         code = jnp.where(succeeded(code) & ~(growth < (_REPELS if fmap.outer else 1.0)), Code.unstable, code)
     eye = jnp.eye(n - fmap.outer, dtype=dtype)
     error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - inner, eye)), 1))
-    offset = jnp.abs(newton_step(s.known, s.image - s.x, fmap.outer, rules.hold))
-    return FixedPoint(s.x, code, residual, spectral_radius(inner), growth, error, offset, s.step), s.known, s.memory
+    offset = jnp.abs(newton_step(s.known, g, fmap.outer))
+    point = FixedPoint(s.x, code, residual, spectral_radius(inner), growth, error, offset, s.step)
+    return Iterated(point, s.image, s.known, s.memory)
+
+
+class _Climb(NamedTuple):
+    at: Iterated  # where the last pass that succeeded ended, with the memory of the last one
+    trial: Any
+    warm: Any
+    slope: Any
+    length: Any  # of the next step at most, in every outer coordinate
+    passes: Any
+    steps: Any
+    done: Any
+
+
+#: Longest step of a climb; slope that counts as zero (a map that is averaged over nodes may have no point where it is,
+#: on a maximum as flat as that); slopes of either sign between which there is a jump, as at the end of the range of a
+#: coordinate, and no maximum.
+_STRIDE, _LEVEL, _JUMP = 0.5, 0.01, 0.2
+
+
+def climb(
+    fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any,
+    tries: Any,
+) -> tuple[Iterated, Any]:  # fmt: skip
+    """`iterate`, then up to `tries` steps of the outer coordinates towards the next maximum uphill, each followed by
+    `iterate`; and whether a maximum was reached.
+
+    A step is a Newton step with secant Jacobian, uphill even where the slope grows, and at most half as long as the
+    last one once a maximum was passed. Where a pass fails the one before it is made again, and then a shorter step.
+    """
+    if not fmap.outer:
+        return iterate(fmap, rules, require_stable, x0, jac0, memory), jnp.array(False)
+    m = len(x0) - fmap.outer
+
+    def one(s: _Climb) -> _Climb:
+        softly = rules._replace(burn_in=jnp.where(s.passes == 0, rules.burn_in, 0))
+        new = iterate(fmap, softly, require_stable, s.trial, s.at.jacobian, s.at.memory, s.warm)
+        good = succeeded(new.point.code)
+        move, change = new.point.x - s.at.point.x, new.image - s.at.image
+        # Over a short way what the passes leave undone is more than what the map does.
+        far = jnp.max(jnp.abs(move[m:])) > 100 * rules.tolerance
+        jac = _updated(new.jacobian, move, change, good & s.warm & far)
+        # What does not succeed from cold, the first pass or one that was made again, ends the climb.
+        last = ~good & ~s.warm
+        at = jax.tree_util.tree_map(lambda a, b: jnp.where(good | last, a, b), new._replace(memory=None, jacobian=jac),
+                                    s.at._replace(memory=None))._replace(memory=new.memory)  # fmt: skip
+        answer, bend = curvature(at.jacobian, fmap.outer)
+        slope = (at.image - at.point.x)[m:]
+        passed = s.warm & good & (slope * s.slope < 0)
+        jumped = passed & (jnp.minimum(jnp.abs(slope), jnp.abs(s.slope)) > _JUMP)
+        further = jnp.where(jnp.abs(move[m:]) > 0.9 * s.length, jnp.minimum(2 * s.length, _STRIDE), s.length)
+        length = jnp.where(passed, jnp.abs(move[m:]) / 2, jnp.where(good, further, s.length / 4))
+        up = jnp.clip(jnp.where(bend > CURVED, slope / bend, jnp.sign(slope) * _STRIDE), -length, length)
+        flat = (bend <= CURVED) & (jnp.abs(slope) < _LEVEL) & s.warm
+        done = last | jnp.any(jumped) | (good & jnp.all(flat | (jnp.abs(up) < 10 * rules.tolerance)))
+        up = jnp.where(good, up, 0.0)
+        step = jnp.concatenate([answer @ up, up])
+        return _Climb(at, at.point.x + step, good, slope, length, s.passes + 1, s.steps + new.point.steps, done)
+
+    zero, count, no, none = jnp.zeros((), x0.dtype), jnp.array(0), jnp.array(False), jnp.zeros(fmap.outer)
+    blank = FixedPoint(x0, count, zero, zero, zero, zero, x0, count)
+    begin = _Climb(Iterated(blank, x0, jac0, memory), x0, no, none, none + _STRIDE, count, count, no)
+    s = jax.lax.while_loop(lambda s: ~s.done & (s.passes <= tries + jnp.where(s.warm, 0, _BACK)), one, begin)
+    g = s.at.image - s.at.point.x
+    offset = jnp.abs(uphill_step(s.at.jacobian, g, fmap.outer, _STRIDE))
+    point = s.at.point._replace(offset=offset, steps=s.steps)
+    return s.at._replace(point=point), jnp.all(jnp.abs(g[m:]) < _LEVEL)
+
+
+#: Passes more that a climb makes to get back to where it was.
+_BACK = 2
 
 
 def plain_map(step: Callable, args, const=None) -> Map:
@@ -296,7 +360,7 @@ def search(step: Callable, method: Method, x0: Float[Array, " n"], args, const=N
     """`fixed_point` without a derivative."""
     x0, args, const = jax.lax.stop_gradient((x0, args, const))
     jac0 = jnp.zeros((x0.shape[0], x0.shape[0]), x0.dtype)
-    return iterate(plain_map(step, args, const), Rules.of(method), method.require_stable, x0, jac0, None)[0]
+    return iterate(plain_map(step, args, const), Rules.of(method), method.require_stable, x0, jac0, None).point
 
 
 def fixed_point(step: Callable, method: Method, x0: Float[Array, " n"], args, const=None) -> FixedPoint:

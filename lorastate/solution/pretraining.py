@@ -151,7 +151,7 @@ def search_pretraining(problem: Problem) -> Solved:
         skip = ((when == _FAILED) & solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~made)
         # NaN stops at once.
         x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
-        point, found, remembered = iterate(fmap, rules, True, x0, jac, memory)
+        point, _, found, remembered = iterate(fmap, rules, True, x0, jac, memory)
         if nodes is not None:
             point = _without_false_floor(point, jnp.any(remembered.read().two))
         skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))

@@ -16,7 +16,7 @@ from ..errors import Code, succeeded
 from ..evolution import finetuning as ft
 from ..evolution import finetuning_map
 from ..evolution.starts import apart, broken_start, pushed, start
-from ..math.fixed_point import iterate
+from ..math.fixed_point import climb
 from ..math.quadrature import Nodes, Slots, mean
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
@@ -38,60 +38,63 @@ class Search(NamedTuple):
     starts: Any
 
 
-_LAST, _ESCAPE, _FREE, _LOWER, _BACK, _AFRESH = 1, 2, 3, 4, 5, 6
+_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH = 0, 1, 2, 3, 4
 
 
-def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int):
-    """(rules, kind, branch) of every stage of a search: both starts on a part of the nodes, there once more from a cold
-    search, both on all of the nodes, and away from a solution that repels.
+class _Job(NamedTuple):
+    """A stage of a search: rules, its kind, the branch that it serves, and how many steps y may make."""
 
-    With breaking y is on hold at first, and set free on the first nodes, if need be once more from lower down, then on
-    all. phi is so flat in it that on some nodes the maximum cannot be told from their noise: then all goes back to
-    hold, and what that does to the rest is part of the error bars.
-    """
+    rules: Any
+    kind: Any
+    branch: Any
+    tries: Any
+
+
+def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int) -> _Job:
+    """All stages, stacked: both starts on a part of the nodes, there once more from a cold search, both on all of the
+    nodes, and away from a solution that repels. With breaking y climbs to the maximum of phi on the first nodes, then
+    on all."""
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
     first, few = (min(2, parts), min(4, parts)) if levels else (1, 1)
-    coarse, refined = coarse._replace(index=(first, True)), refined._replace(index=(parts, True))
+    coarse = coarse._replace(index=first)
     if levels:
-        coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, hold=True, max_steps=40)
-        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-4), floor=1e-2, hold=True)
+        coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, max_steps=40)
+        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-4), floor=1e-2)
     if ft.spare(fine):
         # The response of spare directions overshoots, and the more so the more samples there are.
         coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
-    again = coarse._replace(burn_in=0, index=(few, True))
-    kinds = [(coarse, 0, 0), (coarse, 0, 1), (again, 0, 0), (again, 0, 1)]
+    again = coarse._replace(burn_in=0, index=few)
+    # What is a solution on the first nodes may be out of the domain on all of them.
+    afresh = coarse._replace(tolerance=refined.tolerance, floor=refined.floor, index=parts)
+    jobs = [(coarse, _ALWAYS, 0, 0), (coarse, _ALWAYS, 1, 0), (again, _ALWAYS, 0, 0), (again, _ALWAYS, 1, 0)]
     if levels:
-        loose, free = (r._replace(hold=False, index=(r.index[0], False), max_steps=_TRIES) for r in (again, refined))
-        kinds.append((again, _ESCAPE, 0))
-        # What is a solution on the first nodes may be out of the domain on all of them.
-        afresh = coarse._replace(tolerance=refined.tolerance, floor=refined.floor, index=(parts, True))
-        rest = (loose, _FREE), (loose, _LOWER), (free, _LAST), (refined, _BACK), (afresh, _AFRESH)
-        kinds += [(rules, kind, k) for rules, kind in rest for k in (0, 1)]
-    else:
-        kinds += [(refined, _LAST, 0), (refined, _LAST, 1)]
-    kinds.append((refined._replace(settle=0.0), _ESCAPE, 0))
-    rules, which, branch = zip(*kinds, strict=True)
-    return stacked(rules), jnp.array(which), jnp.array(branch)
+        jobs.append((again, _ESCAPE, 0, 0))
+    for rules, kind in ((again, _CLIMB), (refined, _LAST), (afresh, _AFRESH)):
+        if levels or kind == _LAST:
+            jobs += [(rules, kind, k, _TRIES if levels else 0) for k in (0, 1)]
+    jobs.append((refined._replace(settle=0.0), _ESCAPE, 0, 0))
+    rules, *rest = zip(*jobs, strict=True)
+    return _Job(stacked(rules), *map(jnp.array, rest))
 
 
-#: Steps in which y has to find its place; how much lower, in log y, it begins the second time: far above the maximum
-#: phi bends the other way.
-_TRIES, _DOWN = 14, 1.0
+#: Steps in which y has to find its place.
+_TRIES = 14
 #: Distance in (m, q) below which two solutions on the first nodes are one, without and with breaking (y is flat there);
 #: relative difference of free energies on them from which on the higher branch is not refined.
 _SAME, _CLEARLY = (0.02, 0.04), 0.01
 
 
 class _Found(NamedTuple):
-    """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies."""
+    """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies, and
+    whether y has found its place."""
 
     x: Any
     jacobian: Any
     row: Any
     code: Any
     energy: Any
-    stale: Any  # whether a failed stage has written over the row
+    placed: Any
 
 
 class _Progress(NamedTuple):
@@ -105,38 +108,29 @@ class _Progress(NamedTuple):
 
 
 def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progress:
-    """Both starts compared, before either is refined: whether they are one, before y is free, and whether one lies
+    """Both starts compared, before either is refined: whether they are one, before y climbs, and whether one lies
     above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above."""
     found, last = s.found, (kind == _LAST) & (k == 0)
-    now = (kind == _FREE) & (k == 0) if search.levels else last
+    now = (kind == _CLIMB) & (k == 0) if search.levels else last
     close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
     same = jnp.where(now, close, s.same)
     gap = found.energy - found.energy[::-1]
-    placed = (succeeded(found.code) & ~found.stale)[::-1]
+    placed = (succeeded(found.code) & found.placed)[::-1]
     clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & placed
     return s._replace(same=same, above=jnp.where(last & (search.levels > 0), clearly, s.above))
 
 
 def _needless(search: Search, s: _Progress, kind, k):
     """Whether a stage is left out, and whether that is because its branch is not the lowest."""
-    found, refining = s.found, (kind != 0) & (kind != _ESCAPE)
+    found, refining = s.found, kind >= _CLIMB
     # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
-    needed = jnp.where(kind == _AFRESH, found.code[k] == Code.nonfinite, found.stale[k] | (kind < _LOWER))
-    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | ~needed
+    idle = (kind == _AFRESH) & (found.code[k] != Code.nonfinite)
+    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
     if search.alone:
-        skip = skip | ((kind > 0) & _clearly_rough(s.memory, found.row))
+        skip = skip | ((kind != _ALWAYS) & _clearly_rough(s.memory, found.row))
     return skip, refining & s.above[k]
-
-
-def _put(found: _Found, new: _Found, k, kept, learnt, spoilt) -> _Found:
-    """What a stage has found for start k, unless what was known is `kept`; then its Jacobian, if something was
-    `learnt`, and its row, which it has `spoilt`."""
-    put = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
-    jacobian = found.jacobian.at[k].set(jnp.where(~kept | learnt, new.jacobian, found.jacobian[k]))
-    row = put.row.at[k].set(jnp.where(kept & ~spoilt, found.row[k], new.row))
-    return put._replace(jacobian=jacobian, row=row, stale=put.stale.at[k].set(spoilt | put.stale[k]))
 
 
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, search: Search):
@@ -153,24 +147,23 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         a = jax.tree_util.tree_map(lambda v: jnp.tensordot(first, v, 1) / count, memory.read().averages)
         return ft.free_energy(fine, ft.order_at(fine, x), a)
 
-    def job(s: _Progress, rules_kind_branch):
-        rules, kind, k = rules_kind_branch
+    def one(s: _Progress, job: _Job):
+        rules, kind, k = job.rules, job.kind, job.branch
         s = _compared(fine, search, s, kind, k)
         found, (skip, higher) = s.found, _needless(search, s, kind, k)
-        escape, free = kind == _ESCAPE, (kind == _FREE) | (kind == _LOWER) | ((kind == _LAST) & (search.levels > 0))
+        escape = kind == _ESCAPE
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
-        lower = found.x[k].at[len(found.x[k]) - search.levels :].add(jnp.where(kind == _LOWER, -_DOWN, 0.0))
-        begin = jnp.where(kind == _AFRESH, search.starts[k], jnp.where(escape, pushed(fine, lower), lower))
+        begin = jnp.where(kind == _AFRESH, search.starts[k], jnp.where(escape, pushed(fine, found.x[k]), found.x[k]))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
-        point, jac, memory = iterate(fmap, rules, True, x0, found.jacobian[k], memory)
-        failed = free & (point.code != Code.ok)
-        kept = higher | (skip & (kind != _LAST)) | failed | (escape & ~jnp.all(jnp.isfinite(point.x)))
-        energy = energy_at(point.x, memory, rules.index[0])
-        new = _Found(point.x, jac, memory.here, point.code, energy, jnp.array(False))
-        # What y does to the others is known even where its place is not.
-        learnt = (kind == _FREE) & jnp.all(jnp.isfinite(jac))
-        found = _put(found, new, k, kept, learnt, failed & ~skip & ~higher)
+        (point, _, jac, memory), placed = climb(fmap, rules, True, x0, found.jacobian[k], memory, job.tries)
+        # Where the first nodes show no maximum in y, all of them begin where that climb did.
+        kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
+        new = _Found(point.x, jac, memory.here, point.code, energy_at(point.x, memory, rules.index), placed)
+        row = found.row.at[jnp.where(escape, 1, k)].set(memory.here)
+        row = jnp.where(escape & ~kept, row[::-1], row)
+        found = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
+        found = found._replace(row=row)
         return s._replace(found=found, memory=memory), (point, kept)
 
     x0 = search.starts
@@ -179,11 +172,11 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     none = jnp.zeros(2)
     nothing = _Found(x0, jnp.zeros((*x0.shape, x0.shape[1])), jnp.arange(2), jnp.zeros(2, int), none, none > 0)
     begin = _Progress(nothing, memory, jnp.array(False), jnp.zeros(2, bool))
-    s, (points, kept) = jax.lax.scan(job, begin, jobs)
+    s, (points, kept) = jax.lax.scan(one, begin, jobs)
     # Of each start the last stage that was made counts.
-    branch, index = jobs[2], jnp.arange(len(jobs[2]))
-    last = jnp.stack([jnp.max(jnp.where((branch == k) & ~kept, index, k)) for k in (0, 1)])
-    steps = jnp.stack([jnp.sum(jnp.where((branch == k) & ~kept, jnp.maximum(points.steps, 0), 0)) for k in (0, 1)])
+    index = jnp.arange(len(jobs.branch))
+    last = jnp.stack([jnp.max(jnp.where((jobs.branch == k) & ~kept, index, k)) for k in (0, 1)])
+    steps = jnp.stack([jnp.sum(jnp.where((jobs.branch == k) & ~kept, points.steps, 0)) for k in (0, 1)])
     final = jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
     return final, s.found, s.memory, s.same, points.x[2]
 
@@ -250,7 +243,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     rough = ~succeeded(code)
     if search.levels:
         p, *_, q = ft.order_at(fine, best.point.x).along.norms(ft.TEACHER_SIZE)
-        rough = rough | ~(p > (1 - DEEP) * q)
+        rough = rough | ~(p > (1 - DEEP) * q) | ~found.placed[chosen]
     else:
         rough = rough | _rough(memory, found.row[chosen])
     if fine.inputs.needs_map:

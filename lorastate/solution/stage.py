@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import Code
-from ..math.fixed_point import FixedPoint, newton_step
+from ..math.fixed_point import FixedPoint, uphill_step
 from ..math.implicit import attach
 from ..math.linear import ldl_solve
 from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas
@@ -178,7 +178,7 @@ def _own_solutions(make, solved: Solved, nodes: Nodes, replicas: int, *upstream)
 
         def shifted(a, x, *upstream):
             stage = make(*upstream)
-            return newton_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), uphill=_UPHILL)
+            return uphill_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), _UPHILL)
 
         found, inner = over_replicas(at, nodes, for_parts(xs, nodes), inner, *upstream_of_parts)
         found = by_replica(found, replicas)
