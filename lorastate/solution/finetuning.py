@@ -244,7 +244,8 @@ _ZERO = 0.15
 
 def placed(values: dict[str, Any], errors: dict[str, Any]):
     """Whether the breaking parameter is where the complexity is zero; without breaking it need not be."""
-    off = jnp.abs(values["complexity"]) + errors["complexity"]
+    # (Where the glass is that shallow, some replicas have none, and the complexity no error bar.)
+    off = jnp.abs(values["complexity"]) + jnp.nan_to_num(errors["complexity"])
     return jnp.isnan(values["breaking"]) | (off <= _ZERO * values["breaking"] * jnp.abs(values["free_energy"]))
 
 

@@ -65,7 +65,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int) -> _Job
         # The response of spare directions overshoots, and the more so the more samples there are.
         coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
     again = coarse._replace(burn_in=0, index=few)
-    # What is a solution on the first nodes may be out of the domain on all of them.
+    # What is a solution on the first nodes may be out of the domain, or none at all, on all of them.
     afresh = coarse._replace(tolerance=refined.tolerance, floor=refined.floor, index=parts)
     jobs = [(coarse, _ALWAYS, 0, 0), (coarse, _ALWAYS, 1, 0), (again, _ALWAYS, 0, 0), (again, _ALWAYS, 1, 0)]
     if levels:
@@ -126,7 +126,8 @@ def _needless(search: Search, s: _Progress, kind, k):
     # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
-    idle = (kind == _AFRESH) & (found.code[k] != Code.nonfinite)
+    failed = (found.code[k] == Code.nonfinite) | ~jnp.any(succeeded(found.code))
+    idle = (kind == _AFRESH) & ~failed
     skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
     if search.alone:
         skip = skip | ((kind != _ALWAYS) & _clearly_rough(s.memory, found.row))
