@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lorastate.errors import Code
-from lorastate.math.fixed_point import Map, Method, Rules, climb, curvature, newton_step, uphill_step
+from lorastate.math.fixed_point import Map, Method, Rules, newton_step
 from lorastate.math.implicit import CURVED, attach, implicit
+from lorastate.math.maximum import climb, curvature, uphill_step
 
 N = 3
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import Code, succeeded
+from ..errors import succeeded
 from ..evolution import finetuning as ft
 from ..evolution.order import SPREAD_FLOOR, Order, directions, from_norm
 from ..math.implicit import nan_slope
@@ -237,18 +237,6 @@ def quadrature_errors(problem: Problem, first: FirstStage, second: SecondStage, 
     return of_map, of_lora
 
 
-#: Complexity of minima, with its error bar, that counts as zero, in units of y phi: in answers that other nodes confirm
-#: it is 0.1 or less, in others 0.2 to 10.
-_ZERO = 0.15
-
-
-def placed(values: dict[str, Any], errors: dict[str, Any]):
-    """Whether the breaking parameter is where the complexity is zero; without breaking it need not be."""
-    # (Where the glass is that shallow, some replicas have none, and the complexity no error bar.)
-    off = jnp.abs(values["complexity"]) + jnp.nan_to_num(errors["complexity"])
-    return jnp.isnan(values["breaking"]) | (off <= _ZERO * values["breaking"] * jnp.abs(values["free_energy"]))
-
-
 def answer(problem: Problem, first: FirstStage, second: SecondStage) -> Answer:
     """Every prediction with its error bar, and the codes that error bars decide."""
     lora = describe_finetuning(problem, first, second)
@@ -256,8 +244,4 @@ def answer(problem: Problem, first: FirstStage, second: SecondStage) -> Answer:
     status = {"pretraining": first.status, "finetuning": status_of(second.solved.point)}
     bars = dict(zip(values, quadrature_errors(problem, first, second, lora), strict=True))
     status = {stage: final_status(status[stage], bars[stage]) for stage in bars}
-    # Where no search has found the place of y the rest is not known either, whatever its error bars say.
-    code = status["finetuning"]["code"]
-    lost = succeeded(code) & ~placed(lora, bars["finetuning"].errors)
-    status["finetuning"]["code"] = jnp.where(lost, int(Code.stalled), code)
     return Answer(values, {stage: b.errors for stage, b in bars.items()}, status, second.branches)

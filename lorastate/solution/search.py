@@ -16,7 +16,7 @@ from ..errors import Code, succeeded
 from ..evolution import finetuning as ft
 from ..evolution import finetuning_map
 from ..evolution.starts import apart, broken_start, pushed, start
-from ..math.fixed_point import climb
+from ..math.maximum import climb
 from ..math.quadrature import Nodes, Slots, mean
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
@@ -234,6 +234,9 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     fine, frozen = jax.lax.stop_gradient((problem.fine, problem.frozen(first.x)))
     prepared = ft.prepare(fine, frozen, nodes)
     points, found, memory, same, coarse = search_finetuning(fine, frozen, problem.numerics, prepared, search)
+    if search.levels:  # where y has not found its place the rest is not known either, whatever its error bars say
+        lost = succeeded(points.code) & ~found.placed
+        points = points._replace(code=jnp.where(lost, int(Code.stalled), points.code))
     # Where the second start found nothing new it stands for the first.
     tried = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), points)
     energies = jnp.where(same, found.energy[0], found.energy)
@@ -244,7 +247,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     rough = ~succeeded(code)
     if search.levels:
         p, *_, q = ft.order_at(fine, best.point.x).along.norms(ft.TEACHER_SIZE)
-        rough = rough | ~(p > (1 - DEEP) * q) | ~found.placed[chosen]
+        rough = rough | ~(p > (1 - DEEP) * q)
     else:
         rough = rough | _rough(memory, found.row[chosen])
     if fine.inputs.needs_map:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import Code
-from ..math.fixed_point import FixedPoint, uphill_step
+from ..math.fixed_point import FixedPoint
 from ..math.implicit import attach
 from ..math.linear import ldl_solve
+from ..math.maximum import uphill_step
 from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas
 
 #: Share of nodes with two wells up to which symmetry counts as unbroken.
