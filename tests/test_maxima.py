@@ -129,3 +129,27 @@ def test_a_climb_comes_back_from_where_nothing_is_found():
     assert 0.9 < found.point.x[1] < 1.3
     x, y = np.asarray(found.point.x)
     assert x == pytest.approx(0.5 * np.cos(x) + y, abs=2e-6)
+
+
+def test_a_climb_leaves_what_repels():
+    """x = 0 solves x = tanh(2 y x) for all y, and repels where y > 1/2; the slope is that of the maximum at x^2."""
+
+    def image(z, memory, cold, _):
+        x, y = z
+        return jnp.stack([jnp.tanh(2 * y * x), y + 0.3 * (0.4 + x**2 - y)]), memory
+
+    fmap = Map(image, lambda z, *_: jax.jacfwd(lambda z: image(z, None, False, 0)[0])(z), outer=1)
+    rules = Rules.of(Method(tolerance=1e-8, max_steps=60), exact=False)
+
+    def found(low, away, fmap=fmap):
+        return climb(fmap, rules, True, jnp.array([0.0, low]), jnp.zeros((2, 2)), None, 40, away)
+
+    (there, *_), placed = found(-0.4, lambda z: z)
+    assert bool(placed) and there.x[1] == pytest.approx(0.4, abs=1e-5) and there.x[0] == 0
+    further = fmap._replace(image=lambda z, memory, *_: (image(z, memory, False, 0)[0].at[1].add(0.12), memory))
+    (there, *_), placed = found(-0.4, lambda z: z, further)
+    assert not bool(placed) and there.x[1] < 0.65
+    (there, *_), placed = found(-0.4, lambda z: z.at[0].set(0.5), further)
+    x, y = np.asarray(there.x)
+    assert bool(placed) and abs(x) > 0.3 and x == pytest.approx(np.tanh(2 * y * x), abs=1e-6)
+    assert y == pytest.approx(0.8 + x**2, abs=1e-5)

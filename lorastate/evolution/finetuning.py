@@ -284,7 +284,7 @@ def energy_slopes(fine: Finetuning, order: Order, a: Averages) -> tuple:
 
 
 #: Least and largest y times the standard deviation of f over the samples.
-_SHALLOWEST, _DEEPEST = 0.01, 2.0
+_SHALLOWEST, _DEEPEST = 0.01, 4.0
 
 
 def order_parameters(fine: Finetuning, order: Order, a: Averages) -> Order:

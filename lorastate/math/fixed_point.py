@@ -223,14 +223,15 @@ class Iterated(NamedTuple):
 
 def iterate(
     fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any,
-    warm: Any = False,
+    warm: Any = False, near: Any = False,
 ) -> Iterated:  # fmt: skip
-    """Solves x = F(x) by the rules of one stage. If `warm`, memory and Jacobian are those of a point very near x0."""
+    """Solves x = F(x) by the rules of one stage. If `warm` the memory is that of a point not far from x0, if `near`
+    the Jacobian serves to the end."""
     n, dtype = x0.shape[0], x0.dtype
     inf, no, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(0)
     begin = jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite))
     start = _State(
-        x0, x0, memory, jac0, jac0, no, jnp.array(warm), jnp.ones((), dtype), jnp.array(-1), begin, no,
+        x0, x0, memory, jac0, jac0, no, jnp.array(near), jnp.ones((), dtype), jnp.array(-1), begin, no,
         jnp.array(jnp.inf, dtype), zero, inf, inf,
     )  # fmt: skip
     s = jax.lax.while_loop(

@@ -157,7 +157,9 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
         begin = jnp.where(kind == _AFRESH, search.starts[k], jnp.where(escape, pushed(fine, found.x[k]), found.x[k]))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
-        (point, _, jac, memory), placed = climb(fmap, rules, True, x0, found.jacobian[k], memory, job.tries)
+        (point, _, jac, memory), placed = climb(
+            fmap, rules, True, x0, found.jacobian[k], memory, job.tries, lambda x: pushed(fine, x)
+        )
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
         new = _Found(point.x, jac, memory.here, point.code, energy_at(point.x, memory, rules.index), placed)
