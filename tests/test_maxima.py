@@ -77,7 +77,7 @@ def test_slope_of_a_maximum():
     np.testing.assert_allclose(by_b, [np.cos(y) * dy, dy], rtol=1e-12)
 
 
-def climbed(slope, start, tries=30, edge=np.inf):
+def climbed(slope, start, tries=30, edge=np.inf, level=0.0):
     """A climb in y of something with this slope, where x = cos(x)/2 + y follows; beyond the `edge` x has no value."""
 
     def image(z, memory, cold, _):
@@ -90,7 +90,7 @@ def climbed(slope, start, tries=30, edge=np.inf):
 
     rules = Rules.of(Method(tolerance=1e-6, max_steps=60), exact=False)
     fmap, begin = Map(image, jacobian, outer=1), jnp.array([0.0, start])
-    found, placed = climb(fmap, rules, True, begin, jnp.zeros((2, 2)), jnp.zeros(2, int), tries)
+    found, placed = climb(fmap, rules, True, begin, jnp.zeros((2, 2)), jnp.zeros(2, int), tries, level)
     return found, bool(placed)
 
 
@@ -122,6 +122,14 @@ def test_a_jump_of_the_slope_is_no_maximum():
     assert abs(found.point.x[1] - 1.234) <= 0.5
 
 
+def test_a_slope_that_cannot_be_told_from_zero():
+    """0.02 + (y - 1)^2 / 10 is never zero: with a level of 0.03 the climb ends near y = 1, without it goes on."""
+    found, placed = climbed(lambda x, y: 0.02 + 0.1 * (y - 1) ** 2, 0.0, level=0.03)
+    assert placed and found.point.x[1] == pytest.approx(1.0, abs=0.4)
+    found, placed = climbed(lambda x, y: 0.02 + 0.1 * (y - 1) ** 2, 0.0)
+    assert not placed and found.point.x[1] > 2
+
+
 def test_a_climb_comes_back_from_where_nothing_is_found():
     """Short of the maximum at 2 there is nothing more: the climb stays on the side where there is."""
     found, placed = climbed(lambda x, y: 0.1 * (2 - y), 0.0, edge=1.3)
@@ -142,7 +150,7 @@ def test_a_climb_leaves_what_repels():
     rules = Rules.of(Method(tolerance=1e-8, max_steps=60), exact=False)
 
     def found(low, away, fmap=fmap):
-        return climb(fmap, rules, True, jnp.array([0.0, low]), jnp.zeros((2, 2)), None, 40, away)
+        return climb(fmap, rules, True, jnp.array([0.0, low]), jnp.zeros((2, 2)), None, 40, 0.0, away)
 
     (there, *_), placed = found(-0.4, lambda z: z)
     assert bool(placed) and there.x[1] == pytest.approx(0.4, abs=1e-5) and there.x[0] == 0

@@ -55,22 +55,22 @@ class _Climb(NamedTuple):
     done: Any
 
 
-#: Longest step of a climb, and of one that the Jacobian stays the same for; slope that counts as zero (a map that is
-#: averaged over nodes may have no point where it is, on a maximum as flat as that); slopes of either sign between which
-#: there is a jump, as at the end of the range of a coordinate, and no maximum.
-_STRIDE, _NEAR, _LEVEL, _JUMP = 0.5, 0.1, 0.01, 0.2
+#: Longest step of a climb, and of one that the Jacobian stays the same for; slopes of either sign between which there
+#: is a jump, as at the end of the range of a coordinate, and no maximum.
+_STRIDE, _NEAR, _JUMP = 0.5, 0.1, 0.2
 
 
 def climb(
     fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any,
-    tries: Any, away: Callable = lambda x: x,
+    tries: Any, level: Any = 0.0, away: Callable = lambda x: x,
 ) -> tuple[Iterated, Any]:  # fmt: skip
     """`iterate`, then up to `tries` steps of the outer coordinates towards the next maximum uphill, each followed by
     `iterate`; and whether a maximum was reached.
 
     A step is a Newton step with secant Jacobian, uphill even where the slope grows, and at most half as long as the
     last one once a maximum was passed. Where a pass ends at what repels, another one starts `away` from it; where it
-    fails, the one before it is made again, and then a shorter step.
+    fails, the one before it is made again, and then a shorter step. A slope of at most `level` cannot be told from
+    zero: where it is that small and falls no further there is the maximum.
     """
     if not fmap.outer:
         return iterate(fmap, rules, require_stable, x0, jac0, memory), jnp.array(False)
@@ -81,7 +81,10 @@ def climb(
         softly = rules._replace(burn_in=burn_in, settle=jnp.where(s.way == _AWAY, 0.0, rules.settle))
         near = warm & (jnp.max(jnp.abs(s.trial - s.at.point.x)[m:]) < _NEAR)
         new = iterate(fmap, softly, require_stable, s.trial, s.at.jacobian, s.at.memory, warm, near)
-        good = succeeded(new.point.code)
+        # Past a slope that cannot be told from zero one that can, of the same sign, leads away from the maximum.
+        slope = (new.image - new.point.x)[m:]
+        lost = warm & jnp.any((jnp.abs(s.slope) <= level) & (jnp.abs(slope) > level) & (slope * s.slope > 0))
+        good = succeeded(new.point.code) & ~lost
         move, change = new.point.x - s.at.point.x, new.image - s.at.image
         # Over a short way what the passes leave undone is more than what the map does.
         far = jnp.max(jnp.abs(move[m:])) > 100 * rules.tolerance
@@ -98,7 +101,7 @@ def climb(
         shorter = jnp.where(repelled, 1, 0.25) * s.length
         length = jnp.where(passed, jnp.abs(move[m:]) / 2, jnp.where(good, further, shorter))
         up = jnp.clip(jnp.where(bend > CURVED, slope / bend, jnp.sign(slope) * _STRIDE), -length, length)
-        flat = (bend <= CURVED) & (jnp.abs(slope) < _LEVEL) & warm
+        flat = (bend <= CURVED) & (jnp.abs(slope) <= level)
         done = last | jnp.any(jumped) | (good & jnp.all(flat | (jnp.abs(up) < 10 * rules.tolerance)))
         up = jnp.where(good, up, 0.0)
         trial = jnp.where(repelled, away(new.point.x), at.point.x + jnp.concatenate([answer @ up, up]))
@@ -113,7 +116,7 @@ def climb(
     g = s.at.image - s.at.point.x
     offset = jnp.abs(uphill_step(s.at.jacobian, g, fmap.outer, _STRIDE))
     point = s.at.point._replace(offset=offset, steps=s.steps)
-    return s.at._replace(point=point), jnp.all(jnp.abs(g[m:]) < _LEVEL)
+    return s.at._replace(point=point), jnp.all(jnp.abs(g[m:]) <= jnp.maximum(level, 10 * rules.tolerance))
 
 
 #: Passes more that a climb makes to get back to where it was.

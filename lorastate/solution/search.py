@@ -42,19 +42,22 @@ _ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH = 0, 1, 2, 3, 4
 
 
 class _Job(NamedTuple):
-    """A stage of a search: rules, its kind, the branch that it serves, and how many steps y may make."""
+    """A stage of a search: rules, its kind, the branch that it serves, how many steps y may make, and the `level` up to
+    which its nodes cannot tell a slope in y from zero."""
 
     rules: Any
     kind: Any
     branch: Any
     tries: Any
+    level: Any
 
 
-def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int) -> _Job:
+def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _Job:
     """All stages, stacked: both starts on a part of the nodes, there once more from a cold search, both on all of the
     nodes, and away from a solution that repels. With breaking y climbs to the maximum of phi on the first nodes, then
     on all."""
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
+    parts, size = nodes.weight.shape
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
     first, few = (min(2, parts), min(4, parts)) if levels else (1, 1)
     coarse = coarse._replace(index=first)
@@ -75,11 +78,12 @@ def _jobs(fine: Finetuning, numerics: Numerics, parts: int, levels: int) -> _Job
             jobs += [(rules, kind, k, _TRIES if levels else 0) for k in (0, 1)]
     jobs.append((refined._replace(settle=0.0), _ESCAPE, 0, 0))
     rules, *rest = zip(*jobs, strict=True)
-    return _Job(stacked(rules), *map(jnp.array, rest))
+    level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
+    return _Job(stacked(rules), *map(jnp.array, rest), level)
 
 
-#: Steps in which y has to find its place.
-_TRIES = 14
+#: Steps in which y has to find its place; relative error of the slope of phi in y, times the root of the nodes.
+_TRIES, _NOISE = 14, 1.5
 #: Distance in (m, q) below which two solutions on the first nodes are one, without and with breaking (y is flat there);
 #: relative difference of free energies on them from which on the higher branch is not refined.
 _SAME, _CLEARLY = (0.02, 0.04), 0.01
@@ -158,7 +162,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         begin = jnp.where(kind == _AFRESH, search.starts[k], jnp.where(escape, pushed(fine, found.x[k]), found.x[k]))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
         (point, _, jac, memory), placed = climb(
-            fmap, rules, True, x0, found.jacobian[k], memory, job.tries, lambda x: pushed(fine, x)
+            fmap, rules, True, x0, found.jacobian[k], memory, job.tries, job.level, lambda x: pushed(fine, x)
         )
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
@@ -171,7 +175,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
 
     x0 = search.starts
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
-    jobs = _jobs(fine, numerics, len(nodes.weight), search.levels)
+    jobs = _jobs(fine, numerics, nodes, search.levels)
     none = jnp.zeros(2)
     nothing = _Found(x0, jnp.zeros((*x0.shape, x0.shape[1])), jnp.arange(2), jnp.zeros(2, int), none, none > 0)
     begin = _Progress(nothing, memory, jnp.array(False), jnp.zeros(2, bool))
