@@ -273,18 +273,18 @@ def test_a_second_step_changes_little(glass):
 
 
 def test_a_deep_glass():
-    """Minima without any overlap, which 16 samples a node cannot resolve: it is solved with more of them. With twice
-    the nodes q = 1.057(32), E' = 4.08(10), phi = 0.1956(16)."""
+    """Minima with little overlap, which 16 samples a node cannot resolve: it is solved with more of them. With four
+    times the nodes o_w = 0.357(4), q = 1.060(3), E' = 3.689(2), phi = 0.1963(16); training ends at 0.48(10), 1.21(2),
+    3.63(22), 0.206(11) (D = 200, 6 runs, 6 starts, 200 moves)."""
     s = ls.Setting(
         ls.Pretraining(0.687, 0.0334, kappa0=0.30, kappa=1.5, delta=1.02, tokens=2, activation="identity"),
         ls.Finetuning(0.48, 0.036), SMALL,
     )  # fmt: skip
     found = ls.predict(s)
     f = plain(found.finetuning)
-    assert found.ok and f["p"] < 0.2 * f["q"] and abs(f["overlap"]) < 0.2
-    for name, want, bar in (("q", 1.057, 0.032), ("test_error", 4.08, 0.1), ("free_energy", 0.1956, 0.0016)):
-        assert abs(f[name] - want) < 4 * np.hypot(bar, found.stderr("finetuning", name))
-        assert found.stderr("finetuning", name) < 0.1 * want
+    assert found.ok and f["p"] < 0.6 * f["q"] and abs(f["complexity"]) < 0.005
+    for name, want in (("overlap", 0.357), ("q", 1.060), ("test_error", 3.689), ("free_energy", 0.1963)):
+        assert abs(f[name] - want) < 4 * found.stderr("finetuning", name) < 0.2 * want
 
 
 def test_what_samples_put_below_zero_is_zero():
