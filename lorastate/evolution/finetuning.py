@@ -283,8 +283,8 @@ def energy_slopes(fine: Finetuning, order: Order, a: Averages) -> tuple:
     return tuple(p + fine.alpha * k / y for p, k, y in zip(prior, a.gains, order.breaking, strict=True))
 
 
-#: Least and largest y times the standard deviation of f over the samples.
-_SHALLOWEST, _DEEPEST = 0.01, 4.0
+#: Least and largest y times the standard deviation of f over the samples; spread below which all minima are one.
+_SHALLOWEST, _DEEPEST, _NO_SPREAD = 0.01, 4.0, 1e-3
 
 
 def order_parameters(fine: Finetuning, order: Order, a: Averages) -> Order:
@@ -304,9 +304,9 @@ def order_parameters(fine: Finetuning, order: Order, a: Averages) -> Order:
     for i, slope in enumerate(energy_slopes(fine, order, a)):
         y = order.breaking[i]
         relative = slope * y / (fine.alpha * jnp.abs(a.gains[i]) + 1e-30)
-        scale = jnp.sqrt(jnp.sum(order.spread[i] ** 2 * a.squares[i + 1]))
-        relative = jnp.where(y * scale < _DEEPEST, relative, -1.0)
-        relative = jnp.where(y * scale > _SHALLOWEST, relative, 1.0)
+        scale = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(order.spread[i] ** 2 * a.squares[i + 1])))
+        relative = jnp.where(y * scale < _DEEPEST, relative, -1.0) + (_SHALLOWEST / (y * scale + 1e-30)) ** 2
+        relative = jnp.where(jnp.max(order.spread[i]) > _NO_SPREAD, relative, 0.0)
         breaking.append(y * jnp.exp(_STEP * jnp.tanh(relative / _STEP)))
     new = Order(lifted(1 / A[-1], RESPONSE_FLOOR), c.mhat * q0 / A[0], noise, spread, tuple(breaking))
     return jax.tree_util.tree_map(lambda v: jnp.where(good, v, jnp.nan), new)

@@ -82,8 +82,8 @@ def climb(
         near = warm & (jnp.max(jnp.abs(s.trial - s.at.point.x)[m:]) < _NEAR)
         new = iterate(fmap, softly, require_stable, s.trial, s.at.jacobian, s.at.memory, warm, near)
         # Past a slope that cannot be told from zero one that can, of the same sign, leads away from the maximum.
-        slope = (new.image - new.point.x)[m:]
-        lost = warm & jnp.any((jnp.abs(s.slope) <= level) & (jnp.abs(slope) > level) & (slope * s.slope > 0))
+        ahead = (new.image - new.point.x)[m:]
+        lost = warm & jnp.any((jnp.abs(s.slope) <= level) & (jnp.abs(ahead) > level) & (ahead * s.slope > 0))
         good = succeeded(new.point.code) & ~lost
         move, change = new.point.x - s.at.point.x, new.image - s.at.image
         # Over a short way what the passes leave undone is more than what the map does.
