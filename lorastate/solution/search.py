@@ -77,9 +77,9 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
         if levels or kind == _LAST:
             jobs += [(rules, kind, k, _TRIES if levels else 0) for k in (0, 1)]
     jobs.append((refined._replace(settle=0.0), _ESCAPE, 0, 0))
-    rules, *rest = zip(*jobs, strict=True)
+    rules, kind, branch, tries = zip(*jobs, strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
-    return _Job(stacked(rules), *map(jnp.array, rest), level)
+    return _Job(stacked(rules), jnp.array(kind), jnp.array(branch), jnp.array(tries), level)
 
 
 #: Steps in which y has to find its place; relative error of the slope of phi in y, times the root of the nodes.
