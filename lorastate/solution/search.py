@@ -76,7 +76,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
     for rules, kind in ((again, _CLIMB), (refined, _LAST), (afresh, _AFRESH)):
         if levels or kind == _LAST:
             jobs += [(rules, kind, k, _TRIES if levels else 0) for k in (0, 1)]
-    jobs.append((refined._replace(settle=0.0), _ESCAPE, 0, 0))
+    jobs.append((refined._replace(settle=0.0), _ESCAPE, 0, _TRIES if levels else 0))
     rules, kind, branch, tries = zip(*jobs, strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
     return _Job(stacked(rules), jnp.array(kind), jnp.array(branch), jnp.array(tries), level)
