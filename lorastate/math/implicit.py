@@ -33,15 +33,22 @@ def _attach_jvp(step, outer, primals, tangents):
     return x, implicit(jac, db, outer)
 
 
+def curvature(jac, outer: int):
+    """How the other coordinates answer to the last `outer` ones, (n - outer, outer), and how fast the slope of what is
+    maximal in these then falls, (outer,): below zero where there is no maximum."""
+    n = len(jac)
+    gap, m = jnp.eye(n, dtype=jac.dtype) - jac, n - outer
+    answer = small_solve(gap[:m, :m], -gap[:m, m:])
+    return answer, jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer)
+
+
 def implicit(jac: Float[Array, "n n"], change: Float[Array, "n *k"], outer: int = 0) -> Float[Array, "n *k"]:
     """(I - J)^{-1} change, (n,) or (n, k). A maximum (see `Map.outer`) too flat to be placed stays where it is."""
     if not outer:
         return small_solve(jnp.eye(len(jac), dtype=jac.dtype) - jac, change)
-    m = len(jac) - outer
+    curved = curvature(jac, outer)[1] > CURVED
+    still = jnp.concatenate([jnp.zeros(len(jac) - outer, bool), ~curved])
     gap = jnp.eye(len(jac), dtype=jac.dtype) - jac
-    answer = small_solve(gap[:m, :m], -gap[:m, m:])
-    curved = jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer) > CURVED
-    still = jnp.concatenate([jnp.zeros(m, bool), ~curved])
     gap = jnp.where(still[:, None], jnp.eye(len(jac), dtype=jac.dtype), gap)
     return small_solve(gap, jnp.where(still if change.ndim == 1 else still[:, None], 0.0, change))
 

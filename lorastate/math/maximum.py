@@ -16,8 +16,7 @@ from jaxtyping import Array, Float
 
 from ..errors import Code, succeeded
 from .fixed_point import FixedPoint, Iterated, Map, Rules, broyden, iterate, newton_step
-from .implicit import CURVED
-from .linear import small_solve
+from .implicit import CURVED, curvature
 
 
 def uphill_step(jac: Float[Array, "n n"], residual: Float[Array, " n"], outer: int, longest: Any) -> Float[Array, " n"]:
@@ -30,15 +29,6 @@ def uphill_step(jac: Float[Array, "n n"], residual: Float[Array, " n"], outer: i
     slope = residual[m:] + jac[m:, :m] @ direct[:m]
     up = jnp.clip(slope / jnp.maximum(bend, CURVED), -longest, longest)
     return direct + jnp.concatenate([answer @ up, up])
-
-
-def curvature(jac, outer: int):
-    """How the other coordinates answer to the last `outer` ones, (n - outer, outer), and how fast the slope of what is
-    maximal in these then falls, (outer,): below zero where there is no maximum."""
-    n = len(jac)
-    gap, m = jnp.eye(n, dtype=jac.dtype) - jac, n - outer
-    answer = small_solve(gap[:m, :m], -gap[:m, m:])
-    return answer, jnp.diag(gap[m:, m:] + gap[m:, :m] @ answer)
 
 
 _COLD, _WARM, _AWAY = 0, 1, 2
@@ -58,6 +48,8 @@ class _Climb(NamedTuple):
 #: Longest step of a climb, and of one that the Jacobian stays the same for; slopes of either sign between which there
 #: is a jump, as at the end of the range of a coordinate, and no maximum.
 _STRIDE, _NEAR, _JUMP = 0.5, 0.1, 0.2
+#: Passes more that a climb makes to get back to where it was.
+_BACK = 2
 
 
 def climb(
@@ -117,7 +109,3 @@ def climb(
     offset = jnp.abs(uphill_step(s.at.jacobian, g, fmap.outer, _STRIDE))
     point = s.at.point._replace(offset=offset, steps=s.steps)
     return s.at._replace(point=point), jnp.all(jnp.abs(g[m:]) <= jnp.maximum(level, 10 * rules.tolerance))
-
-
-#: Passes more that a climb makes to get back to where it was.
-_BACK = 2
