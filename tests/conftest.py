@@ -40,12 +40,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402
 
 from lorastate.runtime import program  # noqa: E402
-from lorastate.solution import lanes  # noqa: E402
+from lorastate.solution import lanes, solve  # noqa: E402
 
 # The package's own options come before these: they are for what is run on an eighth as many nodes as usual, and faster
 # compilation is for what is then slow.
 program._USUAL, program._QUICK, lanes._MUCH = program._QUICK, {}, lanes._MUCH // 8
 jax.config.update("jax_enable_x64", True)
+# All cores are busy, and where symmetry is broken some of what is compiled ahead is not needed.
+solve._AHEAD = False
 
 # Tracing makes many objects, most of which stay: the collector would go through all of them again and again.
 gc.set_threshold(50_000, 10, 10)

@@ -1,6 +1,7 @@
 """Programs kept on disk: read back as they were, made anew where they cannot be, never mistaken for another."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pickle
@@ -20,8 +21,10 @@ import pytest
 import lorastate as ls
 from lorastate import _version
 from lorastate.math.quadrature import gaussian_nodes
-from lorastate.runtime import program
+from lorastate.runtime import cores, program
 from lorastate.runtime.program import Program
+from lorastate.solution import lanes
+from lorastate.solution import solve as solving
 from lorastate.solution.pretraining import search_pretraining, solve_pretraining
 from lorastate.solution.problem import Problem
 from lorastate.solution.search import solve_broken, solve_symmetric
@@ -214,7 +217,7 @@ def test_source_is_read_before_it_is_imported(tmp_path):
         assert lorastate.__file__.startswith({str(tmp_path)!r}) and SOURCE == source_on_disk()
         with open({str(copy / "solution" / "stage.py")!r}, "a") as file:
             file.write("# edited")
-        from lorastate.runtime import program
+        from lorastate.runtime import cores, program
         assert SOURCE in program._version() and source_on_disk() not in (SOURCE, "")
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
@@ -304,6 +307,51 @@ def test_strict_promotion_is_not_for_these_programs():
             jnp.add(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.float32))
 
 
+def first_of_two(pre, x):
+    return {"square": pre.alpha * x @ x, "weak": jnp.where(pre.lam > 0, 2.0, 3.0), "still": 3}
+
+
+def second_of_two(pre, found):
+    assert found["still"] == 3
+    return found["square"] * found["weak"] + pre.delta
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_compiled_ahead_is_what_is_called(folder, monkeypatch, caplog, kept):
+    """Each is handed the shapes of what the one before it will return; nothing is compiled a second time."""
+    config: Any = jax.config
+    if kept:  # as functions of the package are
+        for f in (first_of_two, second_of_two):
+            monkeypatch.setattr(Program, "_ours", lambda self: True)
+            monkeypatch.setattr(f, "__module__", "lorastate.first" if f is first_of_two else "lorastate.second")
+    else:
+        config.update("jax_compilation_cache_dir", None)
+    pre, x = ls.Pretraining(0.1, 0.1), np.ones((7, 7))
+    first, second = Program(first_of_two), Program(second_of_two)
+    shapes = first.ahead(pre, x)
+    assert shapes["square"].shape == (7, 7) and shapes["still"] == 3
+    assert second.ahead(pre, shapes).shape == (7, 7)
+    jax.block_until_ready(jnp.zeros(3) + 1)
+    with jax.log_compiles():
+        found = second(pre, first(pre, x))
+    np.testing.assert_allclose(found, 0.7 * 2 + float(pre.delta))
+    made = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert not [m for m in made if "flat" in m or "call" in m], made
+    assert not first._under_way and not second._under_way
+    assert bool(folder.exists() and len(list(folder.iterdir())) == 2) == kept
+
+
+def test_a_prediction_compiled_ahead(monkeypatch):
+    setting = ls.Setting(ls.Pretraining(0.1, 0.1, activation="identity", tokens=2), ls.Finetuning(3.0, 1.0), NUMERICS)
+    want, slopes = float(ls.predict(setting).test_error), ls.gradient(setting)
+    monkeypatch.setattr(solving, "_AHEAD", True)
+    monkeypatch.setattr(solving, "_COMPILED", set())
+    monkeypatch.setattr(lanes, "_programs", functools.cache(lambda f: (Program(f), Program(f))))
+    assert float(ls.predict(setting).test_error) == pytest.approx(want, rel=1e-12)
+    assert ls.gradient(setting)[0] == pytest.approx(slopes[0], rel=1e-12)
+    assert len(solving._COMPILED) == 2
+
+
 # ---------------------------------------------------------------- what JAX computes on
 
 
@@ -336,8 +384,8 @@ def test_a_cuda_machine_reads_its_programs_back(folder, accelerator, monkeypatch
     monkeypatch.setattr(Program, "_export", fail)
     second = Program(search_pretraining)
     same(solve(second, 0.1), found)
-    (used,) = second._kept.values()
-    assert used is not None
+    (used,) = second._made.values()
+    assert used.kept
 
 
 def test_programs_follow_the_default_device(folder, accelerator):
@@ -345,7 +393,7 @@ def test_programs_follow_the_default_device(folder, accelerator):
     for device in (cpu, "cpu"):
         with jax.default_device(device):
             solve(Program(search_pretraining), 0.1)
-            assert list(program.together(lambda _: program.platform(), range(3))) == ["cpu"] * 3
+            assert list(cores.together(lambda _: program.platform(), range(3))) == ["cpu"] * 3
     assert program.platform([np.ones(3), jax.device_put(1.0, cpu)]) == "cpu"
     (file,) = folder.iterdir()
     assert program._read(file)[0].platforms == ("cpu",)
@@ -367,6 +415,6 @@ def test_cores_are_those_that_a_container_grants(tmp_path, monkeypatch, told, gr
     for name, text in told.items():
         (tmp_path / name).write_text(text + "\n")
     files = ("cpu.max",), ("quota", "period")
-    monkeypatch.setattr(program, "_QUOTAS", tuple(tuple(str(tmp_path / name) for name in row) for row in files))
-    monkeypatch.setattr(program.os, "sched_getaffinity", lambda _: set(range(16)))
-    assert program.cores() == granted
+    monkeypatch.setattr(cores, "_QUOTAS", tuple(tuple(str(tmp_path / name) for name in row) for row in files))
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(16)))
+    assert cores.cores() == granted

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
+import equinox as eqx
 import jax.numpy as jnp
 
 from ..errors import require_float64, succeeded
@@ -53,7 +53,15 @@ def _step(x, args, _):
     return jnp.log((delta / 2 + mmse(s, law)) / (alpha * n_eff))[None]
 
 
-@jax.jit
+@eqx.filter_jit
+def _solved(pre: Pretraining, n_eff) -> BayesPretraining:
+    s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
+    s = jnp.where(succeeded(code), s, jnp.nan)
+    Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
+    down = Q if pre.task is None else pre.task.best_overlap(pre.downstream_law, jnp.sqrt(jnp.maximum(s, _SMALL)))
+    return BayesPretraining(Q, jnp.sqrt(Q / pre.Q0), s, code, down)
+
+
 def _solve(law, delta, alpha, n_eff):
     # MMSE(s)/s falls with s. Without noise and with more samples than its limit at zero, S* is recovered exactly;
     # the map then is a translation of log s without a fixed point, and nothing is solved.
@@ -73,9 +81,4 @@ def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
     transformation Q is then NaN.
     """
     require_float64()
-    n_eff = revealed(pre.activation, pre.tokens)
-    s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
-    s = jnp.where(succeeded(code), s, jnp.nan)
-    Q = pre.Q0 + pre.delta / 2 - pre.alpha * n_eff * s
-    down = Q if pre.task is None else pre.task.best_overlap(pre.downstream_law, jnp.sqrt(jnp.maximum(s, _SMALL)))
-    return BayesPretraining(Q, jnp.sqrt(Q / pre.Q0), s, code, down)
+    return _solved(pre, revealed(pre.activation, pre.tokens))

@@ -84,13 +84,21 @@ class Predict:
 
     def _both(self, setting: Setting) -> int:
         from ..diagnosis import second_step
+        from ..runtime.progress import listening
         from ..solution import solution
 
-        pool = ThreadPoolExecutor(1)  # compiles beside the other
+        pool, under_way = ThreadPoolExecutor(1), []
+
+        def begin(name: str = "answer", _: bool = False) -> None:
+            # Not before the last program is compiled: until then it would be in the way.
+            if name == "answer" and not under_way:
+                under_way.append(pool.submit(limits_of, setting))
+
         try:
-            limits = pool.submit(limits_of, setting)
-            found = solution.predict(setting, throw=False)
-            limits = limits.result()
+            with listening(begin):
+                found = solution.predict(setting, throw=False)
+            begin()
+            limits = under_way[0].result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         summary = found.summary()

@@ -97,7 +97,7 @@ class Sweep:
         import jax
 
         from ..errors import SettingError
-        from ..runtime.program import cores
+        from ..runtime.cores import cores
 
         if self.devices != "all" and not (self.devices.isdecimal() and int(self.devices) > 0):
             raise SettingError(f"--devices {self.devices!r} is unknown; allowed: a number of at least 1, or all")

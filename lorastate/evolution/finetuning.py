@@ -213,7 +213,7 @@ def averages(fine: Finetuning, order: Order, d: Draws, found: Wells) -> Averages
     shape = (*(z.shape[1] for z in reversed(d.inner[:k])), n)
 
     def lower(h):
-        return low.pick([h((problem.omega - u) / problem.v) for u in low.u]).reshape(-1, *shape)
+        return low.pick(jax.vmap(lambda u: h((problem.omega - u) / problem.v))(low.u)).reshape(-1, *shape)
 
     f, g = low.depth.reshape(shape), lower(lambda force: force)
     # Of every level that is done, from the innermost on: |g_i|^2 and g_i . z_i by kind, and <f_i> - f_{i-1}.

@@ -108,7 +108,7 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
     omega = to_coordinates(problem.omega)
 
     def lower(h):
-        return low.pick([h((omega - u) / (2 * order.response)) for u in low.u])
+        return low.pick(jax.vmap(lambda u: h((omega - u) / (2 * order.response)))(low.u))
 
     h, square = lower(lambda h: h), lower(lambda h: jnp.sum(h * h, 0))
 

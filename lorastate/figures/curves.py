@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..bayes.limits import bayes_optimal
 from ..errors import Code
 from ..predictions import axis_label, stage_and_name
-from ..runtime.program import together
+from ..runtime.cores import together
 from ..setting.files import setting_to_dict
 from ..setting.numerics import Numerics
 from ..setting.paths import replace

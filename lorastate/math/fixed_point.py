@@ -248,8 +248,9 @@ def iterate(
     if require_stable:
         code = jnp.where(succeeded(code) & ~(growth < (_REPELS if fmap.outer else 1.0)), Code.unstable, code)
     eye = jnp.eye(n - fmap.outer, dtype=dtype)
-    error = residual * jnp.max(jnp.sum(jnp.abs(small_solve(eye - inner, eye)), 1))
-    offset = jnp.abs(newton_step(s.known, g, fmap.outer))
+    inverse = small_solve(eye - inner, eye)
+    error = residual * jnp.max(jnp.sum(jnp.abs(inverse), 1))
+    offset = jnp.zeros_like(g).at[: len(inner)].set(jnp.abs(inverse @ g[: len(inner)]))
     point = FixedPoint(s.x, code, residual, spectral_radius(inner), growth, error, offset, s.step)
     return Iterated(point, s.image, s.known, s.memory)
 

@@ -1,24 +1,21 @@
-"""L-BFGS for the finite-size training of `simulation`."""
+"""L-BFGS with a zoom line search (optax), for the finite-size training of `simulation`."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ..errors import Code
 
-with warnings.catch_warnings():
-    # jaxopt announces at import that it is no longer maintained.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import jaxopt
-
 #: Steps between two visits to the host, so that Ctrl-C is answered within about a second.
 _STEPS_PER_VISIT = 50
+
+_LBFGS = optax.lbfgs(memory_size=20, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=30))
 
 
 class Minimum(NamedTuple):
@@ -31,53 +28,56 @@ class Minimum(NamedTuple):
     code: Code
 
 
-def _solver(fun: Callable) -> jaxopt.LBFGS:
-    # `_advance` replaces jaxopt's own loop (tol, maxiter), which would end on a NaN without a word.
-    return jaxopt.LBFGS(fun=fun, history_size=20, linesearch="zoom", implicit_diff=False)
+class _State(NamedTuple):
+    x: Any
+    value: Any
+    slope: Any
+    memory: Any
+    steps: Any
+    fresh: Any  # whether the memory is empty, and the next direction the gradient
+    stuck: Any
 
 
-def _scaled_gradient(x, state):
+def _scaled_gradient(s: _State):
     """|grad f| |x| / |f|, with |x| at least that of unit entries (or it would vanish near a saddle at 0)."""
-    size = jnp.maximum(jnp.linalg.norm(x), jnp.sqrt(1.0 * x.size))
-    return jnp.linalg.norm(state.grad) * size / (jnp.abs(state.value) + jnp.finfo(x.dtype).tiny)
-
-
-def _forget(state):
-    s, y, rho = jax.tree.map(jnp.zeros_like, (state.s_history, state.y_history, state.rho_history))
-    one = jnp.ones_like(state.gamma)
-    return state._replace(s_history=s, y_history=y, rho_history=rho, gamma=one, stepsize=one)
+    size = jnp.maximum(jnp.linalg.norm(s.x), jnp.sqrt(1.0 * s.x.size))
+    return jnp.linalg.norm(s.slope) * size / (jnp.abs(s.value) + jnp.finfo(s.x.dtype).tiny)
 
 
 @functools.partial(jax.jit, static_argnames="fun")
-def _start(fun, x, data):
-    return _solver(fun).init_state(x, data)
+def _start(fun, x, data) -> _State:
+    value, slope = jax.value_and_grad(fun)(x, data)
+    return _State(x, value, slope, _LBFGS.init(x), jnp.array(0), jnp.array(True), jnp.array(False))
 
 
 @functools.partial(jax.jit, static_argnames="fun")
-def _advance(fun, x, state, data, tolerance, limit):
-    solver = _solver(fun)
+def _advance(fun, s: _State, data, tolerance, limit):
+    def value_of(x):
+        return fun(x, data)
 
-    def going(carry):
-        x, state, stuck = carry
-        error = _scaled_gradient(x, state)
-        return (state.iter_num < limit) & (error > tolerance) & jnp.isfinite(error) & ~stuck
+    def going(s: _State):
+        error = _scaled_gradient(s)
+        return (s.steps < limit) & (error > tolerance) & jnp.isfinite(error) & ~s.stuck
 
-    def step(carry):
-        x, state, _ = carry
-        new_x, new = solver.update(x, state, data)
-        failed = new.failed_linesearch & (new.value >= state.value)
-        # jaxopt keeps pairs of negative curvature, after which it repeats a direction that climbs, for ever.
-        # Without its memory the next direction is the gradient; if that fails too, nothing is left to try.
-        back = (x, _forget(state)._replace(iter_num=new.iter_num))
-        x, new = jax.lax.cond(failed, lambda: back, lambda: (new_x, new))
-        return x, new, failed & ~jnp.any(state.rho_history)
+    def step(s: _State):
+        move, memory = _LBFGS.update(s.slope, s.memory, s.x, value=s.value, grad=s.slope, value_fn=value_of)
+        x = optax.apply_updates(s.x, move)
+        value, slope = optax.value_and_grad_from_state(value_of)(x, state=memory)
+        new = _State(x, value, slope, memory, s.steps + 1, jnp.array(False), jnp.array(False))
+        # A direction that does not descend is forgotten with the memory it comes from: the next one is the gradient,
+        # and if that fails too nothing is left to try.
+        back = s._replace(memory=_LBFGS.init(s.x), steps=s.steps + 1, fresh=jnp.array(True), stuck=s.fresh)
+        # Near the minimum the decrease drowns in rounding; the slope still tells.
+        level = value <= s.value + 1e-12 * jnp.abs(s.value)
+        good = (value < s.value) | (level & (jnp.linalg.norm(slope) < jnp.linalg.norm(s.slope)))
+        return jax.lax.cond(good, lambda: new, lambda: back)
 
-    x, state, stuck = jax.lax.while_loop(going, step, (x, state, jnp.array(False)))
-    return x, state, stuck, _scaled_gradient(x, state)
+    s = jax.lax.while_loop(going, step, s)
+    return s, _scaled_gradient(s)
 
 
 def minimise(fun: Callable, x: Any, data: Any, *, tolerance: float = 1e-4, max_steps: int = 3000) -> Minimum:
-    """A local minimum of `fun(x, data)` from `x`, by L-BFGS with a zoom line search.
+    """A local minimum of `fun(x, data)` from `x`.
 
     Stops when |grad f| |x| / |f| <= `tolerance`, a relative rate of change of f: the scales of f and x do not
     matter. `fun` is compiled once per shape of its inputs: pass a module-level function. Never raises on a
@@ -85,17 +85,16 @@ def minimise(fun: Callable, x: Any, data: Any, *, tolerance: float = 1e-4, max_s
     """
     state = _start(fun, x, data)
     while True:
-        limit = min(int(state.iter_num) + _STEPS_PER_VISIT, max_steps)
-        x, state, stuck, error = _advance(fun, x, state, data, tolerance, limit)
-        steps, gradient = int(state.iter_num), float(error)
+        state, error = _advance(fun, state, data, tolerance, min(int(state.steps) + _STEPS_PER_VISIT, max_steps))
+        steps, gradient = int(state.steps), float(error)
         if not jnp.isfinite(error):
             code = Code.nonfinite
         elif gradient <= tolerance:
             code = Code.ok
-        elif stuck:
+        elif state.stuck:
             code = Code.stalled
         elif steps >= max_steps:
             code = Code.max_steps
         else:
             continue
-        return Minimum(x, float(state.value), gradient, steps, code)
+        return Minimum(state.x, float(state.value), gradient, steps, code)

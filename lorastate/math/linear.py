@@ -11,39 +11,41 @@ from jaxtyping import Array, Float
 
 @jax.jit
 def small_solve(a: Float[Array, "n n"], b: Float[Array, "n *k"]) -> Float[Array, "n *k"]:
-    """Solves a x = b, a (n, n), b (n,) or (n, k), by unrolled elimination with row exchanges; no LAPACK call."""
-    n = a.shape[0]
-    vector = b.ndim == 1
-    rows, rhs = [a[i] for i in range(n)], [b[i][None] if vector else b[i] for i in range(n)]
-    for k in range(n):
-        for i in range(k + 1, n):
-            swap = jnp.abs(rows[i][k]) > jnp.abs(rows[k][k])
-            rows[k], rows[i] = jnp.where(swap, rows[i], rows[k]), jnp.where(swap, rows[k], rows[i])
-            rhs[k], rhs[i] = jnp.where(swap, rhs[i], rhs[k]), jnp.where(swap, rhs[k], rhs[i])
-        for i in range(k + 1, n):
-            factor = rows[i][k] / rows[k][k]
-            rows[i] = rows[i] - rows[k] * factor
-            rhs[i] = rhs[i] - rhs[k] * factor
-    x: list[Any] = [None] * n
-    for i in reversed(range(n)):
-        s = rhs[i]
-        for j in range(i + 1, n):
-            s = s - rows[i][j] * x[j]
-        x[i] = s / rows[i][i]
-    out = jnp.stack(x)
-    return out[:, 0] if vector else out
+    """Solves a x = b, a (n, n), b (n,) or (n, k), by elimination with row exchanges in a loop; no LAPACK call."""
+    n, rows = a.shape[0], jnp.arange(a.shape[0])[:, None]
+
+    def eliminate(k, both):
+        column = jax.lax.dynamic_index_in_dim(both[0], k, 1)
+        best = jnp.argmax(jnp.where(rows < k, -1.0, jnp.abs(column)))
+        pivot = jax.lax.dynamic_index_in_dim(column, best, 0)
+        factor = jnp.where(rows == best, column[k], jnp.where(rows == k, 0.0, column)) / pivot
+
+        def eliminated(m):
+            here, there = (jax.lax.dynamic_index_in_dim(m, i, 0) for i in (k, best))
+            rest = jnp.where(rows == best, here, m) - factor * there
+            return jnp.where(rows == k, there / pivot, rest)
+
+        return tuple(map(eliminated, both))
+
+    x = jax.lax.fori_loop(0, n, eliminate, (a, b[:, None] if b.ndim == 1 else b))[1]
+    return x[:, 0] if b.ndim == 1 else x
 
 
 def _log_norm_of_power(a, squarings: int):
     """log |a^(2^k)| / 2^k by repeated squaring, renormalised: tends to the log of the spectral radius."""
-    log = jnp.zeros(())
-    for k in range(squarings):
+
+    def scaled(state, k):
+        log, a = state
         norm = jnp.sqrt(jnp.sum(a * a))
         safe = jnp.where(norm > 0, norm, 1.0)
-        log = log + jnp.log(safe) / 2**k
-        a = (a / safe) @ (a / safe)
-    norm = jnp.sqrt(jnp.sum(a * a))
-    return jnp.where(norm > 0, log + jnp.log(jnp.where(norm > 0, norm, 1.0)) / 2**squarings, -jnp.inf)
+        return log + jnp.log(safe) * 0.5**k, a / safe, norm
+
+    def square(k, state):
+        log, a, _ = scaled(state, 1.0 * k)
+        return log, a @ a
+
+    log, _, norm = scaled(jax.lax.fori_loop(0, squarings, square, (jnp.zeros((), a.dtype), a)), squarings)
+    return jnp.where(norm > 0, log, -jnp.inf)
 
 
 def balanced(a):
@@ -73,10 +75,8 @@ def spectral_abscissa(jac: Float[Array, "n n"]) -> Float[Array, ""]:
     n, jac = jac.shape[0], balanced(jac)
     scale = 1.0 + jnp.sqrt(jnp.sum(jac * jac))
     a = jac / (16 * scale)
-    term = total = jnp.eye(n, dtype=jac.dtype)
-    for k in range(1, 9):
-        term = term @ a / k
-        total = total + term
+    one = jnp.eye(n, dtype=jac.dtype)
+    total = jax.lax.fori_loop(0, 8, lambda k, sum: one + a @ sum / (8.0 - k), one)
     return 16 * scale * _log_norm_of_power(total, 18)
 
 

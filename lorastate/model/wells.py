@@ -101,7 +101,7 @@ def descend(problem, starts, asked=None, count: Any = None, last: float = prox.L
 
 def polish(problem, wells: Wells, steps: Any = 3) -> Wells:
     """Both wells after a very small change of the problem: a few Newton steps and no search."""
-    u = jnp.stack([prox.polish(problem, u, steps) for u in wells.u])
+    u = jax.lax.map(lambda u: prox.polish(problem, u, steps), wells.u)
     return wells._replace(u=u if len(u) == 1 else u.at[1].set(jnp.where(wells.two, u[1], u[0])))
 
 
@@ -265,10 +265,11 @@ _FACTORS = _exact()
 
 
 class Lowest(NamedTuple):
-    """Minimisers of the wells (m, N) with their derivatives, depths f (N,), and which nodes have two."""
+    """Minimisers of the wells (2, m, N) with their derivatives, depths f (2, N), and which nodes have two; (1, m, N)
+    and (1, N) where each has one."""
 
-    u: list
-    f: list
+    u: Any
+    f: Any
     two: Any
 
     @property
@@ -277,7 +278,7 @@ class Lowest(NamedTuple):
         return self.f[0] if len(self.f) == 1 else jnp.where(self.f[0] <= self.f[1], *self.f)
 
     def pick(self, h):
-        """h of the lower well, from the list of `h` at all; see the module for its derivative."""
+        """h of the lower well, from `h` of all, (2, ..., N); see the module for its derivative."""
         if len(h) == 1:
             return h[0]
         gap = self.f[1] - self.f[0]
@@ -288,8 +289,8 @@ class Lowest(NamedTuple):
 
 def lowest(problem, wells: Wells) -> Lowest:
     """The wells with derivatives."""
-    u = [attach_minimum(problem, u) for u in wells.u]
-    return Lowest(u, [depth(problem, a) for a in u], wells.two)
+    u = jax.vmap(lambda u: attach_minimum(problem, u))(wells.u)
+    return Lowest(u, jax.vmap(lambda u: depth(problem, u))(u), wells.two)
 
 
 @jax.custom_jvp

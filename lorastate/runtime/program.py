@@ -1,4 +1,4 @@
-"""Compiled programs: `jit` with the compiler's options that suit each, kept on disk traced; calls on several cores."""
+"""Compiled programs: `jit` with the compiler's options that suit each, kept on disk traced, compiled ahead."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,6 +25,7 @@ import numpy as np
 
 from .._version import SOURCE, source_on_disk
 from ..errors import is_concrete
+from .cores import cores
 from .progress import anyone, tell
 
 #: How the names of this package's modules begin.
@@ -69,6 +70,15 @@ _RULES = (
 )
 
 
+class _Made(NamedTuple):
+    """A jitted function of the arrays among the arguments; the trees of its results, one of which is there once it was
+    traced: places stand for their arrays; whether it was read from disk."""
+
+    run: Any
+    outcomes: list
+    kept: bool = False
+
+
 class Program:
     """`eqx.filter_jit(f)`. With `quick` compilation is faster and what is compiled slower, on a CPU.
 
@@ -80,42 +90,48 @@ class Program:
     def __init__(self, f: Callable, quick: bool = False):
         functools.update_wrapper(self, f)
         self._f, self._quick = f, quick
-        self._jitted: dict[str, Any] = {}
-        self._kept: dict[Any, Any] = {}
+        self._inner: Any = eqx.filter_jit(f)
+        self._made: dict[Any, _Made] = {}
+        self._under_way: dict[Any, Any] = {}
         self._seen: set[Any] = set()
 
     def __call__(self, *args):
-        with contextlib.ExitStack() as stack:
-            for rule in _RULES:
-                stack.enter_context(rule())
-            return self._call(*args)
+        with _own_rules():
+            # Options belong to the outermost jit: inside another one there is none to be had.
+            # (What is made of nothing inside one is a tracer, even where all arguments are known.)
+            if not all(map(is_concrete, (*jax.tree_util.tree_leaves(args), jnp.zeros(())))):
+                return self._inner(*args)
+            leaves, treedef = jax.tree_util.tree_flatten(args)
+            arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
+            if anyone():
+                self._announce(args, treedef, [a.shape for a in arrays])
+            key, made = self._prepared(args, leaves, treedef)
+            if key in self._under_way:
+                self._under_way.pop(key).exception()  # if there is one it is met again below
+            try:
+                return _filled(made.outcomes, made.run(*arrays))
+            except Exception:  # not for this machine; an error of the program itself comes again below
+                if not made.kept:
+                    raise
+            made = self._made[key] = self._plain(platform(arrays), leaves, treedef)
+            return _filled(made.outcomes, made.run(*arrays))
 
-    def _call(self, *args):
-        # Options belong to the outermost jit: inside another one there is none to be had.
-        # (What is made of nothing inside one is a tracer, even where all arguments are known.)
-        if not all(map(is_concrete, (*jax.tree_util.tree_leaves(args), jnp.zeros(())))):
-            return self._jit("inner", {})(*args)
-        leaves, treedef = jax.tree_util.tree_flatten(args)
-        arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
-        if anyone():
-            self._announce(args, treedef, [a.shape for a in arrays])
-        backend = platform(arrays)
-        options = _options(backend, self._quick)
-        folder = _folder()
-        if folder is not None and self._ours():
-            shapes = tuple((a.shape, str(a.dtype)) for a in arrays)
-            still = tuple(None if eqx.is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-            key = (treedef, shapes, still, backend, folder, _version())
-            if key not in self._kept:
-                known = all(map(_known, args))
-                self._kept[key] = self._keep(folder, backend, options, leaves, treedef, shapes) if known else None
-            if self._kept[key] is not None:
-                run, outcome = self._kept[key]
-                try:
-                    return _filled(outcome, run(*arrays))
-                except Exception:  # not for this machine; an error of the program itself comes again below
-                    self._kept[key] = None
-        return self._jit(backend, options)(*args)
+    def ahead(self, *args):
+        """What a call will return, with shapes in the place of arrays, as some of `args` may have: it is compiled
+        meanwhile in another thread."""
+        with _own_rules():
+            leaves, treedef = jax.tree_util.tree_flatten(args)
+            if anyone():
+                self._announce(args, treedef, [a.shape for a in filter(_is_array, leaves)])
+            key, made = self._prepared(args, leaves, treedef)
+            lowered = made.run.lower(*filter(_is_array, leaves))
+            self._under_way[key] = _compilers().submit(lowered.compile)
+            out = lowered.out_info
+            if made.kept:  # whose results are bound to their device
+                device = next(iter(jax.jit(jnp.zeros, static_argnums=0)(()).devices()))
+                here = jax.sharding.SingleDeviceSharding(device)
+                out = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for s in out]
+            return _filled(made.outcomes, out)
 
     def _announce(self, args, treedef, shapes) -> None:
         inner = args[0] if args and callable(args[0]) else self._f  # of `across`
@@ -123,11 +139,18 @@ class Program:
         tell(call[0], call not in self._seen)
         self._seen.add(call)
 
-    def _jit(self, name: str, options: dict):
-        if name not in self._jitted:
-            jit: Any = eqx.filter_jit
-            self._jitted[name] = jit(self._f, compiler_options=options)
-        return self._jitted[name]
+    def _prepared(self, args, leaves: list, treedef) -> tuple[Any, _Made]:
+        arrays, folder = list(filter(_is_array, leaves)), _folder()
+        backend = platform(arrays)
+        shapes = tuple((a.shape, str(a.dtype)) for a in arrays)
+        still = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+        key = (treedef, shapes, still, backend, folder, _version())
+        if key not in self._made:
+            made = None
+            if folder is not None and self._ours() and all(map(_known, args)):
+                made = self._keep(folder, backend, leaves, treedef, shapes)
+            self._made[key] = made or self._plain(backend, leaves, treedef)
+        return key, self._made[key]
 
     def _ours(self) -> bool:
         """Whether the function is one of this package, found under its name: then its source says what it does."""
@@ -135,10 +158,13 @@ class Program:
         found = getattr(sys.modules.get(f.__module__), f.__qualname__, None)
         return f.__module__.startswith(_PACKAGE) and (found is f or getattr(found, "_f", None) is f)
 
-    def _keep(self, folder: Path, backend: str, options: dict, leaves: list, treedef, shapes):
-        """(compiled function of the arrays, outcome with places for its results), from disk if it is there; None where
-        the arguments are not such that a later start could know them again."""
-        still = [None if eqx.is_array(leaf) else leaf for leaf in leaves]
+    def _plain(self, backend: str, leaves: list, treedef) -> _Made:
+        flat, outcomes = self._flat(leaves, treedef)
+        return _Made(jax.jit(flat, compiler_options=_options(backend, self._quick)), outcomes)
+
+    def _keep(self, folder: Path, backend: str, leaves: list, treedef, shapes) -> _Made | None:
+        """From disk, if it is there; None where the arguments are not such that a later start could know them again."""
+        still = [None if _is_array(leaf) else leaf for leaf in leaves]
         words = f"{treedef} {still}"
         plain = all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in still)
         one_device = all(len(a.devices()) == 1 for a in leaves if isinstance(a, jax.Array))
@@ -154,24 +180,46 @@ class Program:
                 exported, outcome = _read(path)  # what a later start will see
             except Exception:  # a folder that cannot be written, a program that cannot be exported
                 return None
-        return jax.jit(exported.call, compiler_options=options), outcome
+        return _Made(jax.jit(exported.call, compiler_options=_options(backend, self._quick)), [outcome], True)
 
-    def _export(self, backend: str, leaves: list, treedef):
-        is_array = [eqx.is_array(leaf) for leaf in leaves]
-        outcomes = []
+    def _flat(self, leaves: list, treedef) -> tuple[Callable, list]:
+        """The function of the arrays among `leaves` alone, and where the trees of its results will be."""
+        still, outcomes = [None if _is_array(leaf) else leaf for leaf in leaves], []
+        is_array = list(map(_is_array, leaves))
 
         def flat(*arrays):
             given = iter(arrays)
-            full = [next(given) if is_it else leaf for leaf, is_it in zip(leaves, is_array, strict=True)]
+            full = [next(given) if is_it else leaf for leaf, is_it in zip(still, is_array, strict=True)]
             out, out_def = jax.tree_util.tree_flatten(self._f(*jax.tree_util.tree_unflatten(treedef, full)))
             places = [_Place() if eqx.is_array(leaf) else leaf for leaf in out]
-            outcomes.append(jax.tree_util.tree_unflatten(out_def, places))
-            return [leaf for leaf in out if eqx.is_array(leaf)]
+            outcomes[:] = [jax.tree_util.tree_unflatten(out_def, places)]
+            # Weak types do not survive on disk, nor in shapes: what they are handed to would be made once more.
+            return [jax.lax.convert_element_type(leaf, leaf.dtype) for leaf in out if eqx.is_array(leaf)]
 
-        # Weak types do not survive on disk: results would be given another name the second time.
-        given = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves if eqx.is_array(leaf)]
+        return flat, outcomes
+
+    def _export(self, backend: str, leaves: list, treedef):
+        flat, outcomes = self._flat(leaves, treedef)
+        given = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves if _is_array(leaf)]
         exported = jax.export.export(jax.jit(flat), platforms=[backend])(*given)
         return exported, outcomes[-1]
+
+
+@contextlib.contextmanager
+def _own_rules():
+    with contextlib.ExitStack() as stack:
+        for rule in _RULES:
+            stack.enter_context(rule())
+        yield
+
+
+def _is_array(leaf) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(cores(), 2))
 
 
 def _known(tree) -> bool:
@@ -191,9 +239,9 @@ class _Place:
     """Where an array of the results belongs."""
 
 
-def _filled(outcome, arrays):
+def _filled(outcomes: list, arrays):
     given = iter(arrays)
-    return jax.tree_util.tree_map(lambda leaf: next(given) if isinstance(leaf, _Place) else leaf, outcome)
+    return jax.tree_util.tree_map(lambda leaf: next(given) if isinstance(leaf, _Place) else leaf, outcomes[-1])
 
 
 def _words(tree) -> Any:
@@ -344,43 +392,3 @@ def make_room(folder: Path, most: int) -> None:
         size += bytes_
         if size > most:
             file.unlink(missing_ok=True)
-
-
-#: Where a container is told how much of the processor it may use: microseconds, and in how many of them (cgroups 2, 1).
-_QUOTAS = (
-    ("/sys/fs/cgroup/cpu.max",),
-    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-)
-
-
-def cores() -> int:
-    """Cores that this process may use: those that it sees, or what its container grants where that is less."""
-    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in _QUOTAS:
-        with contextlib.suppress(OSError, ValueError):  # another system, or no limit ("max")
-            granted, period = map(float, " ".join(Path(file).read_text() for file in files).split())
-            if granted > 0:
-                seen = min(seen, max(1, round(granted / period)))
-    return seen
-
-
-def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
-    """`f` of every value, in their order, on up to four cores: a solve on a CPU keeps one of them busy.
-
-    The first call is made alone, since it may compile what the others share.
-    """
-    first, *others = values
-    yield f(first)
-    config: Any = jax.config
-    device = config.jax_default_device
-
-    def there(value):
-        with jax.default_device(device):  # which other threads do not see
-            return f(value)
-
-    pool = ThreadPoolExecutor(min(cores(), 4))
-    try:
-        for call in [pool.submit(there, value) for value in others]:
-            yield call.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -49,8 +49,8 @@ class LoraStage(Stage):
                 return a, jnp.full((2, 2) if ft.spare(fine) else (), jnp.nan)
             problem = ft.inner_problem(fine, order, d)
             low = wells.lowest(problem, found)
-            gaps = [response_gap(problem.terms(u)[2], problem.v, len(d.teacher)) for u in low.u]
-            gap = low.pick([g.reshape(-1, g.shape[-1]) for g in gaps]).reshape(gaps[0].shape)
+            gaps = jax.vmap(lambda u: response_gap(problem.terms(u)[2], problem.v, len(d.teacher)))(low.u)
+            gap = low.pick(gaps.reshape(len(gaps), -1, gaps.shape[-1])).reshape(gaps.shape[1:])
             return a, jnp.sum(d.weight * gap, -1)
 
         return in_blocks(block, nodes, inner)

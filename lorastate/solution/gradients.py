@@ -128,7 +128,7 @@ def total_slopes(setting: Setting, grads) -> dict[str, float]:
 
 def evaluate(setting: Setting, objective: str) -> Point:
     """An objective and its slopes, whatever became of the solves."""
-    return evaluated(setting, objective, solve_alone(Problem.of(setting)))
+    return evaluated(setting, objective, solve_alone(Problem.of(setting), (value_and_slopes, 0, objective)))
 
 
 def evaluated(setting: Setting, objective: str, found: Solves) -> Point:

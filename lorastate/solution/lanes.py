@@ -59,11 +59,16 @@ class Lanes(NamedTuple):
 
     def run(self, f: Callable, nodes: int, *given):
         """`f(problem, *given)` of every lane, by a program that suits the work at so many nodes."""
-        alone = self.mesh is None
-        slow = nodes * (_ALONE if alone else _ON_MESH) > _MUCH
-        if alone:
-            return _programs(f)[slow](self.problem, *given)
-        return _programs(across)[slow](f, self.mesh, self.problem, *given)
+        program = self._program(f, nodes)
+        return program(self.problem, *given) if self.mesh is None else program(f, self.mesh, self.problem, *given)
+
+    def ahead(self, f: Callable, nodes: int, *given):
+        """The shapes of `run(f, nodes, *given)` for a problem alone, whose program is compiled meanwhile."""
+        return self._program(f, nodes).ahead(self.problem, *given)
+
+    def _program(self, f: Callable, nodes: int) -> Program:
+        slow = nodes * (_ALONE if self.mesh is None else _ON_MESH) > _MUCH
+        return _programs(f if self.mesh is None else across)[slow]
 
     def where(self, flags) -> list[int]:
         """The lanes whose flag is up."""

@@ -23,7 +23,7 @@ from .gradients import searches_scale, with_best_scale
 from .lanes import Lanes
 from .pretraining import map_errors, symmetry_of
 from .problem import Problem, frozen_at
-from .solve import failure, or_nan, pretrained, solve_alone, traced_answer
+from .solve import answered, failure, or_nan, pretrained, solve_alone, traced_answer
 from .stage import final_status
 
 
@@ -211,7 +211,9 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
         setting = with_best_scale(setting)
     problem = Problem.of(setting)
     known = problem.known
-    values, errors, status, branches = solve_alone(problem).answer() if known else traced_answer(problem)
+    values, errors, status, branches = (
+        solve_alone(problem, answered(problem)).answer() if known else traced_answer(problem)
+    )
     if setting is not asked:
         errors["finetuning"]["recalibration"] = jnp.asarray(jnp.nan)  # of the search: not known
     solution = Solution(asked, values["pretraining"], values["finetuning"], errors, status, branches)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ..errors import Code, SolveError, succeeded
 from ..math.implicit import nan_slope
+from ..runtime.cores import cores
 from ..setting.stages import Pretraining
 from .finetuning import Answer, SecondStage, answer
 from .lanes import Lanes
@@ -31,7 +32,13 @@ class Solves(NamedTuple):
 
     def answer(self) -> Answer:
         """Every prediction (see `lorastate.solution.finetuning.answer`)."""
-        return self.lanes.run(answer, self.problem.numerics.finetuning_nodes, self.first, self.second)
+        f, nodes = answered(self.problem)
+        return self.lanes.run(f, nodes, self.first, self.second)
+
+
+def answered(problem: Problem) -> tuple:
+    """What `Solves.answer` runs, for `solve`."""
+    return answer, problem.numerics.finetuning_nodes
 
 
 # Several programs, not one: the compiler's time and memory grow faster than the size of a program, and gradients share
@@ -41,11 +48,33 @@ class Solves(NamedTuple):
 def pretrained(lanes: Lanes) -> FirstStage:
     """Pre-training alone, which is the same program for every fine-tuning stage."""
     alone = lanes._replace(problem=lanes.problem.pretraining_alone)
-    return alone.run(solve_pretraining, 4 * alone.problem.numerics.nodes)
+    return alone.run(*_pretraining(alone))
+
+
+def _pretraining(alone: Lanes) -> tuple:
+    return solve_pretraining, 4 * alone.problem.numerics.nodes
 
 
 def _symmetric(lanes: Lanes, first: FirstStage, alone: bool) -> SecondStage:
     return lanes.run(solve_symmetric, lanes.problem.numerics.finetuning_nodes, first, alone)
+
+
+#: Whether programs are compiled side by side, and the kinds of problems whose programs were.
+_AHEAD, _COMPILED = cores() > 1, set()
+
+
+def _compile_ahead(lanes: Lanes, then: tuple) -> None:
+    """The programs that a symmetric solution needs, compiled side by side: each is handed the shapes of what the one
+    before it will return."""
+    kind = jax.tree_util.tree_structure(lanes.problem), then
+    if not _AHEAD or kind in _COMPILED:
+        return
+    _COMPILED.add(kind)
+    alone = lanes._replace(problem=lanes.problem.pretraining_alone)
+    first = alone.ahead(*_pretraining(alone))
+    second = lanes.ahead(solve_symmetric, lanes.problem.numerics.finetuning_nodes, first, True)
+    for f, nodes, *more in () if lanes.problem.numerics.symmetry == "1rsb" else then:
+        lanes.ahead(f, nodes, first, second, *more)
 
 
 def _broken(lanes: Lanes, first: FirstStage, coarse) -> SecondStage:
@@ -86,8 +115,10 @@ def solve(lanes: Lanes) -> Iterator[tuple[list[int], Solves]]:
         yield marginal, Solves(lanes, first, second)
 
 
-def solve_alone(problem: Problem) -> Solves:
-    """`solve` for a lane of one."""
+def solve_alone(problem: Problem, *then: tuple) -> Solves:
+    """`solve` for a lane of one. `then`: what will be run next, each with its `nodes` and what it is given beside both
+    stages (see `Lanes.run`)."""
+    _compile_ahead(Lanes(problem), then)
     *_, (_, found) = solve(Lanes(problem))
     return found
 

@@ -105,17 +105,13 @@ def response_gap(hess, scale, along: int):
     Where `along` is less than the number n of unknowns, of the four blocks before and from it on: (2, 2, N).
     """
     n, nodes = hess.shape[0], hess.shape[2]
-    scale = jnp.broadcast_to(scale, (n, 1))
-    parts = [slice(along)] if along >= n else [slice(along), slice(along, n)]
-    total = []
-    for part in parts:
-        sums = [jnp.zeros((nodes,))] * len(parts)
-        for i in range(n)[part]:
-            e = jnp.zeros((n, nodes)).at[i].set(1.0)
-            square = (ldl_solve(hess, e)[0] / scale[i] - e) ** 2
-            sums = [total + jnp.sum(square[rows], 0) for total, rows in zip(sums, parts, strict=True)]
-        total.append(jnp.stack(sums))
-    return total[0][0] if along >= n else jnp.stack(total, 1)
+    scale, eye = jnp.broadcast_to(scale, (n, 1)), jnp.eye(n)[:, :, None]
+    columns = jax.vmap(lambda e: ldl_solve(hess, e)[0])(jnp.broadcast_to(eye, (n, n, nodes)))
+    square = (columns / scale[:, :, None] - eye) ** 2  # (column, row, N)
+    if along >= n:
+        return jnp.sum(square, (0, 1))
+    parts = slice(along), slice(along, n)
+    return jnp.stack([jnp.stack([jnp.sum(square[a, b], (0, 1)) for a in parts]) for b in parts])
 
 
 def status_of(point: FixedPoint) -> dict[str, Any]:
@@ -203,7 +199,9 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
     def error(v):
         return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
 
-    errors = {k: jnp.hypot(error(v), jnp.mean(v) - values[k]) for k, v in of_replicas.items()}
+    known = jnp.stack([jnp.asarray(v) for v in of_replicas.values()], 1)
+    off = jnp.mean(known, 0) - jnp.stack([jnp.asarray(values[k]) for k in of_replicas])
+    errors = dict(zip(of_replicas, jnp.hypot(error(known), off), strict=True))
     x = solved.point.x
     off = jnp.abs(numbers(x + solved.point.offset) - numbers(x))
     known = jnp.minimum(error(jax.vmap(numbers)(xs)), _COARSE)

@@ -42,10 +42,12 @@ def _isolated_root(e1: Array, e2: Array, e3: Array) -> Array:
     one = u + m2 / jnp.where(u > 0, u, 1.0)
     three = 2 * m * jnp.cos(jnp.arccos(jnp.minimum(size / jnp.where(m > 0, m**3, 1.0), 1.0)) / 3)
     r = c + jnp.where(half < 0, -1.0, 1.0) * jnp.where(disc < 0, three, one)
-    for _ in range(2):
+
+    def newton(_, r):
         slope = (3 * r - 2 * e1) * r + e2
-        r = r - (((r - e1) * r + e2) * r - e3) / jnp.where(slope == 0, 1.0, slope)
-    return r
+        return r - (((r - e1) * r + e2) * r - e3) / jnp.where(slope == 0, 1.0, slope)
+
+    return lax.fori_loop(0, 2, newton, r)
 
 
 def _root(x: Array, delta: Array, kappa0: Array) -> tuple[Array, Array]:
@@ -74,7 +76,9 @@ def _root(x: Array, delta: Array, kappa0: Array) -> tuple[Array, Array]:
     real = jnp.where((first > 0) & (first < s), first, second)
     inside = disc < 0
     a, y = jnp.where(inside, mid, real), jnp.where(inside, gap, 0.0)
-    for _ in range(2):
+
+    def newton(_, point):
+        a, y = point
         g2, h2, c = a * a + y * y, (s - a) ** 2 + y * y, s - a
         ur, ui, vr, vi = a / g2, y / g2, c / h2, -y / h2
         fr, fi = ur + d2 * a + kappa0 * vr - x, ui - d2 * y + kappa0 * vi
@@ -85,8 +89,9 @@ def _root(x: Array, delta: Array, kappa0: Array) -> tuple[Array, Array]:
         da, dy = (fr * pr + fi * pi) / p2, (fr * pi - fi * pr) / p2
         # A step comparable with the distance to the colliding root is rounding noise.
         good = da * da + dy * dy < gap * gap / 16
-        a, y = jnp.where(good, a - da, a), jnp.abs(jnp.where(good, y - dy, y))
-    return a, y
+        return jnp.where(good, a - da, a), jnp.abs(jnp.where(good, y - dy, y))
+
+    return lax.fori_loop(0, 2, newton, (a, y))
 
 
 @jax.custom_jvp
