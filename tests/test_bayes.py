@@ -83,13 +83,10 @@ def test_own_softmax_on_the_best_map_is_softmax():
         stages = pre(activation=activation, tokens=2), ls.Finetuning(3.0, 1.0, inputs="bayes_optimal")
         return ls.Setting(*stages, ls.Numerics(nodes=1024, finetuning_nodes=16384, replicas=4, symmetry="rs"))
 
-    (mine, slopes), (theirs, known) = (
-        (ls.predict(setting(a)), ls.gradient(setting(a))[1]) for a in (OWN["softmax"], "softmax")
-    )
-    bar = np.hypot(*(s.stderr("finetuning", "test_error") for s in (mine, theirs)))
-    assert float(mine.test_error) == pytest.approx(float(theirs.test_error), abs=4 * float(bar))
-    assert float(mine.effective_noise) == pytest.approx(float(theirs.effective_noise), rel=1e-10)
-    sharp, wanted = (ls.gradient(setting(a), of="effective_noise")[1] for a in (OWN["softmax"], "softmax"))
+    (mine, slopes), (theirs, known) = (ls.gradient(setting(a)) for a in (OWN["softmax"], "softmax"))
+    assert mine == pytest.approx(theirs, rel=0.01)  # on other nodes
+    (noise, sharp), (its, wanted) = (ls.gradient(setting(a), of="effective_noise") for a in (OWN["softmax"], "softmax"))
+    assert noise == pytest.approx(its, rel=1e-10)
     for path in ("pretraining.alpha", "pretraining.delta", "pretraining.kappa0"):
         assert sharp[path] == pytest.approx(wanted[path], rel=1e-8)
         assert slopes[path] == pytest.approx(known[path], rel=0.06, abs=5e-3)
@@ -256,9 +253,9 @@ def test_much_data_leaves_the_fisher_information(tokens, activation):
 
 
 def test_more_data_and_less_noise_are_never_worse():
-    by_alpha = [known(alpha, 0.5).q for alpha in (0.05, 0.12, 0.5, 10.0, 1e3, 1e5)]
+    by_alpha = [known(alpha, 0.5).q for alpha in (0.05, 0.12, 0.5, 1e3)]
     assert by_alpha[0] == 0.0 and np.all(np.diff(by_alpha) >= 0) and by_alpha[2] > 0.5
-    by_noise = [known(0.5, noise).q for noise in (1.0, 0.1, 1e-4, 1e-8, 0.0)]
+    by_noise = [known(0.5, noise).q for noise in (1.0, 1e-4, 1e-8, 0.0)]
     assert np.all(np.diff(by_noise) >= 0) and by_noise[-1] == pytest.approx(1.0, abs=1e-11)
 
 

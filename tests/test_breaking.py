@@ -268,7 +268,7 @@ def test_a_second_step_changes_little(glass):
     assert change and max(map(abs, change.values())) > 0
     assert abs(change["test_error"]) < 0.02 * float(glass.test_error)
     assert abs(change["free_energy"]) < 0.01 * float(glass.free_energy)
-    smooth = ls.predict(ls.Setting(ls.Pretraining(0.1, 0.1, activation="identity"), ls.Finetuning(3.0, 0.5), SMALL))
+    smooth = ls.predict(ls.Setting(ls.Pretraining(0.3, 0.1, tokens=2), ls.Finetuning(3.0, 1.0), SMALL))
     assert set(ls.breaking_error(smooth).values()) == {0.0}
 
 
@@ -344,7 +344,7 @@ def test_y_finds_its_place_on_any_nodes():
 
 
 def test_smooth_settings_are_symmetric():
-    s = ls.Setting(ls.Pretraining(0.1, 0.01), ls.Finetuning(3.0, 0.5), SMALL)
+    s = ls.Setting(ls.Pretraining(0.3, 0.1, tokens=2), ls.Finetuning(3.0, 1.0), SMALL)
     solution = ls.predict(s)
     assert solution.symmetry == "replica symmetric"
     f = plain(solution.finetuning)

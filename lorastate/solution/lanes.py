@@ -85,5 +85,5 @@ class Lanes(NamedTuple):
         )
         return self._replace(problem=self.problem.at(stages), count=len(index)), tree
 
-    def with_broken(self, deep: bool) -> Lanes:
+    def with_broken(self, deep: int) -> Lanes:
         return self._replace(problem=self.problem.with_broken(deep))

@@ -21,7 +21,8 @@ _PLAIN, _LORA = 2048, 4096
 #: Where symmetry is broken: nodes of fine-tuning for one that has samples inside, and nodes of a part.
 _FEWER, _BROKEN_PART = 4, 256
 #: A glass is deep where (q - p)/q is above `DEEP`, or where no solution was found: samples at a node are then so many
-#: times more. With few the averages over minima, weighted by exp(-y f), are those of one or two samples.
+#: times more. With few the averages over minima, weighted by exp(-y f), are those of one or two samples. Where y has no
+#: place even so they are once more so many more, at as many fewer nodes.
 DEEP, _MORE = 0.4, 4
 
 
@@ -79,13 +80,14 @@ def _plain(d: int, count: int, numerics: Numerics, stream: int, part: int) -> No
     return gaussian_nodes(d, count, numerics.replicas, seed, () if large else None, part=part if large else None)
 
 
-def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics, deep: bool = False) -> NodeSets:
-    """The node sets with those for one step of breaking, with more samples for a `deep` glass."""
+def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics, deep: int = 0) -> NodeSets:
+    """The node sets with those for one step of breaking, with more samples for a `deep` glass (1, or 2: last resort)."""
     assert fine.tokens is not None
-    count, r = max(numerics.finetuning_nodes // _FEWER, 64 * numerics.replicas), numerics.replicas
+    fewer = _FEWER * (_MORE if deep > 1 else 1)
+    count, r = max(numerics.finetuning_nodes // fewer, 64 * numerics.replicas), numerics.replicas
     order = ft.node_order(fine) if count >= r * _LORA // _FEWER else None
     broken = nested_nodes(
         ft.node_dimension(fine), count, r, int(nodes.seed), ft.mirrored(fine), order, _BROKEN_PART,
-        fine.rank * fine.tokens, (numerics.samples * (_MORE if deep else 1),),
+        fine.rank * fine.tokens, (numerics.samples * _MORE**deep,),
     )  # fmt: skip
     return nodes._replace(broken=broken)

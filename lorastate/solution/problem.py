@@ -63,8 +63,8 @@ class Problem(NamedTuple):
         # (What is made of nothing inside a transformation is a tracer, even where all fields are known.)
         return all(map(is_concrete, (*jax.tree_util.tree_leaves(self.stages), jnp.zeros(()))))
 
-    def with_broken(self, deep: bool = False) -> Problem:
-        """With nodes for one step of symmetry breaking, more samples at each for a `deep` glass."""
+    def with_broken(self, deep: int = 0) -> Problem:
+        """With nodes for one step of symmetry breaking, more samples at each for a `deep` glass (see `with_broken`)."""
         return self._replace(nodes=with_broken(self.nodes, self.fine, self.numerics, deep))
 
     def frozen(self, x) -> FrozenMap:

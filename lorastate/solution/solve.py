@@ -87,20 +87,25 @@ def solve(lanes: Lanes) -> Iterator[tuple[list[int], Solves]]:
     several counts in the last one.
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
-    with one step of symmetry breaking, in a deep glass once more with more samples, or, if `numerics.symmetry` asks for
-    it, with nodes that have two wells. Where that fails, and the symmetric solution is unstable by a little only, it is
-    taken. Outside of transformations only: there is nothing to look at inside.
+    with one step of symmetry breaking, in a deep glass once more with more samples, and where that fails with more yet;
+    or, if `numerics.symmetry` asks for it, with nodes that have two wells. Where breaking fails, and the symmetric
+    solution is unstable by a little only, that is taken. Outside of transformations only: there is nothing to look at
+    inside.
     """
-    index, rs = list(range(lanes.count)), lanes.problem.numerics.symmetry == "rs"
+    index, near, rs = list(range(lanes.count)), [], lanes.problem.numerics.symmetry == "rs"
     first = pretrained(lanes)
     second = _symmetric(lanes, first, True)
     coarse, begin = second.coarse, Solves(lanes, first, second)
-    for deep in (False,) if rs else (False, True):
-        again = lanes.where(second.rough)
+    for deep in (0,) if rs else (0, 1, 2):
+        again = lanes.where(second.rough if deep < 2 else ~succeeded(second.solved.point.code))
+        if deep == 2:
+            marginal = begin.lanes.where(begin.second.marginal)
+            near = [index[k] for k in again if index[k] in marginal]
+            again = [k for k in again if index[k] not in marginal]
         if len(again) < lanes.count:
             yield index, Solves(lanes, first, second)
         if not again:
-            return
+            break
         index = [index[k] for k in again]
         lanes, (first, coarse) = lanes.take(again, (first, coarse))
         if rs:
@@ -108,11 +113,11 @@ def solve(lanes: Lanes) -> Iterator[tuple[list[int], Solves]]:
         else:
             lanes = lanes.with_broken(deep)
             second = _broken(lanes, first, coarse)
-    yield index, Solves(lanes, first, second)
-    failed = {index[k] for k in lanes.where(~succeeded(second.solved.point.code))}
-    if marginal := sorted(failed.intersection(begin.lanes.where(begin.second.marginal))):
-        lanes, (first, second) = begin.lanes.take(marginal, (begin.first, begin.second))
-        yield marginal, Solves(lanes, first, second)
+    else:
+        yield index, Solves(lanes, first, second)
+    if near:
+        lanes, (first, second) = begin.lanes.take(near, (begin.first, begin.second))
+        yield near, Solves(lanes, first, second)
 
 
 def solve_alone(problem: Problem, *then: tuple) -> Solves:
