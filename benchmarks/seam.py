@@ -5,17 +5,24 @@
 prints, along the label noise of a softmax setting that leaves the replica-symmetric phase (T = 3, and T = 2), E', o_w
 and phi with their error bars, and elasticities d log E'/d log Delta and d log Q/d log Delta: implicit derivatives
 beside central differences over the neighbours, 4 per cent away.
+
+    python benchmarks/seam.py --gradients
+
+prints elasticities of E' in two glasses beside central differences with steps of 4 per cent, mean over three seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
 
 jax.config.update("jax_enable_x64", True)
+
+from broken import SETTINGS as BROKEN  # noqa: E402
 
 import lorastate as ls  # noqa: E402
 
@@ -48,10 +55,42 @@ def _map_slope(setting: ls.Setting, x: float) -> float:
     return float(jax.grad(log_q)(x)) * x
 
 
+#: Two glasses, and the fields in which E' is differentiated there.
+GLASSES = ("A", "figure 1 right")
+FIELDS = ("pretraining.lam", "pretraining.delta", "finetuning.lam", "finetuning.alpha")
+
+
+def elasticities() -> None:
+    print("| |" + " | ".join(FIELDS) + " |\n" + "|---" * (1 + len(FIELDS)) + "|")
+    for name in GLASSES:
+        pre, fine = BROKEN[name]
+        found = {"derivative": [], "difference": []}
+        for seed in range(3):
+            setting = ls.Setting(ls.Pretraining(**pre), ls.Finetuning(**fine), ls.Numerics(seed=seed))
+            error, slopes = ls.gradient(setting)
+            at = {path: float(ls.get(setting, path)) for path in FIELDS}
+            found["derivative"].append([slopes[path] * x / error for path, x in at.items()])
+            found["difference"].append([_difference(setting, path, x) for path, x in at.items()])
+        for kind, rows in found.items():
+            mean, bar = np.mean(rows, 0), np.std(rows, 0, ddof=1) / np.sqrt(len(rows))
+            cells = (f"{m:.4f}({b:.4f})" for m, b in zip(mean, bar, strict=True))
+            print(f"| {name}, {kind} | " + " | ".join(cells) + " |", flush=True)
+
+
+def _difference(setting: ls.Setting, path: str, x: float) -> float:
+    low, high = (float(ls.predict(ls.replace(setting, path, x * f)).test_error) for f in (1 / RATIO, RATIO))
+    return float(np.log(high / low)) / (2 * np.log(RATIO))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=4, help="on either side of the line")
+    parser.add_argument("--gradients", action="store_true", help="elasticities in two glasses")
     options = parser.parse_args()
+    if options.gradients:
+        warnings.simplefilter("ignore", ls.SlopeWarning)
+        elasticities()
+        return
     for title, (pre, fine) in SETTINGS.items():
         setting = ls.Setting(ls.Pretraining(**pre), ls.Finetuning(**fine))
         line = float(ls.instability_threshold(setting, FIELD, 0.1, 3.0))

@@ -7,7 +7,7 @@ import lorastate as ls
 
 @pytest.mark.parametrize("activation, channel", [("identity", {}), ("identity", {"inputs": "reused"}), ("softmax", {})])
 def test_another_solver_agrees(activation, channel):
-    pre = ls.Pretraining(alpha=0.1, lam=0.1, activation=activation)
+    pre = ls.Pretraining(alpha=0.1, lam=0.1, activation=activation, tokens=2)
     setting = ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.5, **channel), ls.Numerics(512, 1024, 2))
     found = ls.cross_check(setting)
     assert max(found["residual"].values()) < 1e-9

@@ -71,7 +71,7 @@ def test_one_well_alone_says_where_there_may_be_two(draws):
 def test_derivatives_see_jumps():
     """E of the minimiser of a double well in one dimension, (u^2 - 1)^2 + (u - x)^2 / (2 v), x ~ N(a, 1): in a it moves
     by the jump at x = 0 times the density there, which differentiation node by node leaves out."""
-    x = np.random.default_rng(0).normal(size=400_000)
+    x = np.random.default_rng(0).normal(size=100_000)
     grid = np.linspace(-4, 4, 4001)
     v = 0.5
     best = np.array([grid[np.argmin((grid**2 - 1) ** 2 + (grid - y) ** 2 / (2 * v))] for y in np.linspace(-5, 5, 2001)])
