@@ -81,7 +81,7 @@ def _plain(d: int, count: int, numerics: Numerics, stream: int, part: int) -> No
 
 
 def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics, deep: int = 0) -> NodeSets:
-    """The node sets with those for one step of breaking, with more samples for a `deep` glass (1, or 2: last resort)."""
+    """The node sets with those for one step of breaking, with more samples for a `deep` glass (1; 2: last resort)."""
     assert fine.tokens is not None
     fewer = _FEWER * (_MORE if deep > 1 else 1)
     count, r = max(numerics.finetuning_nodes // fewer, 64 * numerics.replicas), numerics.replicas
