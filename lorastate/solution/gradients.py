@@ -87,7 +87,7 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
 
 def slopes_at(found: Solves, objective: str):
     """`value_and_slopes` of every lane; compilation is most of their time."""
-    return found.lanes.run(value_and_slopes, 0, found.first, found.second, objective)
+    return found.run(value_and_slopes, 0, objective)
 
 
 def check_objective(name: str) -> str:

@@ -47,7 +47,12 @@ class Problem(NamedTuple):
     def pretraining_alone(self) -> Problem:
         """Pre-training alone, whose program is then that of every fine-tuning stage."""
         none: Any = None
-        return self._replace(fine=none, nodes=self.nodes.pretraining_alone)
+        return self.found._replace(fine=none, nodes=self.nodes.pretraining_alone)
+
+    @property
+    def found(self) -> Problem:
+        """The problem without the phase that was asked for, which plays no part in what is made of a solution."""
+        return self._replace(numerics=self.numerics.changed(symmetry="auto"))
 
     @property
     def stages(self) -> tuple[Pretraining, Finetuning]:

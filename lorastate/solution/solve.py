@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +32,11 @@ class Solves(NamedTuple):
 
     def answer(self) -> Answer:
         """Every prediction (see `lorastate.solution.finetuning.answer`)."""
-        f, nodes = answered(self.problem)
-        return self.lanes.run(f, nodes, self.first, self.second)
+        return self.run(*answered(self.problem))
+
+    def run(self, f: Callable, nodes: int, *more):
+        """`f(problem, first, second, *more)` of every lane (see `Lanes.run`)."""
+        return self.lanes._replace(problem=self.problem.found).run(f, nodes, self.first, self.second, *more)
 
 
 def answered(problem: Problem) -> tuple:
@@ -73,8 +76,9 @@ def _compile_ahead(lanes: Lanes, then: tuple) -> None:
     alone = lanes._replace(problem=lanes.problem.pretraining_alone)
     first = alone.ahead(*_pretraining(alone))
     second = lanes.ahead(solve_symmetric, lanes.problem.numerics.finetuning_nodes, first, True)
-    for f, nodes, *more in () if lanes.problem.numerics.symmetry == "1rsb" else then:
-        lanes.ahead(f, nodes, first, second, *more)
+    found = lanes._replace(problem=lanes.problem.found)
+    for f, nodes, *more in then if lanes.problem.numerics.symmetry == "auto" else ():
+        found.ahead(f, nodes, first, second, *more)
 
 
 def _broken(lanes: Lanes, first: FirstStage, coarse) -> SecondStage:
