@@ -128,8 +128,7 @@ class Program:
             self._under_way[key] = _compilers().submit(lowered.compile)
             out = lowered.out_info
             if made.kept:  # whose results are bound to their device
-                device = next(iter(jax.jit(jnp.zeros, static_argnums=0)(()).devices()))
-                here = jax.sharding.SingleDeviceSharding(device)
+                here = jnp.zeros(()).sharding
                 out = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for s in out]
             return _filled(made.outcomes, out)
 

@@ -40,7 +40,7 @@ class Solves(NamedTuple):
 
 
 def answered(problem: Problem) -> tuple:
-    """What `Solves.answer` runs, for `solve`."""
+    """What `Solves.answer` runs, as `solve_alone` is told of it."""
     return answer, problem.numerics.finetuning_nodes
 
 

@@ -199,9 +199,9 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
     def error(v):
         return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
 
-    known = jnp.stack([jnp.asarray(v) for v in of_replicas.values()], 1)
-    off = jnp.mean(known, 0) - jnp.stack([jnp.asarray(values[k]) for k in of_replicas])
-    errors = dict(zip(of_replicas, jnp.hypot(error(known), off), strict=True))
+    table = jnp.stack([jnp.asarray(v) for v in of_replicas.values()], 1)
+    bias = jnp.mean(table, 0) - jnp.stack([jnp.asarray(values[k]) for k in of_replicas])
+    errors = dict(zip(of_replicas, jnp.hypot(error(table), bias), strict=True))
     x = solved.point.x
     off = jnp.abs(numbers(x + solved.point.offset) - numbers(x))
     known = jnp.minimum(error(jax.vmap(numbers)(xs)), _COARSE)
