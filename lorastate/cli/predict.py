@@ -87,24 +87,26 @@ class Predict:
         from ..runtime.progress import listening
         from ..solution import solution
 
-        pool, under_way = ThreadPoolExecutor(1), []
+        # Beside the answer, but not before its last program is compiled: until then it would be in the way.
+        beside = {"solve_broken": solution.symmetric_solution, "answer": limits_of}
+        pool, under_way = ThreadPoolExecutor(1), {}
 
-        def begin(name: str = "answer", _: bool = False) -> None:
-            # Not before the last program is compiled: until then it would be in the way.
-            if name == "answer" and not under_way:
-                under_way.append(pool.submit(limits_of, setting))
+        def begin(name: str, _: bool = False) -> None:
+            if name in beside and name not in under_way:
+                under_way[name] = pool.submit(beside[name], setting)
 
         try:
             with listening(begin):
                 found = solution.predict(setting, throw=False)
-            begin()
-            limits = under_way[0].result()
+            begin("answer")
+            limits = under_way["answer"].result()
+            broken = found.ok and found.symmetry == "one-step broken"
+            rs = under_way["solve_broken"].result() if broken else None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         summary = found.summary()
         summary["bayes_optimal"] = limits.summary() if limits else None
-        broken = summary["symmetry"] == "one-step broken"
-        summary["rs"] = found.rs if broken else None
+        summary["rs"] = rs
         if self.breaking_error and found.ok:
             summary["breaking_error"] = second_step.breaking_error(found)
         if self.cross_check and found.ok:

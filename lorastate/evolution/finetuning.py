@@ -326,7 +326,16 @@ def refresh_inner(fine, frozen, order: Order, nodes: Nodes, found: Wells, steps:
 
 def averages_of(fine, frozen, order: Order, nodes: Nodes, found: Wells) -> Averages:
     """`averages` from one part of the nodes."""
-    return in_blocks(lambda n, w: averages(fine, order, draws(fine, frozen, n), w), nodes, found)
+    a = in_blocks(lambda n, w: averages(fine, order, draws(fine, frozen, n), w), nodes._replace(control=None), found)
+    return controlled(a, order, nodes)
+
+
+def controlled(a: Averages, order: Order, nodes: Nodes) -> Averages:
+    """Averages over nodes with what their control variate adds (see `lorastate.evolution.control`)."""
+    if nodes.control is None:
+        return a
+    more = nodes.control._replace(teacher=order.overlap * nodes.control.teacher)
+    return jax.tree_util.tree_map(jnp.add, a, more)
 
 
 def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, Wells]):

@@ -58,7 +58,7 @@ def spectrum(out, training: Training | None = None, progress: bool = True) -> li
 def phase(out, training: Training | None = None, progress: bool = True) -> list[Path]:
     """o_w over alpha' and Delta_eff, identity (which sees the channel through Delta_eff alone), with the thresholds of
     weak recovery and the line on which replica symmetry breaks."""
-    numerics = Numerics(nodes=1024, finetuning_nodes=2048, replicas=4)
+    numerics = Numerics(nodes=2048, finetuning_nodes=8192, replicas=4)
     base = Setting(Pretraining(0.3, 0.05, activation="identity", delta=0.01), Finetuning(1.0, 0.5, delta=0.0), numerics)
     gap = float(predict(base).effective_noise)
     noises, alphas = gap + np.geomspace(0.05, 4.0, 9), np.geomspace(0.08, 3.0, 15)
@@ -80,10 +80,16 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     axes.set_facecolor("0.8")  # of points that failed
     mesh = axes.pcolormesh(alphas, noises, overlaps, shading="nearest", cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(mesh, label=axis_label("overlap"))
+    # Where symmetry comes back along a line there are more places than one: a line through all would lead nowhere.
+    joined = "-" if [noise for noise, _ in lines["instability"]] == noises.tolist() else ""
     for name, style, label in (
         ("weak_recovery", {"color": "w"}, "weak recovery, trained"),
         ("weak_recovery_bayes_optimal", {"color": "w", "ls": "--"}, "weak recovery, Bayes-optimal"),
-        ("instability", {"color": "C1", "ls": "", "marker": "o", "ms": 4, "clip_on": False}, "replica symmetry breaks"),
+        (
+            "instability",
+            {"color": "C1", "ls": joined, "marker": "o", "ms": 4, "clip_on": False},
+            "replica symmetry breaks",
+        ),
     ):
         found = [pair for pair in lines[name] if pair[1] is not None]
         axes.plot([alpha for _, alpha in found], [noise for noise, _ in found], lw=1.6, label=label, **style)

@@ -37,6 +37,7 @@ _COLD, _WARM, _AWAY = 0, 1, 2
 class _Climb(NamedTuple):
     at: Iterated  # where the last pass that succeeded ended, with the memory of the last one
     trial: Any
+    known: Any  # whether any pass has succeeded
     way: Any  # how the trial was come to: `_WARM`, `_COLD` or `_AWAY`
     slope: Any
     length: Any  # of the next step at most, in every outer coordinate
@@ -81,8 +82,9 @@ def climb(
         # Over a short way what the passes leave undone is more than what the map does.
         far = jnp.max(jnp.abs(move[m:])) > 100 * rules.tolerance
         jac = broyden(new.jacobian, move, change, good & warm & far)
-        # What does not succeed from cold, the first pass or one that was made again, ends the climb.
-        last, repelled = ~good & (s.way == _COLD), warm & (new.point.code == Code.unstable)
+        # What does not succeed from cold, the first pass (but for one that repels) or one made again, ends the climb.
+        repelled = (new.point.code == Code.unstable) & (warm | ((s.passes == 0) & (tries > 0)))
+        last = ~good & ((s.way == _COLD) | ~s.known) & ~repelled
         at = jax.tree_util.tree_map(lambda a, b: jnp.where(good | last, a, b), new._replace(memory=None, jacobian=jac),
                                     s.at._replace(memory=None))._replace(memory=new.memory)  # fmt: skip
         answer, bend = curvature(at.jacobian, fmap.outer)
@@ -98,12 +100,12 @@ def climb(
         up = jnp.where(good, up, 0.0)
         trial = jnp.where(repelled, away(new.point.x), at.point.x + jnp.concatenate([answer @ up, up]))
         way = jnp.where(good, _WARM, jnp.where(repelled, _AWAY, _COLD))
-        return _Climb(at, trial, way, slope, length, s.passes + 1, s.steps + new.point.steps, done)
+        return _Climb(at, trial, s.known | good, way, slope, length, s.passes + 1, s.steps + new.point.steps, done)
 
     zero, count, no, none = jnp.zeros((), x0.dtype), jnp.array(0), jnp.array(False), jnp.zeros(fmap.outer)
     blank = FixedPoint(x0, count, zero, zero, zero, zero, x0, count)
     start = Iterated(blank, x0, jac0, memory)
-    begin = _Climb(start, x0, jnp.array(_COLD), none, none + _STRIDE, count, count, no)
+    begin = _Climb(start, x0, no, jnp.array(_COLD), none, none + _STRIDE, count, count, no)
     s = jax.lax.while_loop(lambda s: ~s.done & (s.passes <= tries + jnp.where(s.way == _WARM, 0, _BACK)), one, begin)
     g = s.at.image - s.at.point.x
     offset = jnp.abs(uphill_step(s.at.jacobian, g, fmap.outer, _STRIDE))

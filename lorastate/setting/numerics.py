@@ -22,7 +22,7 @@ class Numerics(eqx.Module):
     `finetuning_nodes`: the same for fine-tuning (default 4 x `nodes`); `seed` of the scrambles; `tolerance` on the true
     residual; `max_steps` of the fixed-point solver. `symmetry` of fine-tuning: "auto" (replica symmetric where that is
     stable, one step of breaking elsewhere), "rs" or "1rsb" throughout; with one step a quarter of the nodes has
-    `samples` each inside (a power of two).
+    `samples` each inside (a power of two), and all serve as control variate (see `lorastate.evolution.control`).
     """
 
     nodes: int = eqx.field(static=True, default=16384)

@@ -53,7 +53,8 @@ class LoraStage(Stage):
             gap = low.pick(gaps.reshape(len(gaps), -1, gaps.shape[-1])).reshape(gaps.shape[1:])
             return a, jnp.sum(d.weight * gap, -1)
 
-        return in_blocks(block, nodes, inner)
+        a, gap = in_blocks(block, nodes._replace(control=None), inner)
+        return ft.controlled(a, order, nodes), gap
 
     def image(self, averages, x):
         return ft.order_parameters(self.fine, ft.order_at(self.fine, x), averages[0]).encode()
@@ -79,7 +80,9 @@ class LoraStage(Stage):
         c, norms = ft.conjugates(fine, order, a), order.norms(q0)
         live = norms[-1] > LIVE
         phi = ft.free_energy(fine, order, a)
-        m, p, q = (jnp.where(live, v, 0.0) for v in (order.overlap, norms[0], norms[-1]))
+        # Of w and -w, which are one solution, the one on the teacher's side.
+        side = jnp.where(order.overlap < 0, -1.0, 1.0)
+        m, p, q = (jnp.where(live, v, 0.0) for v in (side * order.overlap, norms[0], norms[-1]))
         none, broken = jnp.full((), jnp.nan), jnp.array(False)
         breaking = complexity = none
         if order.levels:
@@ -87,7 +90,7 @@ class LoraStage(Stage):
             breaking = jnp.where(broken, order.breaking[0], none)
             complexity = jnp.where(broken, order.breaking[0] ** 2 * ft.energy_slopes(fine, order, a)[0], none)
         (best, lowest), adapted = minimum(self.best_factor, errors["test_error"][2:]), jnp.max(norms[-1]) > LIVE
-        hats = {"qhat": c.qhat, "mhat": c.mhat, "lhat": c.lhat}
+        hats = {"qhat": c.qhat, "mhat": side * c.mhat, "lhat": c.lhat}
         return {
             **_by_direction({"v": order.response, "m": m, "p": p, "q": q, **hats}),
             "overlap": lora_overlap(fine, order),
@@ -127,7 +130,7 @@ def lora_overlap(fine: Finetuning, order: Order):
     size = jnp.sqrt(jnp.sum(n * order.norm(ft.TEACHER_SIZE) ** 2))
     live = size > LIVE
     most = jnp.sqrt(k * jnp.where(live, size, 1.0) * (ft.TEACHER_SIZE * np.sqrt(fine.teacher_rank)))
-    return jnp.where(live, jnp.sum(n * order.overlap) / most, jnp.nan)
+    return jnp.where(live, jnp.abs(jnp.sum(n * order.overlap)) / most, jnp.nan)
 
 
 def train_error(fine: Finetuning, order: Order, phi):
@@ -187,15 +190,16 @@ class Branches(NamedTuple):
 
 
 class SecondStage(NamedTuple):
-    """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
-    was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
-    breaking the glass is deep (where `numerics.symmetry` is not "auto": whether another search is asked for). `coarse`
-    (n,): where the first stage of the informative search ended. `marginal`: solved, with one well everywhere, and the
-    replicon hardly above one."""
+    """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, the control
+    variate of the nodes, if any, and whether it was too `rough`: nothing was solved, wells were found where none should
+    be, the replicon is not below one, or with breaking the glass is deep (where `numerics.symmetry` is not "auto":
+    whether another search is asked for). `coarse` (n,): where the first stage of the informative search ended.
+    `marginal`: solved, with one well everywhere, and the replicon hardly above one."""
 
     solved: Solved
     branches: Branches
     found: Any
+    control: Any
     rough: Any
     coarse: Any
     marginal: Any
@@ -217,7 +221,7 @@ def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage
     at = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse)
     best = near_minimum(AdaptedLayer(*problem.stages, frozen, ft.order_at(problem.fine, at)), nodes.finetuning_test)
     stage = LoraStage(problem.fine, frozen, problem.pre, best)
-    const = problem.nodes_at(solved.point.x, second.found), solved.inner
+    const = problem.nodes_at(solved.point.x, second.found, second.control), solved.inner
     x = attached(stage, solved, const, at)
     values = stage.predictions(x, mean(averages(stage, x, *const)), test_errors(stage, x, nodes.tests))
     return {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
@@ -232,7 +236,7 @@ def quadrature_errors(problem: Problem, first: FirstStage, second: SecondStage, 
     def make(map_x):
         return LoraStage(problem.fine, problem.frozen(map_x), problem.pre, values["best_adapter_factor"])
 
-    nodes, test = problem.nodes_at(solved.point.x, second.found), problem.nodes.tests
+    nodes, test = problem.nodes_at(solved.point.x, second.found, second.control), problem.nodes.tests
     of_lora, _ = error_bars(make, solved, nodes, test, problem.numerics.replicas, values, map_x)
     return of_map, of_lora
 

@@ -54,7 +54,8 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
     """
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
     x, y, nodes = first.solved.point.x, second.solved.point.x, problem.nodes
-    prepared, levels = problem.nodes_at(y, second.found), ft.order_at(problem.fine, y).levels
+    prepared = problem.nodes_at(y, second.found, second.control)
+    levels = ft.order_at(problem.fine, y).levels
 
     def map_step(x, params, inner):
         pre, _ = eqx.combine(params, rest)

@@ -76,11 +76,12 @@ class Problem(NamedTuple):
         """The frozen map at the solver's coordinates `x` of pre-training."""
         return frozen_at(self.pre, self.fine, x)
 
-    def nodes_at(self, x, found) -> Nodes:
-        """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them."""
+    def nodes_at(self, x, found, control) -> Nodes:
+        """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them, and
+        their `control` variate."""
         nodes = self.nodes.broken if ft.order_at(self.fine, x).levels else self.nodes.finetuning
         assert nodes is not None
-        return nodes._replace(found=found)
+        return nodes._replace(found=found, control=control)
 
 
 def frozen_at(pre: Pretraining, fine: Finetuning, x) -> FrozenMap:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import Code, succeeded
+from ..evolution import control, finetuning_map
 from ..evolution import finetuning as ft
-from ..evolution import finetuning_map
 from ..evolution.starts import apart, broken_start, pushed, start
+from ..math.fixed_point import FixedPoint
 from ..math.maximum import climb
 from ..math.quadrature import Nodes, Slots, mean
 from ..model import wells
@@ -38,28 +39,31 @@ class Search(NamedTuple):
     starts: Any
 
 
-_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH = 0, 1, 2, 3, 4
+_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH = range(5)
 
 
 class _Job(NamedTuple):
-    """A stage of a search: rules, its kind, the branch that it serves, how many steps y may make, and the `level` up to
-    which its nodes cannot tell a slope in y from zero."""
+    """A stage of a search: rules, its kind, the branch that it serves, how many steps y may make, how many parts of the
+    nodes the stage before it was made on (0: none that a control variate could go by), and the `level` up to which its
+    nodes cannot tell a slope in y from zero."""
 
     rules: Any
     kind: Any
     branch: Any
     tries: Any
+    before: Any
     level: Any
 
 
 def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _Job:
     """All stages, stacked: both starts on a part of the nodes, there once more from a cold search, both on all of the
     nodes, and away from a solution that repels. With breaking y climbs to the maximum of phi on the first nodes, then
-    on all."""
+    on all, with a control variate."""
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     parts, size = nodes.weight.shape
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
-    first, few = (min(2, parts), min(4, parts)) if levels else (1, 1)
+    few = min(4, parts)
+    first, few, some = (min(2, parts), few, max(parts // 4, few)) if levels else (1, 1, 1)
     coarse = coarse._replace(index=first)
     if levels:
         coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, max_steps=40)
@@ -70,28 +74,53 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
     again = coarse._replace(burn_in=0, index=few)
     # What is a solution on the first nodes may be out of the domain, or none at all, on all of them.
     afresh = coarse._replace(tolerance=refined.tolerance, floor=refined.floor, index=parts)
-    jobs = [(coarse, _ALWAYS, 0, 0), (coarse, _ALWAYS, 1, 0), (again, _ALWAYS, 0, 0), (again, _ALWAYS, 1, 0)]
+    climbing = again._replace(index=some)
+    stages = [(coarse, _ALWAYS, 0, 0), (again, _ALWAYS, 0, first)]
     if levels:
-        jobs.append((again, _ESCAPE, 0, 0))
-    for rules, kind in ((again, _CLIMB), (refined, _LAST), (afresh, _AFRESH)):
-        if levels or kind == _LAST:
-            jobs += [(rules, kind, k, _TRIES if levels else 0) for k in (0, 1)]
-    jobs.append((refined._replace(settle=0.0), _ESCAPE, 0, _TRIES if levels else 0))
-    rules, kind, branch, tries = zip(*jobs, strict=True)
+        stages += [(again, _ESCAPE, 0, 0), (climbing, _CLIMB, _TRIES, few)]
+    stages.append((refined, _LAST, _TRIES if levels else 0, some))
+    if levels:
+        stages.append((afresh, _AFRESH, _TRIES, 0))
+    stages.append((refined._replace(settle=0.0), _ESCAPE, _TRIES if levels else 0, 0))
+    both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == _ESCAPE else (0, 1))]
+    branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
-    return _Job(stacked(rules), jnp.array(kind), jnp.array(branch), jnp.array(tries), level)
+    return _Job(stacked(rules), *map(jnp.array, (kind, branch, tries, before)), level)
 
 
 #: Steps in which y has to find its place; relative error of the slope of phi in y, times the root of the nodes.
-_TRIES, _NOISE = 14, 1.5
+_TRIES, _NOISE = 14, 2.5
+#: Steps in log y back from where a quarter of the nodes has it: far above its place the slope may be small once more.
+_BACK = 0.4
 #: Distance in (m, q) below which two solutions on the first nodes are one, without and with breaking (y is flat there);
 #: relative difference of free energies on them from which on the higher branch is not refined.
 _SAME, _CLEARLY = (0.02, 0.04), 0.01
 
 
+def _averaged(memory: Slots, count):
+    """The averages over the first `count` parts of the nodes."""
+
+    def first(v):
+        return jnp.tensordot(1.0 * (jnp.arange(len(v)) < count), v, 1) / count
+
+    return jax.tree_util.tree_map(first, memory.read().averages)
+
+
+def _facing(fine: Finetuning, x, levels: int):
+    """A start near x with w turned to the teacher's side, to which samples may have led or not. With breaking it knows
+    some of w*: what few nodes take for m = 0, which Newton steps would not leave, need not be that on more of them."""
+    d, order = 1 + ft.spare(fine), ft.order_at(fine, x).along
+    least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if levels else 0.0
+    return x.at[d].set(jnp.maximum(jnp.abs(order.overlap), least))
+
+
+#: o_w at least that a stage of a search with breaking begins with.
+_LEAST_OVERLAP = 0.1
+
+
 class _Found(NamedTuple):
     """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies, and
-    whether y has found its place."""
+    whether y has found its place; with breaking, control variates too."""
 
     x: Any
     jacobian: Any
@@ -99,6 +128,7 @@ class _Found(NamedTuple):
     code: Any
     energy: Any
     placed: Any
+    control: Any
 
 
 class _Progress(NamedTuple):
@@ -111,13 +141,17 @@ class _Progress(NamedTuple):
     above: Any
 
 
+def _close(fine: Finetuning, search: Search, found: _Found):
+    """Whether both starts have found one solution."""
+    return jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
+
+
 def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progress:
     """Both starts compared, before either is refined: whether they are one, before y climbs, and whether one lies
     above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above."""
     found, last = s.found, (kind == _LAST) & (k == 0)
     now = (kind == _CLIMB) & (k == 0) if search.levels else last
-    close = jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
-    same = jnp.where(now, close, s.same)
+    same = jnp.where(now, _close(fine, search, found), s.same)
     gap = found.energy - found.energy[::-1]
     placed = (succeeded(found.code) & found.placed)[::-1]
     clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & placed
@@ -133,24 +167,34 @@ def _needless(search: Search, s: _Progress, kind, k):
     failed = (found.code[k] == Code.nonfinite) | ~jnp.any(succeeded(found.code))
     idle = (kind == _AFRESH) & ~failed
     skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
+    if search.levels:  # what repels leads to the other solution
+        skip = skip | (refining & (found.code[k] == Code.unstable) & succeeded(found.code[1 - k]))
     if search.alone:
         skip = skip | ((kind != _ALWAYS) & _clearly_rough(s.memory, found.row))
     return skip, refining & s.above[k]
 
 
-def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, search: Search):
+def search_finetuning(
+    fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Nodes, search: Search
+):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
-    whether the two are the same one; where the first stage from the informative start ended. No derivatives.
+    whether the two are the same one; where the first stage from the informative start ended. No derivatives. `many`:
+    nodes of the control variate.
 
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
-    fmap = finetuning_map.state_evolution(fine, frozen, nodes, search.levels)
 
-    def energy_at(x, memory: Slots, count):
-        first = 1.0 * (jnp.arange(len(nodes.weight)) < count)
-        a = jax.tree_util.tree_map(lambda v: jnp.tensordot(first, v, 1) / count, memory.read().averages)
-        return ft.free_energy(fine, ft.order_at(fine, x), a)
+    def controlled(begin, memory: Slots, job: _Job, left_out):
+        """The nodes, with a control variate that suits a solution near `begin`, if there is something to go by."""
+
+        def found():
+            order, a = ft.order_at(fine, begin), _averaged(memory, job.before)
+            return control.control(fine, frozen, order, nodes, many, numerics.replicas, a)
+
+        return nodes._replace(
+            control=jax.lax.cond((job.before > 0) & ~left_out, found, lambda: control.none(memory.read().averages))
+        )  # fmt: skip
 
     def one(s: _Progress, job: _Job):
         rules, kind, k = job.rules, job.kind, job.branch
@@ -160,32 +204,52 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
         begin = jnp.where(kind == _AFRESH, search.starts[k], jnp.where(escape, pushed(fine, found.x[k]), found.x[k]))
+        begin = _facing(fine, begin, search.levels)
+        if search.levels:
+            begin = begin.at[-1].add(jnp.where(kind == _LAST, -_BACK, 0.0))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
+        here = controlled(begin, memory, job, skip | higher) if search.levels else nodes
+        fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels)
         (point, _, jac, memory), placed = climb(
             fmap, rules, True, x0, found.jacobian[k], memory, job.tries, job.level, lambda x: pushed(fine, x)
         )
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
-        new = _Found(point.x, jac, memory.here, point.code, energy_at(point.x, memory, rules.index), placed)
+        energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
+        new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
         row = found.row.at[jnp.where(escape, 1, k)].set(memory.here)
         row = jnp.where(escape & ~kept, row[::-1], row)
+        repels = (search.levels > 0) & ~skip & (point.code == Code.unstable)
         found = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
-        found = found._replace(row=row)
+        found = found._replace(row=row, code=found.code.at[k].set(jnp.where(repels, new.code, found.code[k])))
         return s._replace(found=found, memory=memory), (point, kept)
 
-    x0 = search.starts
-    memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
-    jobs = _jobs(fine, numerics, nodes, search.levels)
-    none = jnp.zeros(2)
-    nothing = _Found(x0, jnp.zeros((*x0.shape, x0.shape[1])), jnp.arange(2), jnp.zeros(2, int), none, none > 0)
-    begin = _Progress(nothing, memory, jnp.array(False), jnp.zeros(2, bool))
+    jobs, begin = _jobs(fine, numerics, nodes, search.levels), _begin(fine, nodes, search)
     s, (points, kept) = jax.lax.scan(one, begin, jobs)
-    # Of each start the last stage that was made counts.
-    index = jnp.arange(len(jobs.branch))
-    last = jnp.stack([jnp.max(jnp.where((jobs.branch == k) & ~kept, index, k)) for k in (0, 1)])
-    steps = jnp.stack([jnp.sum(jnp.where((jobs.branch == k) & ~kept, points.steps, 0)) for k in (0, 1)])
-    final = jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
-    return final, s.found, s.memory, s.same, points.x[2]
+    same = s.same
+    if search.levels:  # one solution has another control variate, and another phi, where it was found in another way
+        same = same | (_close(fine, search, s.found) & succeeded(s.found.code[0]) & s.found.placed[0])
+    return _final(jobs, points, kept), s.found, s.memory, same, points.x[2]
+
+
+def _final(jobs: _Job, points: FixedPoint, kept) -> FixedPoint:
+    """Of each start the last stage that was made, with the steps of all of them."""
+    index, made = jnp.arange(len(jobs.branch)), [(jobs.branch == k) & ~kept for k in (0, 1)]
+    last = jnp.stack([jnp.max(jnp.where(made[k], index, k)) for k in (0, 1)])
+    steps = jnp.stack([jnp.sum(jnp.where(made[k], points.steps, 0)) for k in (0, 1)])
+    return jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
+
+
+def _begin(fine: Finetuning, nodes: Nodes, search: Search) -> _Progress:
+    """Before the first stage of a search."""
+    x, none = search.starts, jnp.zeros(2)
+    memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
+    variate = None
+    if search.levels:
+        variate = jax.tree_util.tree_map(lambda a: jnp.zeros((2, *a.shape[1:])), memory.data.averages)
+    codes = jnp.zeros(2, int)
+    found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, variate)
+    return _Progress(found, memory, jnp.array(False), none > 0)
 
 
 def _rough(memory: Slots, row):
@@ -239,7 +303,10 @@ def solve_broken(problem: Problem, first: FirstStage, coarse) -> SecondStage:
 def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> SecondStage:
     fine, frozen = jax.lax.stop_gradient((problem.fine, problem.frozen(first.x)))
     prepared = ft.prepare(fine, frozen, nodes)
-    points, found, memory, same, coarse = search_finetuning(fine, frozen, problem.numerics, prepared, search)
+    many = problem.nodes.finetuning
+    if search.levels:
+        many = ft.prepare(fine, frozen, many)
+    points, found, memory, same, coarse = search_finetuning(fine, frozen, problem.numerics, prepared, many, search)
     if search.levels:  # where y has not found its place the rest is not known either, whatever its error bars say
         lost = succeeded(points.code) & ~found.placed
         points = points._replace(code=jnp.where(lost, int(Code.stalled), points.code))
@@ -265,6 +332,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
         growth = replicon(fine, gap)
         rough, marginal = rough | ~(growth < 1), ~rough & (growth < _MARGINAL)
     orders = [ft.order_at(fine, x).along for x in tried.x]
-    m, q = (jnp.stack(v) for v in zip(*((o.overlap, o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
+    m, q = (jnp.stack(v) for v in zip(*((jnp.abs(o.overlap), o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
     branches = Branches(m, q, energies, tried.code, chosen)
-    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), coarse, marginal)
+    variate = jax.tree_util.tree_map(lambda a: a[chosen], found.control)
+    return SecondStage(best, branches, prepared.found, variate, rough & (code != Code.upstream), coarse, marginal)

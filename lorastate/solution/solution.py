@@ -23,7 +23,7 @@ from .gradients import searches_scale, with_best_scale
 from .lanes import Lanes
 from .pretraining import map_errors, symmetry_of
 from .problem import Problem, frozen_at
-from .solve import answered, failure, or_nan, pretrained, solve_alone, traced_answer
+from .solve import answered, failure, or_nan, pretrained, solve_alone, symmetric_values, traced_answer
 from .stage import final_status
 
 
@@ -126,12 +126,8 @@ class Solution(eqx.Module):
     @functools.cached_property
     def rs(self) -> dict[str, Any]:
         """E', o_w and phi of the replica-symmetric solution, and its code, for comparison where symmetry is broken and
-        it is unstable. The numbers are None where that solve failed, which is no failure of the theory."""
-        asked = self.setting.numerics.changed(symmetry="rs")
-        found = predict(Setting(self.setting.pretraining, self.setting.finetuning, asked), throw=False)
-        names = ("test_error", "overlap", "free_energy")
-        values = {n: _plain(found.finetuning[n]) if found.ok else None for n in names}
-        return {**values, "code": found.code("finetuning").name}
+        it is unstable (see `symmetric_solution`)."""
+        return symmetric_solution(self.setting)
 
     @functools.cached_property
     def bayes_optimal(self) -> BayesLimits:
@@ -169,6 +165,17 @@ class Solution(eqx.Module):
         out = _summary(self.values, self.errors, self.status)
         good = self.code("finetuning") is Code.ok
         return out | {"symmetry": self.symmetry if good else None}
+
+
+def symmetric_solution(setting: Setting) -> dict[str, Any]:
+    """E', o_w and phi of the replica-symmetric solution where symmetry is broken, without error bars, and its code
+    ("floor": as near as jumps of the minimisers let it come). The numbers are None where that solve failed, which is no
+    failure of the theory."""
+    if searches_scale(setting):
+        setting = with_best_scale(setting)
+    values, code = symmetric_values(Problem.of(setting))
+    good = bool(succeeded(code))
+    return {**{name: _plain(v) if good else None for name, v in values.items()}, "code": Code(int(code)).name}
 
 
 def _summary(values: dict[str, Any], errors: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import Code, SolveError, succeeded
+from ..evolution import finetuning as ft
 from ..math.implicit import nan_slope
 from ..runtime.cores import cores
 from ..setting.stages import Pretraining
-from .finetuning import Answer, SecondStage, answer
+from .adapted import AdaptedLayer, layer_error
+from .finetuning import Answer, SecondStage, answer, lora_overlap
 from .lanes import Lanes
 from .pretraining import FirstStage, solve_pretraining
 from .problem import Problem
@@ -66,29 +68,47 @@ def _symmetric(lanes: Lanes, first: FirstStage, alone: bool) -> SecondStage:
 _AHEAD, _COMPILED = cores() > 1, set()
 
 
+def _needed(lanes: Lanes, then: tuple) -> bool:
+    """Whether programs of this kind are still to be compiled, side by side, with what comes `then`."""
+    kind = jax.tree_util.tree_structure(lanes.problem), then
+    if lanes.mesh is not None or not _AHEAD or kind in _COMPILED:
+        return False
+    _COMPILED.add(kind)
+    return True
+
+
 def _compile_ahead(lanes: Lanes, then: tuple) -> None:
     """The programs that a symmetric solution needs, compiled side by side: each is handed the shapes of what the one
     before it will return."""
-    kind = jax.tree_util.tree_structure(lanes.problem), then
-    if not _AHEAD or kind in _COMPILED:
+    if not _needed(lanes, then):
         return
-    _COMPILED.add(kind)
     alone = lanes._replace(problem=lanes.problem.pretraining_alone)
     first = alone.ahead(*_pretraining(alone))
     second = lanes.ahead(solve_symmetric, lanes.problem.numerics.finetuning_nodes, first, True)
+    if lanes.problem.numerics.symmetry == "auto":
+        _ahead(lanes, then, first, second)
+
+
+def _ahead(lanes: Lanes, then: tuple, first: FirstStage, second: SecondStage) -> None:
     found = lanes._replace(problem=lanes.problem.found)
-    for f, nodes, *more in then if lanes.problem.numerics.symmetry == "auto" else ():
+    for f, nodes, *more in then:
         found.ahead(f, nodes, first, second, *more)
 
 
-def _broken(lanes: Lanes, first: FirstStage, coarse) -> SecondStage:
+def _breaking(lanes: Lanes) -> tuple:
     n = lanes.problem.numerics
-    return lanes.run(solve_broken, n.finetuning_nodes * n.samples // 4, first, coarse)
+    return solve_broken, n.finetuning_nodes * n.samples // 4
 
 
-def solve(lanes: Lanes) -> Iterator[tuple[list[int], Solves]]:
+def _broken(lanes: Lanes, first: FirstStage, coarse, then: tuple = ()) -> SecondStage:
+    if then and _needed(lanes, then):
+        _ahead(lanes, then, first, lanes.ahead(*_breaking(lanes), first, coarse))
+    return lanes.run(*_breaking(lanes), first, coarse)
+
+
+def solve(lanes: Lanes, then: tuple = ()) -> Iterator[tuple[list[int], Solves]]:
     """Both stages of every lane, without derivatives: groups of lanes by number, with what was found. A lane that is in
-    several counts in the last one.
+    several counts in the last one. `then`: see `solve_alone`.
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
     with one step of symmetry breaking, in a deep glass once more with more samples, and where that fails with more yet;
@@ -116,7 +136,7 @@ def solve(lanes: Lanes) -> Iterator[tuple[list[int], Solves]]:
             second = _symmetric(lanes, first, False)
         else:
             lanes = lanes.with_broken(deep)
-            second = _broken(lanes, first, coarse)
+            second = _broken(lanes, first, coarse, then)
     else:
         yield index, Solves(lanes, first, second)
     if near:
@@ -128,8 +148,27 @@ def solve_alone(problem: Problem, *then: tuple) -> Solves:
     """`solve` for a lane of one. `then`: what will be run next, each with its `nodes` and what it is given beside both
     stages (see `Lanes.run`)."""
     _compile_ahead(Lanes(problem), then)
-    *_, (_, found) = solve(Lanes(problem))
+    *_, (_, found) = solve(Lanes(problem), then)
     return found
+
+
+def symmetric_values(problem: Problem) -> tuple[dict[str, Any], Any]:
+    """E', o_w and phi of the replica-symmetric solution where nodes have two wells, and its code."""
+    lanes = Lanes(problem._replace(numerics=problem.numerics.changed(symmetry="rs")))
+    first = pretrained(lanes)
+    second = _symmetric(lanes, first, False)
+    values = lanes.run(_values, 0, first, second)
+    return values, second.solved.point.code
+
+
+def _values(problem: Problem, first: FirstStage, second: SecondStage) -> dict[str, Any]:
+    order = ft.order_at(problem.fine, second.solved.point.x)
+    layer = AdaptedLayer(*problem.stages, problem.frozen(first.x), order)
+    return {
+        "test_error": layer_error(layer, problem.nodes.finetuning_test),
+        "overlap": lora_overlap(problem.fine, order),
+        "free_energy": second.branches.free_energy[second.branches.chosen],
+    }
 
 
 def traced_answer(problem: Problem) -> Answer:
