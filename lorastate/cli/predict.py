@@ -87,21 +87,22 @@ class Predict:
         from ..runtime.progress import listening
         from ..solution import solution
 
-        # Beside the answer, but not before its last program is compiled: until then it would be in the way.
-        beside = {"solve_broken": solution.symmetric_solution, "answer": limits_of}
-        pool, under_way = ThreadPoolExecutor(1), {}
+        pool, under_way, seen = ThreadPoolExecutor(2), {}, set()
 
         def begin(name: str, _: bool = False) -> None:
-            if name in beside and name not in under_way:
-                under_way[name] = pool.submit(beside[name], setting)
+            # Beside the last program: until all others are being compiled it would be in the way.
+            seen.add(name)
+            if name == "answer":
+                wanted = (limits_of, solution.symmetric_solution) if "solve_broken" in seen else (limits_of,)
+                under_way.update({f: pool.submit(f, setting) for f in wanted if f not in under_way})
 
         try:
             with listening(begin):
                 found = solution.predict(setting, throw=False)
             begin("answer")
-            limits = under_way["answer"].result()
+            limits = under_way[limits_of].result()
             broken = found.ok and found.symmetry == "one-step broken"
-            rs = under_way["solve_broken"].result() if broken else None
+            rs = under_way[solution.symmetric_solution].result() if broken else None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         summary = found.summary()

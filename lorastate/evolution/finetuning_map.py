@@ -14,7 +14,7 @@ from ..model.channel.frozen_map import FrozenMap
 from ..model.wells import Wells
 from ..setting.stages import Finetuning
 from . import finetuning as ft
-from .order import Order, matched
+from .order import SPREAD_FLOOR, Order, matched
 
 
 class Memory(NamedTuple):
@@ -61,8 +61,14 @@ def locate_all(fine, frozen, order: Order, nodes: Nodes, previous: Wells) -> Wel
     return jax.lax.map(lambda part: locate_inner(fine, frozen, order, *part), (nodes, previous))
 
 
-def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0) -> Map:
-    """`finetuning.step` for the solver. The index of a `Rules` is the number of parts."""
+def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0, held: Any = False) -> Map:
+    """`finetuning.step` for the solver. The index of a `Rules` is the number of parts. If `held` (may be traced) minima
+    are one whether they want to part or not."""
+
+    def image_of(order: Order, a: ft.Averages):
+        new = ft.order_parameters(fine, order, a)
+        spread = tuple(jnp.where(held, SPREAD_FLOOR, s) for s in new.spread)
+        return new._replace(spread=spread).encode()
 
     def image(x, memory, cold, count):
         order = ft.order_at(fine, x)
@@ -75,7 +81,7 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
             return a, Memory(found, a, jnp.where(look, x, previous.at))
 
         a, memory = sweep(one, nodes, memory, count)
-        return ft.order_parameters(fine, order, a).encode(), memory
+        return image_of(order, a), memory
 
     def jacobian(x, memory, count):
         def plain(x):
@@ -85,7 +91,7 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
                 return ft.averages_of(fine, frozen, order, n, m.found), m
 
             a, _ = sweep(at, nodes, memory, count, write=False)
-            return ft.order_parameters(fine, order, a).encode()
+            return image_of(order, a)
 
         return jax.jacfwd(plain)(x)
 

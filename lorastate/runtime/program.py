@@ -106,8 +106,9 @@ class Program:
             if anyone():
                 self._announce(args, treedef, [a.shape for a in arrays])
             key, made = self._prepared(args, leaves, treedef)
-            if key in self._under_way:
-                self._under_way.pop(key).exception()  # if there is one it is met again below
+            if compiling := self._under_way.get(key):
+                compiling.exception()  # if there is one it is met again below
+                self._under_way.pop(key, None)
             try:
                 return _filled(made.outcomes, made.run(*arrays))
             except Exception:  # not for this machine; an error of the program itself comes again below

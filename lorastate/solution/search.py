@@ -32,11 +32,12 @@ from .stage import FEW, Solved, averages
 
 class Search(NamedTuple):
     """What differs between the searches of fine-tuning: steps of breaking, whether every node is taken to have one
-    well, and the starts (informative and small)."""
+    well, the starts (informative and small), and whether minima are held together."""
 
     levels: int
     alone: bool
     starts: Any
+    held: Any = False
 
 
 _ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH = range(5)
@@ -209,7 +210,7 @@ def search_finetuning(
             begin = begin.at[-1].add(jnp.where(kind == _LAST, -_BACK, 0.0))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
         here = controlled(begin, memory, job, skip | higher) if search.levels else nodes
-        fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels)
+        fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels, search.held)
         (point, _, jac, memory), placed = climb(
             fmap, rules, True, x0, found.jacobian[k], memory, job.tries, job.level, lambda x: pushed(fine, x)
         )
@@ -293,11 +294,12 @@ def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> 
     return found
 
 
-def solve_broken(problem: Problem, first: FirstStage, coarse) -> SecondStage:
-    """The same with one step of symmetry breaking; `coarse`: where a replica-symmetric search came to."""
+def solve_broken(problem: Problem, first: FirstStage, coarse, held: Any = False) -> SecondStage:
+    """The same with one step of symmetry breaking; `coarse`: where a replica-symmetric search came to. If `held` (may
+    be traced) minima are held together: the symmetric solution, by the same program."""
     fine = jax.lax.stop_gradient(problem.fine)
     starts = jnp.stack([broken_start(fine, coarse, True), broken_start(fine, coarse, False)])
-    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts))
+    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts, held))
 
 
 def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> SecondStage:

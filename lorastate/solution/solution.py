@@ -23,7 +23,7 @@ from .gradients import searches_scale, with_best_scale
 from .lanes import Lanes
 from .pretraining import map_errors, symmetry_of
 from .problem import Problem, frozen_at
-from .solve import answered, failure, or_nan, pretrained, solve_alone, symmetric_values, traced_answer
+from .solve import answered, failure, or_nan, pretrained, solve_alone, traced_answer, unbroken
 from .stage import final_status
 
 
@@ -168,14 +168,14 @@ class Solution(eqx.Module):
 
 
 def symmetric_solution(setting: Setting) -> dict[str, Any]:
-    """E', o_w and phi of the replica-symmetric solution where symmetry is broken, without error bars, and its code
-    ("floor": as near as jumps of the minimisers let it come). The numbers are None where that solve failed, which is no
-    failure of the theory."""
+    """E', o_w and phi of the replica-symmetric solution where symmetry is broken, and its code. The numbers are None
+    where that solve failed, which is no failure of the theory."""
     if searches_scale(setting):
         setting = with_best_scale(setting)
-    values, code = symmetric_values(Problem.of(setting))
-    good = bool(succeeded(code))
-    return {**{name: _plain(v) if good else None for name, v in values.items()}, "code": Code(int(code)).name}
+    found = unbroken(Problem.of(setting)).answer()
+    code = Code(int(found.status["finetuning"]["code"]))
+    values = {name: found.values["finetuning"][name] for name in ("test_error", "overlap", "free_energy")}
+    return {**{name: _plain(v) if code is Code.ok else None for name, v in values.items()}, "code": code.name}
 
 
 def _summary(values: dict[str, Any], errors: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:

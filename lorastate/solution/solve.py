@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import Code, SolveError, succeeded
-from ..evolution import finetuning as ft
 from ..math.implicit import nan_slope
 from ..runtime.cores import cores
 from ..setting.stages import Pretraining
-from .adapted import AdaptedLayer, layer_error
-from .finetuning import Answer, SecondStage, answer, lora_overlap
+from .finetuning import Answer, SecondStage, answer
 from .lanes import Lanes
 from .pretraining import FirstStage, solve_pretraining
 from .problem import Problem
@@ -100,10 +98,11 @@ def _breaking(lanes: Lanes) -> tuple:
     return solve_broken, n.finetuning_nodes * n.samples // 4
 
 
-def _broken(lanes: Lanes, first: FirstStage, coarse, then: tuple = ()) -> SecondStage:
+def _broken(lanes: Lanes, first: FirstStage, coarse, then: tuple = (), held: bool = False) -> SecondStage:
+    given = *_breaking(lanes), first, coarse, jnp.array(held)
     if then and _needed(lanes, then):
-        _ahead(lanes, then, first, lanes.ahead(*_breaking(lanes), first, coarse))
-    return lanes.run(*_breaking(lanes), first, coarse)
+        _ahead(lanes, then, first, lanes.ahead(*given))
+    return lanes.run(*given)
 
 
 def solve(lanes: Lanes, then: tuple = ()) -> Iterator[tuple[list[int], Solves]]:
@@ -152,23 +151,14 @@ def solve_alone(problem: Problem, *then: tuple) -> Solves:
     return found
 
 
-def symmetric_values(problem: Problem) -> tuple[dict[str, Any], Any]:
-    """E', o_w and phi of the replica-symmetric solution where nodes have two wells, and its code."""
-    lanes = Lanes(problem._replace(numerics=problem.numerics.changed(symmetry="rs")))
+def unbroken(problem: Problem) -> Solves:
+    """The replica-symmetric solution where symmetry is broken, by the programs that found the broken one: all minima
+    are held together."""
+    lanes = Lanes(problem)
     first = pretrained(lanes)
-    second = _symmetric(lanes, first, False)
-    values = lanes.run(_values, 0, first, second)
-    return values, second.solved.point.code
-
-
-def _values(problem: Problem, first: FirstStage, second: SecondStage) -> dict[str, Any]:
-    order = ft.order_at(problem.fine, second.solved.point.x)
-    layer = AdaptedLayer(*problem.stages, problem.frozen(first.x), order)
-    return {
-        "test_error": layer_error(layer, problem.nodes.finetuning_test),
-        "overlap": lora_overlap(problem.fine, order),
-        "free_energy": second.branches.free_energy[second.branches.chosen],
-    }
+    coarse = _symmetric(lanes, first, True).coarse
+    lanes = lanes.with_broken(0)
+    return Solves(lanes, first, _broken(lanes, first, coarse, held=True))
 
 
 def traced_answer(problem: Problem) -> Answer:
