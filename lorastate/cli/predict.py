@@ -101,13 +101,12 @@ class Predict:
                 found = solution.predict(setting, throw=False)
             begin("answer")
             limits = under_way[limits_of].result()
-            broken = found.ok and found.symmetry == "one-step broken"
-            rs = under_way[solution.symmetric_solution].result() if broken else None
+            summary = found.summary()
+            broken = summary["symmetry"] == "one-step broken"
+            summary["rs"] = under_way[solution.symmetric_solution].result() if broken else None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        summary = found.summary()
         summary["bayes_optimal"] = limits.summary() if limits else None
-        summary["rs"] = rs
         if self.breaking_error and found.ok:
             summary["breaking_error"] = second_step.breaking_error(found)
         if self.cross_check and found.ok:
