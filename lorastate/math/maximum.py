@@ -55,7 +55,7 @@ _BACK = 2
 
 def climb(
     fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any,
-    tries: Any, level: Any = 0.0, away: Callable = lambda x: x,
+    tries: Any, level: Any = 0.0, away: Callable = lambda x: x, warm: Any = False,
 ) -> tuple[Iterated, Any]:  # fmt: skip
     """`iterate`, then up to `tries` steps of the outer coordinates towards the next maximum uphill, each followed by
     `iterate`; and whether a maximum was reached.
@@ -63,7 +63,7 @@ def climb(
     A step is a Newton step with secant Jacobian, uphill even where the slope grows, and at most half as long as the
     last one once a maximum was passed. Where a pass ends at what repels, another one starts `away` from it; where it
     fails, the one before it is made again, and then a shorter step. A slope of at most `level` cannot be told from
-    zero: where it is that small and falls no further there is the maximum.
+    zero: where it is that small and falls no further there is the maximum. If `warm` the memory is that of x0.
     """
     if not fmap.outer:
         return iterate(fmap, rules, require_stable, x0, jac0, memory), jnp.array(False)
@@ -105,7 +105,7 @@ def climb(
     zero, count, no, none = jnp.zeros((), x0.dtype), jnp.array(0), jnp.array(False), jnp.zeros(fmap.outer)
     blank = FixedPoint(x0, count, zero, zero, zero, zero, x0, count)
     start = Iterated(blank, x0, jac0, memory)
-    begin = _Climb(start, x0, no, jnp.array(_COLD), none, none + _STRIDE, count, count, no)
+    begin = _Climb(start, x0, no, jnp.where(warm, _WARM, _COLD), none, none + _STRIDE, count, count, no)
     s = jax.lax.while_loop(lambda s: ~s.done & (s.passes <= tries + jnp.where(s.way == _WARM, 0, _BACK)), one, begin)
     g = s.at.image - s.at.point.x
     offset = jnp.abs(uphill_step(s.at.jacobian, g, fmap.outer, _STRIDE))

@@ -40,7 +40,7 @@ class Search(NamedTuple):
     held: Any = False
 
 
-_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH = range(5)
+_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH, _AGAIN = range(6)
 
 
 class _Job(NamedTuple):
@@ -83,6 +83,8 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
     if levels:
         stages.append((afresh, _AFRESH, _TRIES, 0))
     stages.append((refined._replace(settle=0.0), _ESCAPE, _TRIES if levels else 0, 0))
+    if levels:
+        stages.append((refined, _AGAIN, _TRIES, parts))
     both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == _ESCAPE else (0, 1))]
     branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
@@ -107,12 +109,18 @@ def _averaged(memory: Slots, count):
     return jax.tree_util.tree_map(first, memory.read().averages)
 
 
-def _facing(fine: Finetuning, x, levels: int):
-    """A start near x with w turned to the teacher's side, to which samples may have led or not. With breaking it knows
-    some of w*: what few nodes take for m = 0, which Newton steps would not leave, need not be that on more of them."""
-    d, order = 1 + ft.spare(fine), ft.order_at(fine, x).along
-    least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if levels else 0.0
-    return x.at[d].set(jnp.maximum(jnp.abs(order.overlap), least))
+def _where_from(fine: Finetuning, search: Search, x, job: _Job):
+    """Where a stage begins after one that has ended at x: with w turned to the teacher's side, to which samples may
+    have led or not. With breaking it knows some of w*: what few nodes take for m = 0, which Newton steps would not
+    leave, need not be that on more of them."""
+    kind, d = job.kind, 1 + ft.spare(fine)
+    y = jnp.where(kind == _AFRESH, search.starts[job.branch], jnp.where(kind == _ESCAPE, pushed(fine, x), x))
+    order = ft.order_at(fine, y).along
+    least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if search.levels else 0.0
+    y = y.at[d].set(jnp.maximum(jnp.abs(order.overlap), least))
+    if search.levels:
+        y = y.at[-1].add(jnp.where(kind == _LAST, -_BACK, 0.0))
+    return jnp.where(kind == _AGAIN, x, y)
 
 
 #: o_w at least that a stage of a search with breaking begins with.
@@ -166,7 +174,9 @@ def _needless(search: Search, s: _Progress, kind, k):
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
     failed = (found.code[k] == Code.nonfinite) | ~jnp.any(succeeded(found.code))
-    idle = (kind == _AFRESH) & ~failed
+    # A control variate that suits the solution itself moves it a last time, by little.
+    unsolved = ~(succeeded(found.code[k]) & found.placed[k])
+    idle = ((kind == _AFRESH) & ~failed) | ((kind == _AGAIN) & unsolved)
     skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
     if search.levels:  # what repels leads to the other solution
         skip = skip | (refining & (found.code[k] == Code.unstable) & succeeded(found.code[1 - k]))
@@ -204,16 +214,14 @@ def search_finetuning(
         escape = kind == _ESCAPE
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
-        begin = jnp.where(kind == _AFRESH, search.starts[k], jnp.where(escape, pushed(fine, found.x[k]), found.x[k]))
-        begin = _facing(fine, begin, search.levels)
-        if search.levels:
-            begin = begin.at[-1].add(jnp.where(kind == _LAST, -_BACK, 0.0))
+        begin = _where_from(fine, search, found.x[k], job)
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
         here = controlled(begin, memory, job, skip | higher) if search.levels else nodes
         fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels, search.held)
         (point, _, jac, memory), placed = climb(
-            fmap, rules, True, x0, found.jacobian[k], memory, job.tries, job.level, lambda x: pushed(fine, x)
-        )
+            fmap, rules, True, x0, found.jacobian[k], memory, job.tries, job.level, lambda x: pushed(fine, x),
+            kind == _AGAIN,
+        )  # fmt: skip
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
