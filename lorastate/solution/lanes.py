@@ -57,6 +57,11 @@ class Lanes(NamedTuple):
         stages += [stages[-1]] * (width - len(stages))
         return Lanes(problems[0].at(jax.tree_util.tree_map(lambda *a: np.stack(a), *stages)), len(problems), mesh)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what every lane has one of: (width,), or ()."""
+        return () if self.mesh is None else jax.tree_util.tree_leaves(self.problem.stages)[0].shape[:1]
+
     def run(self, f: Callable, nodes: int, *given):
         """`f(problem, *given)` of every lane, by a program that suits the work at so many nodes."""
         program = self._program(f, nodes)
@@ -78,7 +83,7 @@ class Lanes(NamedTuple):
         """Some of the lanes, padded, and theirs of a tree."""
         if self.mesh is None:
             return self, tree
-        width = len(jax.tree_util.tree_leaves(self.problem.stages)[0])
+        (width,) = self.shape
         padded = np.array([*index, *[index[-1]] * (width - len(index))])
         stages, tree = jax.tree_util.tree_map(
             lambda a: np.asarray(a)[padded], jax.device_get((self.problem.stages, tree))

@@ -99,7 +99,7 @@ def _breaking(lanes: Lanes) -> tuple:
 
 
 def _broken(lanes: Lanes, first: FirstStage, coarse, then: tuple = (), held: bool = False) -> SecondStage:
-    given = *_breaking(lanes), first, coarse, jnp.array(held)
+    given = *_breaking(lanes), first, coarse, jnp.full(lanes.shape, held)
     if then and _needed(lanes, then):
         _ahead(lanes, then, first, lanes.ahead(*given))
     return lanes.run(*given)
