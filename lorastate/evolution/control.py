@@ -26,7 +26,7 @@ from . import finetuning as ft
 from .finetuning_map import locate_inner, no_memory
 from .order import Order
 
-#: Overlap at least at which S is taken: E g_0 . chi* is odd in m, and what is added to it goes as m.
+#: o_w at least at which S is taken: E g_0 . chi* is odd in m, and what is added to it goes as m.
 _SOME_OVERLAP = 0.05
 
 
@@ -36,7 +36,8 @@ def one_minimum(order: Order) -> Order:
     for spread, y in zip(order.spread, order.breaking, strict=True):
         response = response + y * spread**2
     along = 1.0 if jnp.ndim(order.overlap) == 0 else np.array([1.0, 0.0])
-    return Order(response, along * jnp.maximum(jnp.abs(order.overlap), _SOME_OVERLAP), order.noise)
+    least = _SOME_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE))
+    return Order(response, along * jnp.maximum(jnp.abs(order.overlap), least), order.noise)
 
 
 def _averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> ft.Averages:

@@ -224,6 +224,8 @@ def search_finetuning(
         )  # fmt: skip
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
+        # A last pass that leads nowhere changes nothing.
+        kept = kept | ((kind == _AGAIN) & (point.code != Code.ok) & jnp.all(point.x == x0))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
         new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
         row = found.row.at[jnp.where(escape, 1, k)].set(memory.here)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import Code
+from ..errors import Code, succeeded
 from ..math.fixed_point import FixedPoint
 from ..math.implicit import attach
 from ..math.linear import ldl_solve
@@ -216,7 +216,9 @@ _FLOOR_SHARE, _FINE, _COARSE = 2.0, 5e-4, 0.1
 
 def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
     """The status of a stage once its quadrature errors are known: a solve that stopped at a jump is one if it is inside
-    the error of every order parameter. (By how much it is off is part of the bars.)"""
+    the error of every order parameter. (By how much it is off is part of the bars.) What has no error bar
+    is not known."""
     near = bars.shift <= _FLOOR_SHARE
     code = jnp.where(status["code"] == Code.floor, jnp.where(near, int(Code.ok), int(Code.stalled)), status["code"])
-    return status | {"code": code}
+    unknown = succeeded(code) & ~jnp.isfinite(bars.errors.get("test_error", 0.0))
+    return status | {"code": jnp.where(unknown, int(Code.stalled), code)}
