@@ -88,7 +88,8 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
     both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == _ESCAPE else (0, 1))]
     branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
-    return _Job(stacked(rules), *map(jnp.array, (kind, branch, tries, before)), level)
+    kind, branch, tries, before = map(jnp.array, (kind, branch, tries, before))
+    return _Job(stacked(rules), kind, branch, tries, before, level)
 
 
 #: Steps in which y has to find its place; relative error of the slope of phi in y, times the root of the nodes.
