@@ -73,7 +73,5 @@ def control(
     teacher = jnp.where(m > 0, jnp.sqrt(rho[0]) * more.teacher / jnp.where(m > 0, m, 1.0), 0.0)
     squares = tuple(r * more.squares[0] for r in rho)
     gains = tuple(-y / 2 * _total(s**2 * g) for y, s, g in zip(order.breaking, order.spread, squares, strict=False))
-    return ft.Averages(
-        more.potential, teacher, rho[0] * more.divergence, squares, gains,
-        jnp.zeros_like(more.potential),
-    )  # fmt: skip
+    two_wells = jnp.zeros_like(more.potential)
+    return ft.Averages(more.potential, teacher, rho[0] * more.divergence, squares, gains, two_wells)

@@ -204,9 +204,8 @@ def search_finetuning(
             order, a = ft.order_at(fine, begin), _averaged(memory, job.before)
             return control.control(fine, frozen, order, nodes, many, numerics.replicas, a)
 
-        return nodes._replace(
-            control=jax.lax.cond((job.before > 0) & ~left_out, found, lambda: control.none(memory.read().averages))
-        )  # fmt: skip
+        wanted, nothing = (job.before > 0) & ~left_out, control.none(memory.read().averages)
+        return nodes._replace(control=jax.lax.cond(wanted, found, lambda: nothing))
 
     def one(s: _Progress, job: _Job):
         rules, kind, k = job.rules, job.kind, job.branch
@@ -231,7 +230,7 @@ def search_finetuning(
         new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
         row = found.row.at[jnp.where(escape, 1, k)].set(memory.here)
         row = jnp.where(escape & ~kept, row[::-1], row)
-        repels = (search.levels > 0) & ~skip & (point.code == Code.unstable)
+        repels = (kind == _CLIMB) & (point.code == Code.unstable)
         found = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
         found = found._replace(row=row, code=found.code.at[k].set(jnp.where(repels, new.code, found.code[k])))
         return s._replace(found=found, memory=memory), (point, kept)
@@ -258,7 +257,7 @@ def _begin(fine: Finetuning, nodes: Nodes, search: Search) -> _Progress:
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
     variate = None
     if search.levels:
-        variate = jax.tree_util.tree_map(lambda a: jnp.zeros((2, *a.shape[1:])), memory.data.averages)
+        variate = control.none(jax.tree_util.tree_map(lambda a: a[:2], memory.data.averages))
     codes = jnp.zeros(2, int)
     found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, variate)
     return _Progress(found, memory, jnp.array(False), none > 0)

@@ -216,8 +216,8 @@ _FLOOR_SHARE, _FINE, _COARSE = 2.0, 5e-4, 0.1
 
 def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
     """The status of a stage once its quadrature errors are known: a solve that stopped at a jump is one if it is inside
-    the error of every order parameter. (By how much it is off is part of the bars.) What has no error bar
-    is not known."""
+    the error of every order parameter. (By how much it is off is part of the bars.) What has no error bar is
+    not known."""
     near = bars.shift <= _FLOOR_SHARE
     code = jnp.where(status["code"] == Code.floor, jnp.where(near, int(Code.ok), int(Code.stalled)), status["code"])
     unknown = succeeded(code) & ~jnp.isfinite(bars.errors.get("test_error", 0.0))
