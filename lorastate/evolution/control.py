@@ -10,7 +10,9 @@ has the same expectation for any beta, and two to four times smaller errors for 
 alone and the response 1/A_0 = v + sum_i y_i (p_i - p_{i-1}): were f quadratic in x, its f would be f_0. A good beta is
 how much of what a node does to A is common to all minima: all of it for c and |g_k|^2, rho = E|g_0|^2 / E|g_k|^2 for
 |g_0|^2 and <div g>, and sqrt(rho) for g_0 (the regression over nodes gives about as much, from rho = 0.4 to 1). The
-gain <f_i> - f_{i-1} is -y_i (p_i - p_{i-1}) |g_{i-1}|^2/2 and what does not depend on the node, for such an f.
+gain <f_i> - f_{i-1} is -y_i (p_i - p_{i-1}) |g_{i-1}|^2/2 and what does not depend on the node, for such an f. 1 - rho
+goes as q - p: where minima meet, so do their control variates, and what is left of <f_1> - f_0 and |g_1|^2 - |g_0|^2
+is zero.
 """
 
 from __future__ import annotations
@@ -50,28 +52,24 @@ def _averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -
     return over_replicas(at, nodes, no_memory(fine, nodes, alone=True).found)
 
 
-def none(a: ft.Averages) -> ft.Averages:
+def none(a: ft.Averages, levels: int) -> ft.Control:
     """A control variate that adds nothing to averages like these."""
-    return jax.tree_util.tree_map(jnp.zeros_like, a)
-
-
-def _total(a):
-    """Over the kinds of directions, of (R,) or (R, 2)."""
-    return a.reshape(len(a), -1).sum(1)
+    zero, kinds = jnp.zeros_like(a.potential), jnp.zeros_like(a.divergence)
+    return ft.Control(zero, kinds, kinds, kinds, (kinds,) * levels)
 
 
 def control(
     fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, many: Nodes, replicas: int, a: ft.Averages
-) -> ft.Averages:
-    """What to add to the averages over each part of the `nodes`, (R, ...), which are about `a` on the whole; to E g_0 .
-    chi* for each unit of overlap. `many`: nodes of as many replicas."""
+) -> ft.Control:
+    """That of the averages over each part of the `nodes`, (R, ...), which are about `a` on the whole. `many`: nodes of
+    as many replicas."""
     one = one_minimum(order)
     here, there = (_averages(fine, frozen, one, n) for n in (nodes, many))
     more = jax.tree_util.tree_map(jnp.subtract, for_parts(by_replica(there, replicas), nodes), here)
-    rho = [jnp.clip(s / a.squares[-1], 0.0, 1.0) for s in a.squares]
-    m = one.overlap
-    teacher = jnp.where(m > 0, jnp.sqrt(rho[0]) * more.teacher / jnp.where(m > 0, m, 1.0), 0.0)
-    squares = tuple(r * more.squares[0] for r in rho)
-    gains = tuple(-y / 2 * _total(s**2 * g) for y, s, g in zip(order.breaking, order.spread, squares, strict=False))
-    two_wells = jnp.zeros_like(more.potential)
-    return ft.Averages(more.potential, teacher, rho[0] * more.divergence, squares, gains, two_wells)
+    m, (*overlaps, q) = one.overlap, order.norms(ft.TEACHER_SIZE)
+    teacher = jnp.where(m > 0, more.teacher / jnp.where(m > 0, m, 1.0), 0.0)
+    rho = [jnp.clip(s / a.squares[-1], 0.0, 1.0) for s in a.squares[:-1]]
+    parting = tuple(
+        jnp.broadcast_to((1 - r) / (q - p), more.divergence.shape) for r, p in zip(rho, overlaps, strict=True)
+    )
+    return ft.Control(more.potential, teacher, more.divergence, more.squares[0], parting)

@@ -204,7 +204,7 @@ def search_finetuning(
             order, a = ft.order_at(fine, begin), _averaged(memory, job.before)
             return control.control(fine, frozen, order, nodes, many, numerics.replicas, a)
 
-        wanted, nothing = (job.before > 0) & ~left_out, control.none(memory.read().averages)
+        wanted, nothing = (job.before > 0) & ~left_out, control.none(memory.read().averages, search.levels)
         return nodes._replace(control=jax.lax.cond(wanted, found, lambda: nothing))
 
     def one(s: _Progress, job: _Job):
@@ -257,7 +257,8 @@ def _begin(fine: Finetuning, nodes: Nodes, search: Search) -> _Progress:
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
     variate = None
     if search.levels:
-        variate = control.none(jax.tree_util.tree_map(lambda a: a[:2], memory.data.averages))
+        both = jax.tree_util.tree_map(lambda a: a[:2], memory.data.averages)
+        variate = control.none(both, search.levels)
     codes = jnp.zeros(2, int)
     found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, variate)
     return _Progress(found, memory, jnp.array(False), none > 0)
