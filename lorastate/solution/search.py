@@ -84,7 +84,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
         stages.append((afresh, _AFRESH, _TRIES, 0))
     stages.append((refined._replace(settle=0.0), _ESCAPE, _TRIES if levels else 0, 0))
     if levels:
-        stages.append((refined, _AGAIN, _TRIES, parts))
+        stages += 2 * [(refined, _AGAIN, _TRIES, parts)]
     both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == _ESCAPE else (0, 1))]
     branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
@@ -158,10 +158,13 @@ def _close(fine: Finetuning, search: Search, found: _Found):
 
 def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progress:
     """Both starts compared, before either is refined: whether they are one, before y climbs, and whether one lies
-    above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above."""
+    above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above.
+    Once both are refined they may still turn out to be one."""
     found, last = s.found, (kind == _LAST) & (k == 0)
     now = (kind == _CLIMB) & (k == 0) if search.levels else last
-    same = jnp.where(now, _close(fine, search, found), s.same)
+    close = _close(fine, search, found)
+    alike = (kind == _AGAIN) & (k == 0) & close & succeeded(found.code[0]) & found.placed[0]
+    same = jnp.where(now, close, s.same | alike)
     gap = found.energy - found.energy[::-1]
     placed = (succeeded(found.code) & found.placed)[::-1]
     clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & placed
@@ -175,7 +178,8 @@ def _needless(search: Search, s: _Progress, kind, k):
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
     failed = (found.code[k] == Code.nonfinite) | ~jnp.any(succeeded(found.code))
-    # A control variate that suits the solution itself moves it a last time, by little.
+    # A control variate that suits the solution itself moves it, and phi, by less than their errors; done twice, by so
+    # little that neighbours lie on smooth curves, and both starts where they have found one solution end there.
     unsolved = ~(succeeded(found.code[k]) & found.placed[k])
     idle = ((kind == _AFRESH) & ~failed) | ((kind == _AGAIN) & unsolved)
     skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
