@@ -58,6 +58,25 @@ def test_starts_keep_what_they_should(ranks):
     np.testing.assert_allclose(starts.apart(fine, x, pushed.encode()), [gap, 0.0], atol=1e-12)
 
 
+@pytest.mark.parametrize("ranks", [(1, 1), (3, 1)], ids=["rank one", "spare directions"])
+def test_minima_that_are_one_are_pushed_apart(ranks):
+    """Where the teacher is known what repels is that minima part, and m stays; where it is not, m does not."""
+    fine, order = ls.Finetuning(3.0, 0.3, 1.0, "softmax", 2, rank=ranks[0], teacher_rank=ranks[1]), order_for(*ranks)
+    spread = 1e-4 * jnp.ones_like(order.response)
+    for known, share in ((0.8, 1.0), (0.01, None)):
+        m = known * jnp.sqrt(jnp.atleast_1d(order.norms(ft.TEACHER_SIZE)[0])[0])
+        overlap = m * (jnp.array([1.0, 0.0]) if ft.spare(fine) else 1.0)
+        one = order._replace(overlap=overlap, spread=(spread,), breaking=(jnp.array(1.0),))
+        apart = ft.order_at(fine, starts.pushed(fine, one.encode()))
+        (p, q), was = apart.norms(ft.TEACHER_SIZE), one.norm(ft.TEACHER_SIZE)
+        np.testing.assert_allclose(q, was, rtol=1e-3)
+        if share:
+            assert float(apart.along.overlap) == pytest.approx(float(m), rel=1e-12)
+            np.testing.assert_allclose(q - p, one.noise**2 / 3, rtol=1e-3)
+        else:
+            assert float(apart.along.overlap) > 10 * float(m)
+
+
 def test_weighted_averages_of_few_samples():
     """f = s z: -(1/y) log E exp(-y f) = -y s^2/2, and under that weight E z = -y s. Most of what few samples do to
     nonlinear functions of averages has been taken away."""

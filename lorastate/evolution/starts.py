@@ -22,7 +22,7 @@ def broken_start(fine: Finetuning, x, informative: bool = True):
     begins to matter."""
     like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
     order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine)))
-    v, q = (jnp.clip(a, 0.1, 2.0) * like for a in (order.response, order.norm(TEACHER_SIZE)))
+    v, q = (jnp.clip(a, least, 2.0) * like for a, least in ((order.response, 1e-3), (order.norm(TEACHER_SIZE), 0.1)))
     m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
     spread = jnp.sqrt(0.1 * q)
     # |g|^2 is about q / (v^2 alpha').
@@ -31,14 +31,25 @@ def broken_start(fine: Finetuning, x, informative: bool = True):
 
 
 def pushed(fine: Finetuning, x):
-    """The same response and norms with half of the largest overlap; with one step of breaking minima that share half of
-    their norm at least."""
+    """Away from a solution x that repels, at the same response and norms. Where it knows little of the teacher: half of
+    the largest overlap, and with one step of breaking minima that share half of their norm at least. Where it knows
+    more, minima part: by a third of what they share beside the teacher."""
     order = order_at(fine, x)
     p, q = order.norms(TEACHER_SIZE)[0], order.norm(TEACHER_SIZE)
     p = jnp.maximum(p, q / 2)
     m = 0.5 * jnp.sqrt(_along(p) * TEACHER_SIZE)
     spread = tuple(jnp.sqrt(jnp.maximum(q - p, 0.0)) for _ in order.spread)
-    return order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE), spread=spread).encode()
+    away = order._replace(overlap=m, noise=jnp.sqrt(p - m**2 / TEACHER_SIZE), spread=spread).encode()
+    if not order.spread:
+        return away
+    step = order.noise**2 / 3
+    parted = order._replace(noise=jnp.sqrt(2 * step), spread=tuple(jnp.sqrt(s**2 + step) for s in order.spread))
+    knows = jnp.max(jnp.abs(order.overlap)) > _KNOWS * jnp.sqrt(jnp.max(_along(q)) * TEACHER_SIZE)
+    return jnp.where(knows, parted.encode(), away)
+
+
+#: o_w from which on a solution knows the teacher.
+_KNOWS = 0.3
 
 
 def apart(fine: Finetuning, x, other):

@@ -163,7 +163,7 @@ def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progr
     found, last = s.found, (kind == _LAST) & (k == 0)
     now = (kind == _CLIMB) & (k == 0) if search.levels else last
     close = _close(fine, search, found)
-    alike = (kind == _AGAIN) & (k == 0) & close & succeeded(found.code[0]) & found.placed[0]
+    alike = (kind == _AGAIN) & (k == 0) & close & (found.code[0] == Code.ok) & found.placed[0]
     same = jnp.where(now, close, s.same | alike)
     gap = found.energy - found.energy[::-1]
     placed = (succeeded(found.code) & found.placed)[::-1]
@@ -228,8 +228,8 @@ def search_finetuning(
         )  # fmt: skip
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
-        # A last pass that leads nowhere changes nothing.
-        kept = kept | ((kind == _AGAIN) & (point.code != Code.ok) & jnp.all(point.x == x0))
+        # What was solved stays so where a last pass is not.
+        kept = kept | ((kind == _AGAIN) & ~((point.code == Code.ok) & placed))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
         new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
         row = found.row.at[jnp.where(escape, 1, k)].set(memory.here)
@@ -243,7 +243,7 @@ def search_finetuning(
     s, (points, kept) = jax.lax.scan(one, begin, jobs)
     same = s.same
     if search.levels:  # one solution has another control variate, and another phi, where it was found in another way
-        same = same | (_close(fine, search, s.found) & succeeded(s.found.code[0]) & s.found.placed[0])
+        same = same | (_close(fine, search, s.found) & (s.found.code[0] == Code.ok) & s.found.placed[0])
     return _final(jobs, points, kept), s.found, s.memory, same, points.x[2]
 
 
