@@ -153,7 +153,7 @@ def search_pretraining(problem: Problem) -> Solved:
         x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
         point, _, found, remembered = iterate(fmap, rules, True, x0, jac, memory)
         if nodes is not None:
-            point = _without_false_floor(point, jnp.any(remembered.read().two))
+            point = _judged(point, jnp.any(remembered.read().two), rules.tolerance)
         skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
         memory = jax.tree_util.tree_map(lambda old, new: jnp.where(skip, old, new), memory, remembered)
         x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
@@ -172,12 +172,15 @@ def search_pretraining(problem: Problem) -> Solved:
 _ROUNDED = 1e-3
 
 
-def _without_false_floor(point, jumps):
-    """The point, `stalled` where it stopped short of its fixed point although no node `jumps`."""
+def _judged(point, jumps, tolerance):
+    """The point, `stalled` where it stopped short of its fixed point although no node `jumps`, and no longer `unstable`
+    where it did so at a jump, next to which a map is as steep as one likes."""
     noise = jnp.abs(point.x[2])
     off = jnp.maximum(point.offset[0], point.offset[2] / jnp.where(noise > 0, noise, 1.0))
     false = (point.code == Code.floor) & ~jumps & ~(off < _ROUNDED)
-    return point._replace(code=jnp.where(false, int(Code.stalled), point.code))
+    steep = (point.code == Code.unstable) & jumps & (point.residual > tolerance)
+    code = jnp.where(steep, int(Code.floor), point.code)
+    return point._replace(code=jnp.where(false, int(Code.stalled), code))
 
 
 #: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two
