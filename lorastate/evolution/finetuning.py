@@ -360,9 +360,30 @@ def controlled(a: Averages, order: Order, nodes: Nodes) -> Averages:
     return jax.tree_util.tree_map(jnp.add, a, added)
 
 
+#: (q - p)/q up to which all minima are one: it is of the order of the square of ten times the share of nodes with two
+#: wells that does not break the symmetry.
+_APART = 1e-4
+
+
+def all_one(order: Order):
+    """Whether all minima are one, for each step of symmetry breaking and kind of direction: (k,) or (k, 2)."""
+    return jnp.stack([s**2 <= _APART * order.norm(TEACHER_SIZE) for s in order.spread])
+
+
+def settled(fine: Finetuning, x):
+    """Which of the solver's coordinates are no unknowns any more (n,): spreads of minima that are one, and y where all
+    are. What samples say of them there is noise."""
+    order = order_at(fine, x)
+    if not order.levels:
+        return jnp.zeros(len(x), bool)
+    together = all_one(order)
+    others = jnp.zeros(len(x) - together.size - order.levels, bool)
+    return jnp.concatenate([others, together.ravel(), jnp.all(together.reshape(order.levels, -1), 1)])
+
+
 def step(x, args: tuple[Finetuning, FrozenMap], const: tuple[Nodes, Wells]):
     """One sweep of state evolution in the solver's coordinates; `const` holds the inner minimisers at x."""
     fine, frozen = args
     order = order_at(fine, x)
     a = mean(over_replicas(lambda n, w: averages_of(fine, frozen, order, n, w), *const))
-    return order_parameters(fine, order, a).encode()
+    return jnp.where(settled(fine, x), jax.lax.stop_gradient(x), order_parameters(fine, order, a).encode())

@@ -62,12 +62,14 @@ def locate_all(fine, frozen, order: Order, nodes: Nodes, previous: Wells) -> Wel
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0, held: Any = False) -> Map:
-    """`finetuning.step` for the solver. The index of a `Rules` is the number of parts. If `held` (may be traced) minima
-    are one whether they want to part or not."""
+    """`finetuning.step` for the solver. The index of a `Rules` is the number of parts. Where `held` (may be traced, and
+    like `finetuning.all_one`) minima are one whether they want to part or not."""
+
+    together = jnp.broadcast_to(held, (levels, 2) if ft.spare(fine) else (levels,))
 
     def image_of(order: Order, a: ft.Averages):
         new = ft.order_parameters(fine, order, a)
-        spread = tuple(jnp.where(held, SPREAD_FLOOR, s) for s in new.spread)
+        spread = tuple(jnp.where(h, SPREAD_FLOOR, s) for h, s in zip(together, new.spread, strict=True))
         return new._replace(spread=spread).encode()
 
     def image(x, memory, cold, count):

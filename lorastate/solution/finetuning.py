@@ -86,7 +86,7 @@ class LoraStage(Stage):
         none, broken = jnp.full((), jnp.nan), jnp.array(False)
         breaking = complexity = none
         if order.levels:
-            broken = jnp.any(order.spread[0] ** 2 > _APART * norms[-1])  # otherwise all minima are one
+            broken = ~jnp.all(ft.all_one(order)[0])
             breaking = jnp.where(broken, order.breaking[0], none)
             complexity = jnp.where(broken, order.breaking[0] ** 2 * ft.energy_slopes(fine, order, a)[0], none)
         (best, lowest), adapted = minimum(self.best_factor, errors["test_error"][2:]), jnp.max(norms[-1]) > LIVE
@@ -117,11 +117,6 @@ class LoraStage(Stage):
         order = ft.order_at(self.fine, x)
         norms = order.norms(ft.TEACHER_SIZE)
         return jnp.concatenate([jnp.ravel(v) for v in (jnp.log(order.response), order.overlap, norms[0], norms[-1])])
-
-
-#: (q - p)/q that counts as zero: it is of the order of the square of ten times the share of nodes with two wells that
-#: does not break the symmetry.
-_APART = 1e-4
 
 
 def lora_overlap(fine: Finetuning, order: Order):
