@@ -22,7 +22,7 @@ def broken_start(fine: Finetuning, x, informative: bool = True):
     begins to matter."""
     like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
     order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine)))
-    v, q = (jnp.clip(a, least, 2.0) * like for a, least in ((order.response, 1e-3), (order.norm(TEACHER_SIZE), 0.1)))
+    v, q = (jnp.clip(a, 0.1, 2.0) * like for a in (order.response, order.norm(TEACHER_SIZE)))
     m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
     spread = jnp.sqrt(0.1 * q)
     # |g|^2 is about q / (v^2 alpha').

@@ -78,7 +78,7 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     overlaps = np.abs([column(row, "overlap") for row in rows])
     figure, axes = side_by_side(1, 6.4, 5.0)
     axes.set_facecolor("0.8")  # of points that failed
-    mesh = axes.pcolormesh(alphas, noises, overlaps, shading="nearest", cmap="viridis", vmin=0, vmax=1)
+    mesh = axes.pcolormesh(alphas, noises, overlaps, shading="gouraud", cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(mesh, label=axis_label("overlap"))
     # Where symmetry comes back along a line there are more places than one: a line through all would lead nowhere.
     joined = "-" if [noise for noise, _ in lines["instability"]] == noises.tolist() else ""
@@ -93,7 +93,7 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
     ):
         found = [pair for pair in lines[name] if pair[1] is not None]
         axes.plot([alpha for _, alpha in found], [noise for noise, _ in found], lw=1.6, label=label, **style)
-    axes.set(xscale="log", xlabel=r"fine-tuning data $\alpha'$", ylabel=axis_label("effective_noise"),
+    axes.set(xscale="log", yscale="log", xlabel=r"fine-tuning data $\alpha'$", ylabel=axis_label("effective_noise"),
              xlim=(alphas[0], alphas[-1]), ylim=(noises[0], noises[-1]),
              title=r"identity, $T=3$, $\lambda'=0.5$")  # fmt: skip
     figure.legend(fontsize=8, loc="outside lower center", ncols=3, facecolor="0.5", labelcolor="w")
@@ -102,10 +102,10 @@ def phase(out, training: Training | None = None, progress: bool = True) -> list[
 
 
 def _breaks(setting: Setting, path: str, rows) -> list[float]:
-    """Where along the points of a line symmetry breaks or is restored."""
+    """Where along the points of a line symmetry breaks or is restored; points that were not solved are passed over."""
     places = []
-    for row, after in itertools.pairwise(rows):
-        if None not in (row["broken"], after["broken"]) and row["broken"] != after["broken"]:
+    for row, after in itertools.pairwise(row for row in rows if row["broken"] is not None):
+        if row["broken"] != after["broken"]:
             low, high = row[path], after[path]
             try:
                 places.append(thresholds.instability_threshold(setting, path, low, high, rtol=0.02))
