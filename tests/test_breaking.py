@@ -99,6 +99,37 @@ def test_minima_that_do_not_differ_are_one(ranks):
         np.testing.assert_allclose(ft.free_energy(fine, many, c), ft.free_energy(fine, one, a), rtol=1e-10)
 
 
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 1)], ids=["rank one", "spare direction"])
+def test_where_minima_are_one_how_far_they_part_is_no_unknown(ranks):
+    """Next to a jump what few samples say of it would go into every derivative. Where they part it is one of them."""
+    fine = ls.Finetuning(5.6, 0.07, 2.2, "softmax", 2, rank=ranks[0], teacher_rank=ranks[1])
+    nodes = jax.tree_util.tree_map(lambda a: jnp.asarray(a)[None], nodes_of(128, 4, *ranks))
+    if ranks[0] == 1:
+        apart, near, names = GLASSY, GLASSY._replace(spread=(jnp.array(1e-3),)), ["v", "m", "noise", "s", "y"]
+        known = {"apart": [], "near": ["s", "y"]}
+    else:
+        both = Order(jnp.array([0.4, 0.3]), jnp.array([0.86, 0.0]), jnp.array([0.76, 0.4]))
+        apart, near = (
+            both._replace(spread=(jnp.array(s),), breaking=(jnp.array(1.28),)) for s in ([1e-3, 0.3], [1e-3, 1e-3])
+        )
+        names = ["v", "v spare", "m", "noise", "noise spare", "s", "s spare", "y"]
+        known = {"apart": ["s"], "near": ["s", "s spare", "y"]}
+    for order, still in ((apart, known["apart"]), (near, known["near"])):
+        x = order.encode()
+        mask = np.asarray(ft.settled(fine, x))
+        assert [name for name, one in zip(names, mask, strict=True) if one] == still
+        memory = finetuning_map.no_memory(fine, nodes, 1).found
+        const = nodes, finetuning_map.locate_all(fine, MAP, ft.order_at(fine, x), nodes, memory)
+
+        def step(x, const=const):
+            return ft.step(x, (fine, MAP), const)
+
+        np.testing.assert_array_equal((step(x) == x)[mask], True)
+        rows = np.abs(jax.jacfwd(step)(x)).sum(1)
+        np.testing.assert_array_equal(rows[mask], 0.0)
+        assert np.all(rows[~mask] > 0)
+
+
 def test_prior_against_integration():
     """-(1/y) log E exp(y h^2 / (2 A)) over h = h0 + sqrt(s2) xi, averaged over h0 = m' w* + sqrt(p') xi'."""
     fine = ls.Finetuning(2.0, 0.3, 0.5, "softmax", 2)
