@@ -308,6 +308,16 @@ def _of_unknowns(fine: Finetuning, point: FixedPoint, image, jacobian):
     return jax.tree_util.tree_map(lambda a, b: jnp.where(jnp.any(still), a, b), fewer, point), jacobian
 
 
+#: Distance from a solution, in log v, m, p and q, from which on a stop at a jump of few samples asks for more of them.
+_FAR = 0.01
+
+
+def _far(stage: LoraStage, point: FixedPoint):
+    """Whether a solve has stopped at a jump, too far from its solution."""
+    off = stage.judged(point.x + point.offset) - stage.judged(point.x)
+    return (point.code == Code.floor) & ~(jnp.max(jnp.abs(off)) < _FAR)
+
+
 def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> SecondStage:
     """Replica-symmetric fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest
     free energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not
@@ -358,7 +368,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     rough = ~succeeded(code)
     if search.levels:
         p, *_, q = ft.order_at(fine, best.point.x).along.norms(ft.TEACHER_SIZE)
-        rough = rough | ~(p > (1 - DEEP) * q)
+        rough = rough | ~(p > (1 - DEEP) * q) | _far(LoraStage(fine, frozen), best.point)
     else:
         rough = rough | _rough(memory, found.row[chosen])
     if fine.inputs.needs_map:

@@ -110,10 +110,10 @@ def solve(lanes: Lanes, then: tuple = ()) -> Iterator[tuple[list[int], Solves]]:
     several counts in the last one. `then`: see `solve_alone`.
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
-    with one step of symmetry breaking, in a deep glass once more with more samples, and where that fails with more yet;
-    or, if `numerics.symmetry` asks for it, with nodes that have two wells. Where breaking fails, and the symmetric
-    solution is unstable by a little only, that is taken. Outside of transformations only: there is nothing to look at
-    inside.
+    with one step of symmetry breaking, once more with more samples in a deep glass and where samples jump, and where
+    that fails with more yet; or, if `numerics.symmetry` asks for it, with nodes that have two wells. Where breaking
+    fails, and the symmetric solution is unstable by a little only, that is taken. Outside of transformations only:
+    there is nothing to look at inside.
     """
     index, near, rs = list(range(lanes.count)), [], lanes.problem.numerics.symmetry == "rs"
     first = pretrained(lanes)
