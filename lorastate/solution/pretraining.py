@@ -153,7 +153,7 @@ def search_pretraining(problem: Problem) -> Solved:
         x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
         point, _, found, remembered = iterate(fmap, rules, True, x0, jac, memory)
         if nodes is not None:
-            point = _judged(point, jnp.any(remembered.read().two), rules.tolerance)
+            point = _ended_at_jump(point, jnp.any(remembered.read().two), rules.tolerance)
         skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
         memory = jax.tree_util.tree_map(lambda old, new: jnp.where(skip, old, new), memory, remembered)
         x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
@@ -172,7 +172,7 @@ def search_pretraining(problem: Problem) -> Solved:
 _ROUNDED = 1e-3
 
 
-def _judged(point, jumps, tolerance):
+def _ended_at_jump(point, jumps, tolerance):
     """The point, `stalled` where it stopped short of its fixed point although no node `jumps`, and no longer `unstable`
     where it did so at a jump, next to which a map is as steep as one likes."""
     noise = jnp.abs(point.x[2])

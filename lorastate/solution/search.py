@@ -17,7 +17,7 @@ from ..evolution import control, finetuning_map
 from ..evolution import finetuning as ft
 from ..evolution.starts import apart, broken_start, pushed, start
 from ..math.fixed_point import FixedPoint
-from ..math.maximum import climb, uphill_step
+from ..math.maximum import climb
 from ..math.quadrature import Nodes, Slots, mean
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
@@ -129,11 +129,10 @@ _LEAST_OVERLAP = 0.1
 
 
 class _Found(NamedTuple):
-    """What a search has found from both starts so far: points, their images and Jacobians, rows of the memory, codes,
-    free energies, and whether y has found its place; with breaking, control variates too."""
+    """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies, and
+    whether y has found its place; with breaking, control variates too."""
 
     x: Any
-    image: Any
     jacobian: Any
     row: Any
     code: Any
@@ -157,15 +156,19 @@ def _close(fine: Finetuning, search: Search, found: _Found):
     return jnp.max(jnp.abs(apart(fine, found.x[0], found.x[1]))) < _SAME[min(search.levels, 1)]
 
 
+def _solved_alike(fine: Finetuning, search: Search, found: _Found):
+    """The same once the first start's has been solved."""
+    return _close(fine, search, found) & (found.code[0] == Code.ok) & found.placed[0]
+
+
 def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progress:
     """Both starts compared, before either is refined: whether they are one, before y climbs, and whether one lies
     above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above.
     Once both are refined they may still turn out to be one."""
     found, last = s.found, (kind == _LAST) & (k == 0)
     now = (kind == _CLIMB) & (k == 0) if search.levels else last
-    close = _close(fine, search, found)
-    alike = (kind == _AGAIN) & (k == 0) & close & (found.code[0] == Code.ok) & found.placed[0]
-    same = jnp.where(now, close, s.same | alike)
+    again = (kind == _AGAIN) & (k == 0)
+    same = jnp.where(now, _close(fine, search, found), s.same | (again & _solved_alike(fine, search, found)))
     gap = found.energy - found.energy[::-1]
     placed = (succeeded(found.code) & found.placed)[::-1]
     clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & placed
@@ -226,7 +229,7 @@ def search_finetuning(
         if search.levels:  # how far minima part is known by then
             held = held | ((kind == _AGAIN) & ft.all_one(ft.order_at(fine, x0)))
         fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels, held)
-        (point, image, jac, memory), placed = climb(
+        (point, _, jac, memory), placed = climb(
             fmap, rules, True, x0, found.jacobian[k], memory, job.tries, job.level, lambda x: pushed(fine, x),
             kind == _AGAIN,
         )  # fmt: skip
@@ -235,7 +238,7 @@ def search_finetuning(
         # What was solved stays so where a last pass is not.
         kept = kept | ((kind == _AGAIN) & ~((point.code == Code.ok) & placed))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
-        new = _Found(point.x, image, jac, memory.here, point.code, energy, placed, here.control)
+        new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
         row = found.row.at[jnp.where(escape, 1, k)].set(memory.here)
         row = jnp.where(escape & ~kept, row[::-1], row)
         repels = (kind == _CLIMB) & (point.code == Code.unstable)
@@ -247,7 +250,7 @@ def search_finetuning(
     s, (points, kept) = jax.lax.scan(one, begin, jobs)
     same = s.same
     if search.levels:  # one solution has another control variate, and another phi, where it was found in another way
-        same = same | (_close(fine, search, s.found) & (s.found.code[0] == Code.ok) & s.found.placed[0])
+        same = same | _solved_alike(fine, search, s.found)
     return _final(jobs, points, kept), s.found, s.memory, same, points.x[2]
 
 
@@ -268,7 +271,7 @@ def _begin(fine: Finetuning, nodes: Nodes, search: Search) -> _Progress:
         both = jax.tree_util.tree_map(lambda a: a[:2], memory.data.averages)
         variate = control.none(both, search.levels)
     codes = jnp.zeros(2, int)
-    found = _Found(x, x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, variate)
+    found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, variate)
     return _Progress(found, memory, jnp.array(False), none > 0)
 
 
@@ -295,17 +298,6 @@ def _lowest(code, energies, levels: int):
     most = 1e6 if levels else 2e-3 * (1 + jnp.abs(energies))
     handicap = jnp.where(code == Code.ok, 0.0, jnp.where(nearly, most, jnp.inf))
     return jnp.argmin(jnp.where(jnp.isfinite(energies), energies, jnp.inf) + handicap)
-
-
-def _of_unknowns(fine: Finetuning, point: FixedPoint, image, jacobian):
-    """The point with residual and offset of what is unknown (see `finetuning.settled`), and the Jacobian without rows
-    of the rest: next to a jump minima that are one part by what a few samples say, and no step makes that zero."""
-    still, levels = ft.settled(fine, point.x), ft.order_at(fine, point.x).levels
-    off, jacobian = jnp.where(still, 0.0, image - point.x), jnp.where(still[:, None], 0.0, jacobian)
-    fewer = point._replace(
-        residual=jnp.max(jnp.abs(off[:-levels])), offset=jnp.abs(uphill_step(jacobian, off, levels, jnp.inf))
-    )
-    return jax.tree_util.tree_map(lambda a, b: jnp.where(jnp.any(still), a, b), fewer, point), jacobian
 
 
 #: Distance from a solution, in log v, m, p and q, from which on a stop at a jump of few samples asks for more of them.
@@ -357,13 +349,12 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     energies = jnp.where(same, found.energy[0], found.energy)
     chosen = jnp.where(same, 0, _lowest(tried.code, energies, search.levels))
     point = jax.tree_util.tree_map(lambda a: a[chosen], points)
-    jacobian, inner = found.jacobian[chosen], memory._replace(here=found.row[chosen]).read().found
+    inner = memory._replace(here=found.row[chosen]).read().found
     if search.levels:
-        point, jacobian = _of_unknowns(fine, point, found.image[chosen], jacobian)
         # A last pass that was not taken has left minimisers of its own.
         order = ft.order_at(fine, point.x)
         inner = jax.lax.map(lambda part: ft.refresh_inner(fine, frozen, order, *part), (prepared, inner))
-    best = Solved(point, jacobian, inner)
+    best = Solved(point, found.jacobian[chosen], inner)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
     rough = ~succeeded(code)
     if search.levels:
