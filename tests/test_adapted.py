@@ -11,6 +11,7 @@ from orders import order_for
 from scipy.optimize import minimize_scalar
 
 import lorastate as ls
+from lorastate.bayes.frozen_map import best_map
 from lorastate.evolution.order import from_norm
 from lorastate.evolution.test_errors import forgetting_error, node_dimension, pretraining_error
 from lorastate.math.quadrature import Nodes, gaussian_nodes
@@ -90,16 +91,18 @@ def test_another_task_is_forgotten_with_its_own_overlap():
     p, f = found.pretraining, found.finetuning
     assert abs(float(p["M"] - p["M_down"])) > 0.1
     assert float(f["forgetting_error_frozen"]) == pytest.approx(float(p["test_error"]), rel=1e-12)
-    best = ls.predict(setting(pre={"task": task}, inputs="bayes_optimal")).finetuning
-    assert np.isnan(best["forgetting_error"]) and np.isfinite(best["test_error_best_factor"])
-    plain = ls.predict(setting(inputs="bayes_optimal"))
-    assert 0 < float(plain.finetuning["forgetting_error_frozen"]) < float(plain.pretraining["test_error"])
+
+    def of_best_map(pre):
+        stages = (s := setting(pre=pre, inputs="bayes_optimal")).pretraining, s.finetuning_resolved
+        return AdaptedLayer(*stages, best_map(s.pretraining), order_for(1, 1)).forgetting_error(None, 0.0)
+
+    assert np.isnan(of_best_map({"task": task}))
+    assert 0 < float(of_best_map({})) < float(solved().pretraining["test_error"])
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_what_is_not_adapted_is_pretraining(rank):
-    """At w = 0 and b = 1 the nodes are those of E, whatever the rank."""
-    found = ls.predict(setting("softmax", rank=rank, teacher_rank=rank, activation_of_lora="identity"))
+def test_what_is_not_adapted_is_pretraining():
+    """At w = 0 and b = 1 the nodes are those of E, for ranks that need more of them too."""
+    found = ls.predict(setting("softmax", rank=3, teacher_rank=3, activation_of_lora="identity"))
     before = float(found.pretraining["test_error"])
     assert float(found.finetuning["forgetting_error_frozen"]) == pytest.approx(before, rel=1e-12)
     assert float(found.finetuning["forgetting_error"]) > before
@@ -193,7 +196,7 @@ def test_glass_has_the_numbers_of_its_lowest_minima():
     s = ls.Setting(
         ls.Pretraining(alpha=0.1, lam=0.01, delta=2.0, activation="identity", tokens=2),
         ls.Finetuning(alpha=1.0, lam=0.05),
-        ls.Numerics(nodes=512, finetuning_nodes=2048, replicas=2, symmetry="1rsb"),
+        ls.Numerics(nodes=4096, finetuning_nodes=8192, replicas=4),  # those of test_breaking
     )
     found, t = ls.predict(s), 2
     f, p = found.finetuning, found.pretraining
@@ -241,7 +244,7 @@ def test_gradients_against_central_differences(of, activation):
 
 
 def test_derivative_of_the_factor():
-    base = setting("softmax", numerics=ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2))
+    base = setting("softmax", numerics=ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2, symmetry="rs"))
 
     def factor(lam):
         return ls.predict(ls.replace(base, "finetuning.lam", lam)).finetuning["best_adapter_factor"]
@@ -276,7 +279,7 @@ def test_training_agrees(activation, task):
     pre = {"task": {"a": 0.8, "c": 0.5, "kappa_perp": 0.5}} if task else {}
     s = setting(activation, pre=pre, recalibration=0.9, adapter_factor=0.8, lam=1.5)
     theory = ls.predict(s)
-    found = ls.simulate(s, dimension=80, runs=6, test_samples=4000)
+    found = ls.simulate(s, dimension=60, runs=6, test_samples=3000)
     for name in ("best_adapter_factor", "test_error_best_factor", "forgetting_error", "forgetting_error_frozen"):
         want = float(theory.finetuning[name])
         assert found.mean("finetuning", name) == pytest.approx(

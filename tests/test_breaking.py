@@ -421,16 +421,14 @@ def test_what_training_pays_for_the_norm(glass):
 
 
 def test_y_finds_its_place_on_any_nodes():
-    """Noisy labels, weak ridges: on many nodes E' is 0.731(2), o_w 0.557(5). The slope of phi in y rises again beyond
-    the maximum, where few samples carry all weight: nodes by which y ended there said E' = 0.74 to 0.80."""
+    """Noisy labels, weak ridges: on many nodes y is 1.5, E' 0.731(2), o_w 0.557(5). The slope of phi in y rises again
+    beyond the maximum, where few samples carry all weight: there y was up to ten times as large."""
     pre = ls.Pretraining(0.21, 0.0043, kappa0=0.63, kappa=1.6, delta=2.4, tokens=2)
-    for seed in (0, 1):
-        numerics = SMALL.changed(finetuning_nodes=16384, seed=seed)
-        found = ls.predict(ls.Setting(pre, ls.Finetuning(4.2, 0.083), numerics))
-        f, errors = plain(found.finetuning), plain(found.errors["finetuning"])
-        assert abs(f["complexity"]) < 0.01 and 1.0 < f["breaking"] < 2.6
-        for name, want in (("test_error", 0.731), ("overlap", 0.557)):
-            assert errors[name] < 0.06 * want and abs(f[name] - want) < 4 * errors[name] + 0.005
+    for seed in range(3):
+        found = ls.predict(ls.Setting(pre, ls.Finetuning(4.2, 0.083), SMALL.changed(seed=seed)))
+        f = plain(found.finetuning)
+        assert found.ok and abs(f["complexity"]) < 0.01 and 1.0 < f["breaking"] < 2.6
+        assert abs(f["test_error"] - 0.731) < 0.04 and abs(f["overlap"] - 0.557) < 0.08
 
 
 def test_smooth_settings_are_symmetric():
@@ -462,7 +460,7 @@ def test_each_stage_has_its_temperature(hot, phase):
 def test_across_the_instability():
     """Along lambda' E', o_w and phi go from one phase into the other without a step."""
     s = ls.Setting(ls.Pretraining(0.1, 0.01, delta=2.0), ls.Finetuning(3.0, 0.2), SMALL)
-    rows = [ls.predict(ls.replace(s, "finetuning.lam", lam)) for lam in (0.1, 0.15, 0.2, 0.3, 0.4, 0.6)]
+    rows = [ls.predict(ls.replace(s, "finetuning.lam", lam)) for lam in (0.1, 0.2, 0.3, 0.5)]
     phases = [r.symmetry for r in rows]
     assert phases[0] == "one-step broken" and phases[-1] == "replica symmetric"
     assert phases == sorted(phases)  # one line
@@ -477,10 +475,10 @@ def test_across_the_instability():
 
 def test_instability_threshold():
     s = ls.Setting(ls.Pretraining(0.1, 0.01, delta=2.0), ls.Finetuning(3.0, 0.2), SMALL)
-    line = ls.instability_threshold(s, "finetuning.lam", 0.05, 1.0, rtol=0.05)
-    assert 0.1 < line < 0.6
+    line = ls.instability_threshold(s, "finetuning.lam", 0.1, 0.5, rtol=0.2)
+    assert 0.1 < line < 0.5
     with pytest.raises(ls.SettingError, match="are both replica symmetric"):
-        ls.instability_threshold(s, "finetuning.lam", 0.8, 1.0)
+        ls.instability_threshold(s, "finetuning.lam", 0.5, 0.6)
     with pytest.raises(ls.SettingError, match="0 < low < high"):
         ls.instability_threshold(s, "finetuning.lam", 1.0, 0.5)
 
@@ -490,18 +488,19 @@ def test_inside_a_transformation_both_phases_are_there():
     s = ls.Setting(ls.Pretraining(0.3, 0.1, tokens=2, activation="identity"), ls.Finetuning(2.0, 0.5),
                    ls.Numerics(nodes=256, finetuning_nodes=1024, replicas=2, samples=4))  # fmt: skip
 
-    def error(lam):
-        return ls.predict(ls.replace(s, "finetuning.lam", lam)).test_error
+    def error(lam, kappa):
+        found = ls.predict(ls.replace(ls.replace(s, "finetuning.lam", lam), "pretraining.kappa", kappa))
+        return found.test_error, found.pretraining["M"]
 
-    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(error)))(jnp.array([0.5, 0.6]))
-    for lam, value, slope in zip((0.5, 0.6), values, slopes, strict=True):
+    lams, kappas = jnp.array([0.5, 0.6, 0.5]), jnp.array([1.0, 1.0, 0.05])
+    (values, maps), slopes = jax.jit(jax.vmap(jax.value_and_grad(error, has_aux=True)))(lams, kappas)
+    for lam, value, slope in zip((0.5, 0.6), values, slopes, strict=False):
         here = ls.replace(s, "finetuning.lam", lam)
         assert float(value) == pytest.approx(float(ls.predict(here).test_error), rel=1e-6)
         assert float(slope) == pytest.approx(ls.gradient(here)[1]["finetuning.lam"], rel=1e-4)
     narrow = ls.replace(s, "pretraining.kappa", 0.05)
     assert ls.predict(narrow, throw=False).code("pretraining") is Code.too_narrow
-    failed = jax.jit(lambda k: ls.predict(ls.replace(s, "pretraining.kappa", k)).pretraining["M"])(0.05)
-    assert np.isnan(failed)
+    assert np.isnan([values[2], maps[2], slopes[2]]).all() and np.isfinite(maps[:2]).all()
 
 
 def test_every_level_has_its_samples():

@@ -19,6 +19,6 @@ def test_another_solver_agrees(activation, channel):
 
 def test_not_in_a_glass():
     pre = ls.Pretraining(alpha=0.06, lam=0.002, delta=2.2, tokens=2)
-    setting = ls.Setting(pre, ls.Finetuning(alpha=5.6, lam=0.07), ls.Numerics(512, 1024, 2))
+    setting = ls.Setting(pre, ls.Finetuning(alpha=5.6, lam=0.07), ls.Numerics(4096, 8192, 4))  # of test_breaking
     with pytest.raises(ls.SettingError, match="symmetry is broken here"):
         ls.cross_check(setting)
