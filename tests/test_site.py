@@ -23,6 +23,7 @@ from lorastate.cli.commands import Command, spread
 from lorastate.cli.figure import Figure
 from lorastate.cli.practice import Practice
 from lorastate.figures import FIGURES
+from lorastate.setting.numerics import Numerics
 from lorastate.sweeps.grid import parse_axis
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +150,7 @@ def examples(tmp_path, monkeypatch):
         few = "\n".join(f"{key} = {value}" for key, value in _FEW.items())
         (tmp_path / "examples" / path.name).write_text(f"{text}\n[numerics]\n{few}\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ls, "Numerics", lambda *_, **__: Numerics(**_FEW))
 
 
 @pytest.mark.solve
@@ -176,7 +178,7 @@ def test_adding_a_prediction(examples, tmp_path):
         text = path.read_text()
         assert text.count("\n".join(kept)) == 1
         path.write_text(text.replace("\n".join(kept), "\n".join(line[1:] for line in lines)))
-    words = [sys.executable, "-m", "lorastate", "predict", "examples/softmax.toml"]
+    words = [sys.executable, "-m", "lorastate", "predict", "examples/identity.toml"]
     shown = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     said, found = (re.search(r"(?m)^ *angle +(\S+) +\S+ +(.*)$", text) for text in (page, shown))
     assert said and found
