@@ -11,7 +11,7 @@ STAGES = ("pretraining", "finetuning")
 @pytest.fixture(scope="module")
 def solved():
     """Identity activations, with as many directions as the teacher and with more."""
-    numerics = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
+    numerics = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2, symmetry="rs")
     pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
     return [ls.predict(ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=1.0, rank=r), numerics)) for r in (1, 2)]
 

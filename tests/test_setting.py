@@ -501,8 +501,8 @@ def test_contradictions(make, words):
 
 @pytest.mark.solve
 def test_a_beta_that_follows_counts_in_the_slope():
-    stages = Pretraining(0.1, 0.1, tokens=2, beta=2.0), Numerics(512, 1024, 2)
-    unsaid, named = (Setting(stages[0], Finetuning(3.0, 1.0, activation=a), stages[1]) for a in (None, "softmax"))
+    stages = Pretraining(0.3, 0.1, tokens=2, beta=2.0), Numerics(512, 1024, 2)
+    unsaid, named = (Setting(stages[0], Finetuning(6.0, 2.0, activation=a), stages[1]) for a in (None, "softmax"))
     (value, slopes), (other, slopes_of_other) = gradient(unsaid), gradient(named)
     assert (value, slopes) == (other, slopes_of_other)
 

@@ -123,7 +123,8 @@ def test_every_command_and_option_is_listed():
 # ---- snippets ----------------------------------------------------------------------------------------------------
 
 #: Numerics of the examples while snippets run: those of test_theory, what is compiled there serves here.
-_FEW = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}
+few_nodes = Numerics(nodes=2048, finetuning_nodes=4096, replicas=8)
+_FEW = {name: getattr(few_nodes, name) for name in ("nodes", "finetuning_nodes", "replicas")}
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -150,7 +151,7 @@ def examples(tmp_path, monkeypatch):
         few = "\n".join(f"{key} = {value}" for key, value in _FEW.items())
         (tmp_path / "examples" / path.name).write_text(f"{text}\n[numerics]\n{few}\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ls, "Numerics", lambda *_, **__: Numerics(**_FEW))
+    monkeypatch.setattr(ls, "Numerics", lambda *_, **__: few_nodes)
 
 
 @pytest.mark.solve
