@@ -124,7 +124,7 @@ def decay(out, training: Training | None = None, progress: bool = True) -> list[
     There is nothing to train: a grid of ridges would need hundreds of runs."""
     few = Numerics(nodes=4096, finetuning_nodes=8192, replicas=4)
     setting = Setting(Pretraining(0.1, 0.01), Finetuning(3.0, 0.2), few)
-    alphas = np.geomspace(0.03, 0.5, 7).tolist()
+    alphas = np.geomspace(0.03, 0.5, 13).tolist()
     figure, panels = side_by_side(2, 10, 4.2)
     data: dict[str, Any] = {"figure": "decay", "setting": setting_to_dict(setting), "pretraining.alpha": alphas}
     for minimize, paths, color, label in (
@@ -142,7 +142,7 @@ def decay(out, training: Training | None = None, progress: bool = True) -> list[
             axes.errorbar(alphas, mean, bars, fmt="o-", ms=3.5, lw=1.6, capsize=2, color=color, label=label)
             entry[path] = {"values": _plain(values.values), "mean": _plain(mean), "stderr": _plain(bars)}
         entry["dense"] = []
-        for k in range(1, len(alphas), 2):
+        for k in range(2, len(alphas), 4):
             places = {path: entry[path]["mean"][k] for path in paths}
             low = _dense(replace(setting, "pretraining.alpha", alphas[k]), places, minimize, progress)
             entry["dense"].append({"pretraining.alpha": alphas[k], **low})
@@ -151,6 +151,11 @@ def decay(out, training: Training | None = None, progress: bool = True) -> list[
                           label="dense grid")  # fmt: skip
     for axes, label in zip(panels, (r"$\lambda$ of pre-training", r"$\lambda'$ of fine-tuning"), strict=True):
         axes.set(xscale="log", yscale="log", xlabel=r"data of pre-training $\alpha$", ylabel=label)
+        for axis, ticks in ((axes.xaxis, (0.03, 0.1, 0.3)), (axes.yaxis, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4))):
+            low, high = axis.get_view_interval()
+            shown = [tick for tick in ticks if low <= tick <= high]
+            axis.set_ticks(shown, [f"{tick:g}" for tick in shown])
+            axis.set_minor_formatter("")
     figure.suptitle(r"softmax, $T=3$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$", fontsize=9)
     legend_below(figure, panels)
     return save(figure, Path(out), "decay", data)
@@ -166,7 +171,7 @@ def _dense(setting: Setting, places, minimize: str, progress: bool) -> dict[str,
     nothing where there is no optimum or the lowest point lies at the edge."""
     if None in places.values():
         return {}
-    grid = {path: (place * np.geomspace(0.4, 2.5, 7)).tolist() for path, place in places.items()}
+    grid = {path: (place * np.geomspace(0.6, 1 / 0.6, 7)).tolist() for path, place in places.items()}
     name = minimize if "." in minimize else f"finetuning.{minimize}"
     low = lowest(list(grid.values()), sweep(setting, grid, progress=progress)[name].values)
     return {path: x for path, x in zip(places, low, strict=True) if math.isfinite(x)}

@@ -15,7 +15,8 @@ What Y0 has beyond Z_W, a map R, is not quite orthogonal to the update at finite
 s w w^T/|w|^2 + R/sqrt(D) explains (s + rho)^2 + 2 Tr R^2/D^2, rho = Tr R/D^(3/2), of which 2 s rho is no error. So
 L - M^2/Q is too small by 2 to 3 Tr R^2/D^2, which is up to 3 parts in D of itself and less where labels are noisy: one
 part is put back. And s is too large by rho: the trace of R is unknown, at most D times the root of L - M^2/Q, which is
-in the error bar of s.
+in the error bar of s. What the fits miss of the update, 1 - sqrt(k_12/sqrt(k_11 k_22)) of it, passes for frozen map
+where that has a trace: c is too large by as much of r* s Tr S/(D^(3/2) Q), which is taken off.
 """
 
 from __future__ import annotations
@@ -76,10 +77,11 @@ class _Half(NamedTuple):
 
 
 def measure(
-    x: np.ndarray, y: np.ndarray, z: np.ndarray, Q: float, drop_shift: bool, teacher_rank: int,
+    x: np.ndarray, y: np.ndarray, z: np.ndarray, Q: float, trace: float, drop_shift: bool, teacher_rank: int,
     strength: float | None = None, seed: int = 0,
 ) -> Measured:  # fmt: skip
-    """Moments from standardised inputs (N, T, D) with label and frozen pre-activations (N, T, T); Q is known.
+    """Moments from standardised inputs (N, T, D) with label and frozen pre-activations (N, T, T); Q and the `trace`
+    Tr S/D of the map are known.
 
     The strength is estimated unless given.
     """
@@ -95,6 +97,7 @@ def measure(
         for p, w in zip(parts, reversed(fits), strict=True)
     ]
     seen = strength is not None or agreement > _SEEN
+    missed = 1 - float(np.sqrt(max(agreement, _SEEN)))  # of the update by either fit
     power = None if strength is None else teacher_rank * strength**2
 
     def of(one: np.ndarray, two: np.ndarray, beyond: float) -> Moments:
@@ -103,7 +106,7 @@ def measure(
         both = g1 * k[1, 1] * g2 * k[0, 0] / k[0, 1] if power is None and seen else power
         if both is None or not both > 0:
             return Moments(np.nan, (c1 + c2) / 2 * Q, Q, np.nan)
-        slope = (c1 + c2) / 2
+        slope = (c1 + c2) / 2 - float(np.sqrt(both * teacher_rank / D)) * missed * trace / Q
         least = (v1 + v2) / 2 - both + (g1**2 * k[1, 1] + g2**2 * k[0, 0]) / 2
         s = float(np.sqrt(both / teacher_rank))
         if strength is None:
