@@ -4,6 +4,7 @@ weight decay to pre-train with if fine-tuning follows."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def decay(out, training: Training | None = None, progress: bool = True) -> list[
 
 def _plain(values: np.ndarray) -> list:
     """For JSON, which has no NaN."""
-    return np.where(np.isfinite(values), values, None).tolist()
+    plain = values.astype(object)
+    plain[~np.isfinite(values)] = None
+    return plain.tolist()
 
 
 def _dense(setting: Setting, places, minimize: str, progress: bool) -> dict[str, float]:
@@ -177,7 +180,7 @@ def _dense(setting: Setting, places, minimize: str, progress: bool) -> dict[str,
     return {path: x for path, x in zip(places, low, strict=True) if math.isfinite(x)}
 
 
-def lowest(axes: list[list[float]], values: np.ndarray) -> tuple[float, ...]:
+def lowest(axes: Sequence[Any], values: np.ndarray) -> tuple[float, ...]:
     """Where the paraboloid in logarithms through the lowest point of a grid and its neighbours has its minimum; NaN
     where that point lies at the edge."""
     place = np.unravel_index(np.nanargmin(values), values.shape)
