@@ -34,8 +34,16 @@ SNIPPET = re.compile(r"(?ms)^```python\n(.*?)^```(?:\s*^```text\n(.*?)^```)?")
 #: Numerics of the examples while what is documented runs: those of test_theory, what is compiled there serves here.
 FEW = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}
 _NAMES = "predict|gradient|optimize|sweep|explain|simulate|verify|practice|figure"
-#: What a test runs instead.
-TESTED = {"--coordinator": "tests/test_sweeps.py"}
+#: What a test runs, at smaller sizes where they are large.
+TESTED = {"--coordinator": "tests/test_sweeps.py", "lorastate verify": "tests/test_verification.py"}
+#: Pages that show, after these commands, all that they print.
+SHOWN = {
+    "lorastate predict examples/softmax.toml": "docs/tutorial.md",
+    "lorastate optimize examples/softmax.toml --verify --out results": "docs/tutorial.md",
+    "lorastate practice layer.npz --activation identity --ridge 0.2": "docs/how_to/your_own_layer.md",
+    "lorastate optimize examples/softmax.toml --set finetuning.teacher_rank=2 finetuning.alpha=6 --over finetuning.lam "
+    "--scan finetuning.rank=1,2,3,4 --out results": "docs/how_to/rank.md",
+}
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -52,9 +60,16 @@ def distinct() -> list[str]:
     return list(dict.fromkeys(line for _, line in commands()))
 
 
-def is_drawn(line: str) -> bool:
-    """Whether it draws a figure, which the gallery shows."""
-    return line.startswith("lorastate figure")
+def is_elsewhere(line: str) -> str:
+    """The sentence about a command whose outcome is somewhere else; nothing for others."""
+    if line.startswith("lorastate figure"):
+        return "What it draws is in the [gallery](gallery.md)."
+    if line in SHOWN:
+        return f"Its output is on [that page]({_from_docs(SHOWN[line])})."
+    for word, test in TESTED.items():
+        if word in line:
+            return f"Run by [{Path(test).name}](../{test})."
+    return ""
 
 
 def copy_examples(directory: Path) -> None:
@@ -98,11 +113,8 @@ def _from_docs(name: str) -> str:
 
 
 def _outcome(line: str, done: dict[str, dict]) -> str:
-    if is_drawn(line):
-        return "What it draws is in the [gallery](gallery.md)."
-    for word, test in TESTED.items():
-        if word in line:
-            return f"Run by [{Path(test).name}](../{test})."
+    if elsewhere := is_elsewhere(line):
+        return elsewhere
     found = done[line]
     end = found["said"].splitlines()[-_SHOWN:]
     head = f"Exit code {found['code']} after {found['seconds']:.0f} s, {found['date']}."
@@ -128,14 +140,12 @@ def main(words: list[str]) -> int:
         copy_examples(home)
         _snippet_of_the_layer(home)
         for line in distinct():
-            skipped = is_drawn(line) or any(word in line for word in TESTED)
-            if line in done or skipped or time.perf_counter() - began > limit:
+            if line in done or is_elsewhere(line) or time.perf_counter() - began > limit:
                 continue
             done[line] = run(line, home)
             out.write_text(json.dumps(done, indent=1))
             print(f"{done[line]['code']} {done[line]['seconds']:6.0f} s  {line}", flush=True)
-    left = [line for line in distinct() if line not in done and not is_drawn(line)]
-    if all(any(word in line for word in TESTED) for line in left):
+    if all(line in done or is_elsewhere(line) for line in distinct()):
         LISTED.write_text(page(done))
     return max((found["code"] for found in done.values()), default=0)
 
