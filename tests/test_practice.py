@@ -157,17 +157,15 @@ def test_moments_of_labels(drop_shift):
 
 
 def test_what_fits_miss_of_the_update_is_no_frozen_map(monkeypatch):
-    """Two tokens and few examples: the fits miss a fifth of the update, and b has no bias from it. (It was 0.3 to 0.5
-    standard errors.)"""
+    """Two tokens and few examples: the fits miss a part of the update, and b has no bias from it. (It was a third of a
+    standard error.)"""
     monkeypatch.setattr("test_practice.T", 2)
     pulls = []
-    for seed in range(36):
-        world = drawn(seed, n=300, dimension=100)
+    for seed in range(150):
+        world = drawn(seed, n=160, dimension=40)
         found = moments_of(world, preactivation(world.x, world.S), True, seed)
-        if np.isfinite(found.moments.strength):
-            pulls.append((found.moments.best_scale - world.truth.best_scale) / found.stderr(lambda m: m.best_scale))
-    assert len(pulls) > 30
-    assert abs(np.mean(pulls)) < 2 / np.sqrt(len(pulls)) and 0.75 < np.std(pulls) < 1.3
+        pulls.append((found.moments.best_scale - world.truth.best_scale) / found.stderr(lambda m: m.best_scale))
+    assert abs(np.mean(pulls)) < 2.5 / np.sqrt(len(pulls)) and 0.75 < np.std(pulls) < 1.3
 
 
 def test_noise_is_not_too_small_where_the_map_was_learned(monkeypatch):
