@@ -35,7 +35,11 @@ SNIPPET = re.compile(r"(?ms)^```python\n(.*?)^```(?:\s*^```text\n(.*?)^```)?")
 FEW = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 8}
 _NAMES = "predict|gradient|optimize|sweep|explain|simulate|verify|practice|figure"
 #: What a test runs, at smaller sizes where they are large.
-TESTED = {"--coordinator": "tests/test_sweeps.py", "lorastate verify": "tests/test_verification.py"}
+TESTED = {
+    "--coordinator": "tests/test_sweeps.py",
+    "finetuning.alpha=0.5,1,2,4": "tests/test_sweeps.py",
+    "lorastate verify": "tests/test_verification.py",
+}
 #: Pages that show, after these commands, all that they print.
 SHOWN = {
     "lorastate predict examples/softmax.toml": "docs/tutorial.md",
@@ -68,7 +72,7 @@ def is_elsewhere(line: str) -> str:
         return f"Its output is on [that page]({_from_docs(SHOWN[line])})."
     for word, test in TESTED.items():
         if word in line:
-            return f"Run by [{Path(test).name}](../{test})."
+            return f"Its kind is run, on a smaller scale, by [{Path(test).name}](../{test})."
     return ""
 
 

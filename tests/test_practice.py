@@ -160,8 +160,9 @@ def test_what_fits_miss_of_the_update_is_no_frozen_map(monkeypatch):
     """Two tokens and few examples: the fits miss a part of the update, and b has no bias from it. (It was a third of a
     standard error.)"""
     monkeypatch.setattr("test_practice.T", 2)
+    monkeypatch.setattr("lorastate.practice.labels.RESAMPLES", 50)
     pulls = []
-    for seed in range(150):
+    for seed in range(120):
         world = drawn(seed, n=160, dimension=40)
         found = moments_of(world, preactivation(world.x, world.S), True, seed)
         pulls.append((found.moments.best_scale - world.truth.best_scale) / found.stderr(lambda m: m.best_scale))
@@ -172,6 +173,7 @@ def test_noise_is_not_too_small_where_the_map_was_learned(monkeypatch):
     """Maps as pre-training leaves them, the teacher with noise and its small eigenvalues cut off: what they miss is
     shaped like them. (Delta_eff was too small by half a standard error.)"""
     monkeypatch.setattr("test_practice.T", 2)
+    monkeypatch.setattr("lorastate.practice.labels.RESAMPLES", 50)
     pulls = []
     for seed in range(40):
         world, rng = drawn(seed, n=300, dimension=100), RNG(seed)
