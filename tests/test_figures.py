@@ -66,6 +66,22 @@ def test_rows_say_phase_and_code(theory):
     assert not theory.asked
 
 
+def test_a_bar_that_is_not_there_is_none(theory, monkeypatch, axes, tmp_path):
+    """JSON has no NaN, and a line is drawn without the bar."""
+    made = curves.predict
+
+    def predict(setting, throw=True):
+        found = made(setting, throw)
+        found.stderr = lambda stage, name: float("nan")
+        return found
+
+    monkeypatch.setattr(curves, "predict", predict)
+    rows = curves.scan(SETTING, PATH, np.array([0.04, 0.05]), ("test_error",))
+    assert rows[0]["test_error"] == 1.04 and rows[0]["test_error_stderr"] is None
+    json.dumps(rows, allow_nan=False)
+    curves.draw_line(axes, rows, PATH, "test_error", "C0")
+
+
 def test_symmetric_values_at_every_second_broken_point(theory):
     grid = np.array([0.01, 0.015, 0.02, 0.025, 0.04, 0.05])
     rows = curves.scan(SETTING, PATH, grid, ("test_error",), symmetric=True)
