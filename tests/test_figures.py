@@ -66,7 +66,7 @@ def test_rows_say_phase_and_code(theory):
     assert not theory.asked
 
 
-def test_a_bar_that_is_not_there_is_none(theory, monkeypatch, axes, tmp_path):
+def test_a_bar_that_is_not_there_is_none(theory, monkeypatch, axes):
     """JSON has no NaN, and a line is drawn without the bar."""
     made = curves.predict
 
