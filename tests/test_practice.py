@@ -264,7 +264,7 @@ def test_a_layer_of_a_simulated_world():
     """A trained layer, the labels that its LoRA sees: estimates cover the truth."""
     world = drawn(2, n=900)
     arrays = {"S": world.S, "X": world.x, "labels": world.y[:300]}
-    found = ls.assess(arrays, activation="identity", ridge=0.2, numerics=NUMERICS, draws=6)
+    found = ls.assess(arrays, activation="identity", ridge=0.2, numerics=NUMERICS, draws=12)
     assert found.law.verdict == "Gaussian" and found.standard.kind == "none"
     assert pytest.approx(world.truth.norm) == found.Q
     for (value, bar), true in (
