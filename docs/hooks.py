@@ -30,6 +30,10 @@ ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
 }
 NOTEBOOKS = {f"studies/{path.stem}.md": f"notebooks/{path.name}" for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
+#: A formula within a line and the punctuation around it; inline code with an option in it; a picture.
+FORMULA = re.compile(r"(\(?<span class=\"arithmatex\">[^<]*</span>[,.;:!?)]+)")
+CODE, OPTION = re.compile(r"(?<!<pre>)<code>([^<]*--\w[^<]*)</code>"), re.compile(r"(?<![\w-])(--[\w-]+)")
+PICTURE = re.compile(r"<img [^>]*src=\"([^\"]+)\"[^>]*/?>")
 #: `[text](target#anchor)`, not of an image.
 LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -64,6 +68,13 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         return f"[{text}]({posixpath.relpath(place, posixpath.dirname(here) or '.')}{anchor or ''})"
 
     return LINK.sub(there, markdown)
+
+
+def on_page_content(html: str, page, config, files) -> str:
+    """Lines do not break before a full stop or within an option, and a picture can be opened at its own size."""
+    keep = r'<span class="keep">\1</span>'
+    html = CODE.sub(lambda match: f"<code>{OPTION.sub(keep, match[1])}</code>", FORMULA.sub(keep, html))
+    return PICTURE.sub(r'<a class="picture" href="\1">\g<0></a>', html)
 
 
 def _origin(page: str) -> str:

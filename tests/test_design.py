@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,6 +248,34 @@ def test_a_floor_below_a_vanishing_slope_is_no_optimum(monkeypatch):
     assert inside.converged and float(inside.setting.pretraining.lam) == pytest.approx(1.0, abs=1e-5)
     small = evaluate(lambda lam: (1e-7 * (1 + np.log(lam) ** 2), 2e-7 * np.log(lam) / lam))
     assert small.converged and float(small.setting.pretraining.lam) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_glass_is_descended_to_its_error_bar(monkeypatch):
+    """E' = 1 + (log lam)^2 and its slope, both with a noise as of samples: where no step lowers it there is an optimum
+    if the bar says that E' is not known better, and none if it is or if symmetry holds."""
+    made = []
+
+    def at(jump):
+        def evaluate(s, objective):
+            u = np.log(float(s.pretraining.lam))
+            made.append(u)
+            value, slope = 1 + u**2 + 0.002 * np.sin(1e5 * u), 2 * u + 0.05 * np.sin(1e6 * u)
+            return Point(value, {"pretraining.lam": slope / np.exp(u)}, jump=jump)
+
+        return evaluate
+
+    def found(jump, bar):
+        made.clear()
+        monkeypatch.setattr(descent, "evaluate", at(jump))
+        monkeypatch.setattr(design, "predict", lambda s: SimpleNamespace(stderr=lambda stage, name: bar))
+        return optimize(setting(), ("pretraining.lam",))
+
+    glass = found("fine-tuning is a glass", 0.1)
+    assert glass.converged and "no further decrease is resolved" in glass.message and 1e-5 < glass.gradient_norm < 0.1
+    assert abs(np.log(float(glass.setting.pretraining.lam))) < 0.1 and len(made) <= 20
+    sharp = found("fine-tuning is a glass", 1e-4)
+    assert not sharp.converged and "no step" in sharp.message
+    assert not found("", 0.1).converged
 
 
 def best_scale(monkeypatch, of, solved=lambda b: True):

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import xarray as xr
 
 import lorastate as ls
 from lorastate.errors import Code, SolveError
-from lorastate.figures import curves, drawing, maps, published
+from lorastate.figures import curves, drawing, maps, published, questions
 
 SETTING = ls.Setting(ls.Pretraining(0.1, 0.01), ls.Finetuning(3.0, 0.3))
 PATH = "pretraining.lam"
@@ -63,6 +64,22 @@ def test_rows_say_phase_and_code(theory):
     assert three["broken"] is False
     assert four["code"] == "pretraining: max_steps" and four["test_error_frozen"] is None
     assert not theory.asked
+
+
+def test_a_bar_that_is_not_there_is_none(theory, monkeypatch, axes):
+    """JSON has no NaN, and a line is drawn without the bar."""
+    made = curves.predict
+
+    def predict(setting, throw=True):
+        found = made(setting, throw)
+        found.stderr = lambda stage, name: float("nan")
+        return found
+
+    monkeypatch.setattr(curves, "predict", predict)
+    rows = curves.scan(SETTING, PATH, np.array([0.04, 0.05]), ("test_error",))
+    assert rows[0]["test_error"] == 1.04 and rows[0]["test_error_stderr"] is None
+    json.dumps(rows, allow_nan=False)
+    curves.draw_line(axes, rows, PATH, "test_error", "C0")
 
 
 def test_symmetric_values_at_every_second_broken_point(theory):
@@ -149,3 +166,104 @@ def test_where_symmetry_breaks(monkeypatch, failed):
     rows = [{PATH: x, "broken": b} for x, b in ((1.0, False), (4.0, True), (9.0, None), (16.0, True), (25.0, False))]
     places = maps._breaks(SETTING, PATH, rows)
     assert places == pytest.approx([2.0, 20.0] if failed else [1.1, 16.1])
+
+
+# ---- what those who run LoRA ask
+
+
+@pytest.fixture
+def adapted(monkeypatch):
+    """Predictions of the factor and the ridge of fine-tuning, and what training measures: the same and a tenth more."""
+
+    def values(setting):
+        c, ridge = (float(ls.get(setting, path)) for path in (questions._FACTOR, questions._RIDGE))
+        return {"broken": False, "test_error": 1 + (c - ridge) ** 2, "forgetting_error": 2 + c / ridge,
+                "best_adapter_factor": ridge, "test_error_best_factor": 1.0, "test_error_frozen": 1.5}  # fmt: skip
+
+    def predict(setting, throw=True):
+        return SimpleNamespace(finetuning=values(setting), pretraining={"test_error": 2.0}, code=lambda stage: Code.ok,
+                               stderr=lambda stage, name: 0.01)  # fmt: skip
+
+    def simulate(setting, dimension, **options):
+        if float(ls.get(setting, questions._RIDGE)) == 3.0:
+            return SimpleNamespace(mean=failing, dimension=dimension)
+        mean = {name: 1.1 * value for name, value in values(setting).items()}
+        return SimpleNamespace(
+            mean=lambda stage, name: mean[name], stderr=lambda stage, name: np.nan, dimension=dimension
+        )
+
+    def failing(stage, name):
+        raise SolveError(stage, Code.max_steps, "run 0")
+
+    monkeypatch.setattr(curves, "predict", predict)
+    monkeypatch.setattr(questions, "predict", predict)
+    monkeypatch.setattr(questions, "simulate", simulate)
+
+
+def test_forgetting(adapted, tmp_path):
+    written = ls.figures.forgetting(tmp_path, ls.figures.Training(30, 2), progress=False)
+    assert all(path.stat().st_size > 1000 for path in written)
+    data = json.loads(written[-1].read_text())
+    for name in ("identity", "softmax"):
+        assert [line["setting"]["finetuning"]["alpha"] for line in data[name]] == [1.0, 3.0, 10.0]
+        for line in data[name]:
+            # From the ridge that is best for E', here the one nearest to c = 1.
+            best = min(line["ridges"], key=lambda row: row["test_error"])["finetuning.lam"]
+            assert abs(np.log(best)) < 0.2
+            assert [row["forgetting_error"] for row in line["factors"]] == pytest.approx(
+                [2 + row["finetuning.adapter_factor"] / best for row in line["factors"]]
+            )
+            first, _, failed = line["simulation"]
+            assert first["test_error"] == pytest.approx(1.1 * 1.49) and first["test_error_stderr"] is None
+            assert first["forgetting_error"] == pytest.approx(1.1 * (2 + 1 / 0.3))
+            assert failed == {"finetuning.lam": 3.0}
+
+
+def test_factor(adapted, tmp_path):
+    data = json.loads(ls.figures.factor(tmp_path, ls.figures.Training(30, 2), progress=False)[-1].read_text())
+    for name, most in (("softmax", 8.0), ("identity", 2.5)):
+        for line, ridge in zip(data[name], (0.05, 0.5, 2.0), strict=True):
+            c = [row["finetuning.adapter_factor"] for row in line["rows"]]
+            assert (c[0], c[-1]) == pytest.approx((0.25, most))
+            assert [row["test_error"] for row in line["rows"]] == pytest.approx([1 + (x - ridge) ** 2 for x in c])
+            assert line["simulation"]["best_adapter_factor"] == pytest.approx(1.1 * ridge)
+    assert "simulation" not in json.loads(ls.figures.factor(tmp_path, progress=False)[-1].read_text())["softmax"][0]
+
+
+def test_lowest_point_of_a_grid():
+    x, y = np.geomspace(0.1, 2.0, 7), np.geomspace(1.0, 30.0, 9)
+    a, b = np.meshgrid(np.log(x / 0.4), np.log(y / 7.0), indexing="ij")
+    assert questions.lowest([x, y], 3 + a**2 + a * b + 2 * b**2) == pytest.approx((0.4, 7.0), rel=1e-9)
+    assert questions.lowest([x], (np.log(x / 0.4)) ** 2) == pytest.approx((0.4,), rel=1e-9)
+    assert np.isnan(questions.lowest([x, y], a)).all()
+
+
+def test_decay(monkeypatch, tmp_path):
+    """Curves are means over seeds with their errors, optima that are none are left out, rings are lowest points."""
+    place = {questions._LAM: lambda alpha: 0.01 * alpha**-0.2, questions._RIDGE: lambda alpha: 0.3 * alpha**0.1}
+
+    def sweep(setting, grid, optimize=(), minimize="test_error", progress=True):
+        coords = {path: list(values) for path, values in grid.items()}
+        if not optimize:
+            alpha, names = float(setting.pretraining.alpha), {1: "pretraining.test_error", 2: "finetuning.test_error"}
+            logs = np.meshgrid(*(np.log(np.array(x) / place[path](alpha)) for path, x in grid.items()), indexing="ij")
+            return xr.Dataset({names[len(grid)]: (tuple(grid), 1 + sum((log - 0.1) ** 2 for log in logs))}, coords)
+        seed, alpha = np.meshgrid(grid["numerics.seed"], grid["pretraining.alpha"], indexing="ij")
+        dims, end = ("numerics.seed", "pretraining.alpha"), np.where(alpha < 0.05, 0.0, 1.0)
+        found = {f"optimum.{path}": (dims, place[path](alpha) * (1 + 0.01 * (seed - 1))) for path in optimize}
+        return xr.Dataset(found | {"optimum.converged": (dims, end)}, coords)
+
+    monkeypatch.setattr(questions, "sweep", sweep)
+    data = json.loads(ls.figures.decay(tmp_path, progress=False)[-1].read_text())
+    alphas = np.array(data["pretraining.alpha"])
+    for minimize, paths in (("pretraining.test_error", [questions._LAM]), ("test_error", list(place))):
+        for path in paths:
+            lost = int(np.sum(alphas < 0.05))
+            curve, want = data[minimize][path], place[path](alphas[lost:])
+            assert curve["mean"][:lost] == [None] * lost and curve["mean"][lost:] == pytest.approx(want.tolist())
+            assert curve["stderr"][lost:] == pytest.approx((0.01 / np.sqrt(3) * want).tolist())
+        missing, *dense = data[minimize]["dense"]
+        assert set(missing) == {"pretraining.alpha"} and len(dense) == 2
+        for row in dense:
+            here = {path: np.exp(0.1) * place[path](row["pretraining.alpha"]) for path in paths}
+            assert {path: row[path] for path in paths} == pytest.approx(here, rel=1e-6)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -13,8 +14,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import documented
 import pytest
 import tyro
+from documented import SNIPPET
 
 import lorastate as ls
 from lorastate.cli import exit_codes
@@ -27,13 +30,8 @@ from lorastate.setting.numerics import Numerics
 from lorastate.sweeps.grid import parse_axis
 
 ROOT = Path(__file__).parent.parent
-PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
-}
+PAGES = documented.PAGES | {"docs/commands_run.md": documented.LISTED.read_text()}
 _FENCE = re.compile(r"(?ms)^```(\w*)[^\n]*\n(.*?)^```")
-#: A snippet and, right after it, what it prints.
-_SNIPPET = re.compile(r"(?ms)^```python\n(.*?)^```(?:\s*^```text\n(.*?)^```)?")
 
 
 def anchors(text):
@@ -74,20 +72,9 @@ def test_reference_has_every_public_name():
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
-_NAMES = "|".join(kind.__origin__.__name__.lower() for kind in Command.__args__)
-
-
-def commands():
-    """Every command line of this package that a page shows, without what stands for something else."""
-    for name, page in PAGES.items():
-        shown = re.findall(rf"(?m)^(?:    |\$ )?(?:.*&& )?(lorastate (?:{_NAMES}) (?:.*\\\n)*.*)$", page)
-        for line in [*shown, *re.findall(rf"`(lorastate (?:{_NAMES}) [^`]+)`", page)]:
-            line = re.sub(r"\\\n *", "", line)
-            if "..." not in line and "$" not in line:
-                yield pytest.param(line, id=f"{name}: {line[:60]}")
-
-
-@pytest.mark.parametrize("line", list(commands()))
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, id=f"{name}: {line[:60]}") for name, line in documented.commands()]
+)
 def test_commands_are_understood(line):
     words = shlex.split(line.replace("--processes N", "--processes 2").replace("--process I", "--process 0"))[1:]
     words = ["examples/softmax.toml" if word == "SETTING" else word for word in words]
@@ -103,6 +90,18 @@ def test_commands_are_understood(line):
         ls.replace(setting, path, values[0])
     if over := getattr(command, "over", ""):
         check_fields("--over", over.split(","), ls.continuous_fields(setting))
+
+
+def test_every_command_was_run():
+    """docs/commands_run.md has each, with its exit code, and has no other."""
+    listed = re.findall(r"(?m)^\$ (lorastate .*)$", PAGES["docs/commands_run.md"])
+    assert listed == documented.distinct()
+    ended = re.findall(r"Exit code (\d+)", PAGES["docs/commands_run.md"])
+    assert set(ended) == {"0"}
+
+
+def test_kinds_of_commands_are_known():
+    assert set(documented._NAMES.split("|")) == {kind.__origin__.__name__.lower() for kind in Command.__args__}
 
 
 def test_every_command_and_option_is_listed():
@@ -122,9 +121,6 @@ def test_every_command_and_option_is_listed():
 
 # ---- snippets ----------------------------------------------------------------------------------------------------
 
-#: Numerics of the examples while snippets run: those of test_theory, what is compiled there serves here.
-few_nodes = Numerics(nodes=2048, finetuning_nodes=4096, replicas=8)
-_FEW = {name: getattr(few_nodes, name) for name in ("nodes", "finetuning_nodes", "replicas")}
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -145,21 +141,18 @@ def test_same_sees_what_differs():
 @pytest.fixture
 def examples(tmp_path, monkeypatch):
     """A directory with the examples, solved with few nodes."""
-    (tmp_path / "examples").mkdir()
-    for path in (ROOT / "examples").glob("*.toml"):
-        text = re.sub(r"(?ms)^\[numerics\].*", "", path.read_text())
-        few = "\n".join(f"{key} = {value}" for key, value in _FEW.items())
-        (tmp_path / "examples" / path.name).write_text(f"{text}\n[numerics]\n{few}\n")
+    documented.copy_examples(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ls, "Numerics", lambda *_, **__: few_nodes)
+    few = Numerics(2048, 4096, 8)  # documented.FEW
+    monkeypatch.setattr(ls, "Numerics", lambda *_, **__: few)
 
 
 @pytest.mark.solve
-@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if _SNIPPET.search(text)])
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if SNIPPET.search(text)])
 def test_snippets(page, examples):
     """All snippets of a page, one after the other, as a reader would paste them."""
     names: dict = {}
-    for code, said in _SNIPPET.findall(PAGES[page]):
+    for code, said in SNIPPET.findall(PAGES[page]):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(code, page, "exec"), names)
         assert not said or same(said, printed.getvalue()), printed.getvalue()
@@ -184,3 +177,18 @@ def test_adding_a_prediction(examples, tmp_path):
     said, found = (re.search(r"(?m)^ *angle +(\S+) +\S+ +(.*)$", text) for text in (page, shown))
     assert said and found
     assert abs(float(found[1]) - float(said[1])) < 0.1 * float(said[1]) and found[2] == said[2]
+
+
+def test_where_lines_of_the_site_may_not_break():
+    """Formulas keep their full stop and options their dashes; in blocks of code nothing is touched."""
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec and spec.loader
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    formula, block = r'<span class="arithmatex">\(x\)</span>', "<pre><code>run --all</code></pre>"
+    html = f'({formula}), {formula} y <code>run --all-of it</code> {block} <img alt="" src="a.png" />'
+    assert hooks.on_page_content(html, None, None, None) == (
+        f'<span class="keep">({formula}),</span> {formula} y <code>run <span class="keep">--all-of</span> it</code> '
+        f'{block} <a class="picture" href="a.png"><img alt="" src="a.png" /></a>'
+    )

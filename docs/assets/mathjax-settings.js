@@ -1,6 +1,6 @@
 // What pymdownx.arithmatex marks as mathematics, and nothing else.
 window.MathJax = {
   tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], tags: "none" },
-  chtml: { scale: 0.95 },
+  chtml: { scale: 0.95, displayAlign: "left", displayIndent: "0em" },
   options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex", enableMenu: false },
 };

@@ -13,12 +13,19 @@ from .environment import drawing
 from .options import Runs
 from .output import cannot_write, say
 
+#: Figures that are not part of all: each takes some minutes.
+_ALONE = ("rank", "forgetting", "factor", "decay")
+
 
 @dataclass
 class Figure:
-    """Reproduce a figure of arXiv:2606.05899, or draw the learned spectrum, the phase diagram, E' against the rank."""
+    """Reproduce a figure of arXiv:2606.05899, or draw the learned spectrum, the phase diagram, E' against the rank,
+    what is forgotten, the factor on the update, the best ridges."""
 
-    which: Annotated[Positional[str], arg(metavar="WHICH", help="1 to 6, spectrum, phase, rank, or all (but rank).")]
+    which: Annotated[
+        Positional[str],
+        arg(metavar="WHICH", help="1 to 6, spectrum, phase, rank, forgetting, factor, decay, or all (1 to phase)."),
+    ]
     simulate: Annotated[bool, arg(help="Add finite-size simulations to the theory lines.")] = False
     dimension: Annotated[int | None, arg(help="D of the simulated model (150; 300 for the spectrum).")] = None
     runs: Runs = 4
@@ -28,8 +35,7 @@ class Figure:
         from ..errors import SettingError
 
         figures = drawing()
-        # Every rank is a program of its own: that figure alone would take a third of the time of all.
-        names = [n for n in figures.FIGURES if n != "rank"] if self.which == "all" else [self.which]
+        names = [n for n in figures.FIGURES if n not in _ALONE] if self.which == "all" else [self.which]
         if not set(names) <= set(figures.FIGURES):
             raise SettingError(f"figure {self.which} is not available; allowed: {', '.join(figures.FIGURES)}, all")
         if self.simulate:

@@ -51,6 +51,11 @@ class Trial(NamedTuple):
     slope: np.ndarray  # d value / du
     slopes: dict[str, float]  # by field
     good: bool
+    jumps: bool = False  # minima do: value and slope are known up to error bars
+
+
+#: The shortest share of a step that is tried; where minima jump, a shorter one is lost in the error bar.
+_SHORTEST, _SHORTEST_OF_JUMPS = 1e-4, 0.03
 
 
 def check_over(setting: Setting, over: Iterable[str]) -> tuple[str, ...]:
@@ -89,10 +94,10 @@ class Landscape:
         self.solves += 1
         xs = [float(x) for x in self.fields(u)]
         s = replace_all(self.setting, dict(zip(self.over, xs, strict=True)))
-        value, slopes, failed, _ = evaluate(s, self.objective)
+        value, slopes, failed, jump = evaluate(s, self.objective)
         self.bar.update()
         slope = [slopes[field.path] * field.pace(x) for field, x in zip(self._over, xs, strict=True)]
-        return Trial(np.array(u), s, value, np.array(slope), slopes, failed is None)
+        return Trial(np.array(u), s, value, np.array(slope), slopes, failed is None, bool(jump))
 
     def begin(self, u: np.ndarray) -> Trial:
         """`at` the start, whose value sets the scale that gradients are judged in."""
@@ -149,7 +154,7 @@ def descend(landscape: Landscape, now: Trial, tolerance: float, max_steps: int) 
             step = -slope / norm * 0.5  # no curvature known yet: half a unit of log
         step *= min(1.0, 1.5 / float(np.max(np.abs(step))))  # never more than a factor e^1.5 at once
         length, accepted = 1.0, False
-        while length > 1e-4:
+        while length > (_SHORTEST_OF_JUMPS if now.jumps else _SHORTEST):
             trial = landscape.at(u + length * step)
             # Near the minimum the decrease drowns in rounding; the slope along the step still tells.
             enough = trial.value <= value + 1e-4 * length * (step @ slope)

@@ -12,14 +12,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import Code, SettingError, SolveError, require_float64
+from ..predictions import stage_and_name
 from ..setting.paths import replace
 from ..setting.stages import Setting
 from ..solution.gradients import SCALE, check_objective, only_of_error, searches_scale
-from ..solution.solution import predict
+from ..solution.solution import Solution, predict
 from .budgets import Budget, Within
 from .budgets import budgets as _read_budgets
 from .constrained import descend_within
-from .descent import End, Ending, Landscape, check_over, descend
+from .descent import End, Ending, Landscape, Trial, check_over, descend
 from .optimum import Optimum
 from .scan import best_choice
 
@@ -47,7 +48,8 @@ def optimize(
     for each of them, and the best is returned.
 
     Stops when the norm of the gradient in u (of what the binding budgets leave of it), over the size of the objective
-    (here or at the start), is below `tolerance`, and the objective does not go on falling beyond; anything else, a run
+    (here or at the start), is below `tolerance`, and the objective does not go on falling beyond; in a glass, whose
+    slopes are estimates, where it is below the error bar of the objective and no step lowers it. Anything else, a run
     to the boundary included, is `converged = False` with a message. Recalibration "error" joins the descent. Raises
     `SettingError` for an unknown field and for budgets that cannot be met, and `SolveError` when the starting point
     itself cannot be solved.
@@ -85,10 +87,17 @@ def _optimum(landscape: Landscape, limits: tuple[Budget, ...], tolerance: float,
     norm = landscape.path[-1]["gradient_norm"]
     converged = norm < tolerance and ending.end not in (End.boundary, End.away)
     stuck = ending.end in (End.no_step, End.no_step_within)
-    if not converged and norm < 1e-5 and stuck and landscape.boundary(last) is None:
-        converged, ending = True, Ending(End.unresolved, {"norm": norm})
     after, report = predict(last.setting), [] if within is None else within.report(last.u, last.slope)
+    if not converged and stuck and norm < _resolved(landscape, last, after) and landscape.boundary(last) is None:
+        converged, ending = True, Ending(End.unresolved, {"norm": norm})
     return Optimum(
         landscape.over, landscape.objective, landscape.setting, last.setting, before, after, norm, landscape.solves,
         converged, ending.message, ending.end, landscape.path, last.slopes, report,
     )  # fmt: skip
+
+
+def _resolved(landscape: Landscape, last: Trial, after: Solution) -> float:
+    """The relative gradient below which a search that finds no lower value has come to its end: where minima jump, as
+    in a glass, the relative error bar of the objective, below which no descent is known."""
+    bar = after.stderr(*stage_and_name(landscape.objective)) if last.jumps else 0.0
+    return max(1e-5, landscape.relative(last, bar))

@@ -12,14 +12,15 @@ from .drawing import Training
 from .evidence import verification
 from .maps import phase, rank, spectrum
 from .published import figure1, figure2, figure3, figure4, figure5, figure6
+from .questions import decay, factor, forgetting
 
 #: Figures by name; each takes (out, training, progress).
 FIGURES: dict[str, Any] = {
     "1": figure1, "2": figure2, "3": figure3, "4": figure4, "5": figure5, "6": figure6, "spectrum": spectrum,
-    "phase": phase, "rank": rank,
+    "phase": phase, "rank": rank, "forgetting": forgetting, "factor": factor, "decay": decay,
 }  # fmt: skip
 
 __all__ = [
-    "FIGURES", "Training", "figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "optimization", "phase",
-    "rank", "sensitivities", "spectrum", "sweep", "verification",
+    "FIGURES", "Training", "decay", "factor", "figure1", "figure2", "figure3", "figure4", "figure5", "figure6",
+    "forgetting", "optimization", "phase", "rank", "sensitivities", "spectrum", "sweep", "verification",
 ]  # fmt: skip

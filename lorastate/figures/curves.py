@@ -51,7 +51,8 @@ def scan(setting: Setting, path: str, values, names, bar=None, symmetric: bool =
             good = not bad or ((stage == "pretraining" or name in _OF_MAP) and codes["pretraining"] is Code.ok)
             value = float(getattr(solution, stage)[key])
             row[name] = value if good and math.isfinite(value) else None
-            row[f"{name}_stderr"] = solution.stderr(stage, key) if row[name] is not None else None
+            error = float(solution.stderr(stage, key))  # of an update that is zero there may be none
+            row[f"{name}_stderr"] = error if row[name] is not None and math.isfinite(error) else None
         if symmetric and row["broken"] and place % 2 == 0:
             row["rs"] = solution.rs
         return row

@@ -17,10 +17,12 @@ from ..errors import SolveError
 #: Legend entries that are the same for lines and markers of several colours.
 SYMMETRIC, BAYES, MINIMUM = "replica symmetric, unstable", "Bayes-optimal", "minimum"
 NOISE, ERROR = "$b=M/Q$", "best $b$"
+ALONG_FACTOR = r"along $c$, at the best $\lambda'$"
 SHARED: dict[str, dict[str, Any]] = {
     SYMMETRIC: {"color": "0.3", "lw": 1.0, "ls": ":"},
     BAYES: {"color": "0.3", "lw": 1.2, "ls": "--"},
     MINIMUM: {"color": "darkred", "lw": 0.8, "ls": "--"},
+    ALONG_FACTOR: {"color": "0.3", "lw": 1.2, "ls": "--"},
     NOISE: {"color": "0.6", "ls": "", "marker": "*", "ms": 12, "mec": "k", "mew": 0.6},
     ERROR: {"color": "0.6", "ls": "", "marker": "D", "ms": 6, "mec": "k", "mew": 0.6},
 }

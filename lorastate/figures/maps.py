@@ -135,6 +135,8 @@ def rank(out, training: Training | None = None, progress: bool = True) -> list[P
             for alpha, color in ((1.0, "C0"), (3.0, "C1"), (10.0, "C2"))
         ]  # fmt: skip
         data[name] = draw_curves({"test_error": axes}, curves, training, progress)
+        for line in axes.lines:
+            line.set(marker="o", ms=4)  # there is nothing between whole ranks
         axes.set(xlabel="rank $r$ of the update", ylabel=axis_label("test_error"), xticks=ranks,
                  title=rf"{name}, $\lambda={lam:g}$")  # fmt: skip
         axes.axvline(2, color="0.6", lw=0.8)

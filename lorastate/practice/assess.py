@@ -128,7 +128,8 @@ def assess(
     if not len(labels):
         return base
     y, lost = label_preactivations(labels, kind, labels_are)
-    measured = measure(x[: len(y)], y, z[: len(y)], Q, drop, teacher_rank, update_size, seed)
+    trace = float(np.trace(S)) / D
+    measured = measure(x[: len(y)], y, z[: len(y)], Q, trace, drop, teacher_rank, update_size, seed)
     selection = None
     if len(chosen) < len(pool):
         selection = {"inputs": "selected", "rho": len(chosen) / len(pool), "pool": len(pool) / D, "score": score}
