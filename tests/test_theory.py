@@ -30,6 +30,12 @@ def setting(activation="softmax", lam=0.01, fine_lam=0.05, fine_alpha=3.0, seed=
     )
 
 
+def two_tokens(**numerics):
+    """What compiles fastest, for tests of how programs are called."""
+    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
+    return ls.Setting(pre, ls.Finetuning(alpha=6.0, lam=1.0), ls.Numerics(512, 1024, 2, **numerics))
+
+
 # Independent implementation, all digits shown.
 IDENTITY = [
     (0.01, 4.35544578, 1.92532454, 2.22297459),
@@ -72,7 +78,7 @@ PUBLISHED = [
 
 
 def test_published_pretraining(pretrain):
-    many = ls.Numerics(nodes=65536, finetuning_nodes=4096, replicas=8)
+    many = ls.Numerics(nodes=16384, finetuning_nodes=4096, replicas=8)
     for alpha, Q, M, V in PUBLISHED:
         pre = setting(alpha=alpha, tokens=2, kappa0=0.5).pretraining
         x, code = pretrain(pre, many)
@@ -138,7 +144,7 @@ def test_three_tokens_over_three_decades_of_lam():
 
 def test_error_bars_are_honest():
     rows = []
-    for seed in range(20):
+    for seed in range(12):
         s = ls.predict(setting(fine_lam=0.3, seed=seed))
         rows.append([(float(s.finetuning[k]), s.stderr("finetuning", k)) for k in ("test_error", "overlap")])
     values, bars = np.moveaxis(np.array(rows), -1, 0)
@@ -154,14 +160,9 @@ def test_optimum_from_three_starts_and_on_a_grid():
         ends.append([float(best.setting.pretraining.lam), float(best.setting.finetuning.lam)])
     np.testing.assert_allclose(ends, [ends[0]] * 3, rtol=0.01)
     low = best.path[-1]["value"]
-    ratios = (0.5, 0.9, 1.0, 1.1, 2.0)
-    for a in ratios:
-        for b in ratios:
-            if (a, b) != (1.0, 1.0):
-                s = ls.replace(
-                    ls.replace(best.setting, "pretraining.lam", a * ends[2][0]), "finetuning.lam", b * ends[2][1]
-                )
-                assert ls.gradient(s)[0] > low
+    for a, b in ((0.5, 0.5), (0.5, 2), (2, 0.5), (2, 2), (0.9, 1), (1.1, 1), (1, 0.9), (1, 1.1), (0.9, 0.9), (1.1, 1.1)):
+        s = ls.replace(ls.replace(best.setting, "pretraining.lam", a * ends[2][0]), "finetuning.lam", b * ends[2][1])
+        assert ls.gradient(s)[0] > low
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -172,18 +173,18 @@ def test_one_trace_for_many_settings(kept, monkeypatch, tmp_path):
     for stage in (MapStage, LoraStage):
         monkeypatch.setattr(stage, "predictions", lambda *a, f=stage.predictions: (calls.append(1), f(*a))[1])
     jax.clear_caches()
-    base = setting("identity")
+    base = two_tokens()
     ls.predict(base)
     first = len(calls)
     assert first >= 2
-    for k in range(1, 100):
+    for k in range(1, 12):
         s = ls.replace(base, "pretraining.lam", 0.01 + 0.001 * k)
         ls.predict(ls.replace(s, "numerics.seed", k % 2))
     assert len(calls) == first
 
 
 def test_prediction_under_jit_and_jvp():
-    base = setting("identity", 0.1)
+    base = two_tokens()
     value, slope = jax.jit(
         lambda lam: jax.jvp(lambda x: ls.predict(ls.replace(base, "pretraining.lam", x)).test_error, (lam,), (1.0,))
     )(0.1)
@@ -192,8 +193,7 @@ def test_prediction_under_jit_and_jvp():
 
 
 def test_prediction_of_a_known_setting_under_jit():
-    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
-    base = ls.Setting(pre, ls.Finetuning(alpha=6.0, lam=1.0), ls.Numerics(512, 1024, 2))
+    base = two_tokens(symmetry="rs")  # the other phase is in the test above
     np.testing.assert_allclose(jax.jit(lambda: ls.predict(base).test_error)(), ls.predict(base).test_error, rtol=1e-10)
 
 
