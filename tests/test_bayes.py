@@ -1,5 +1,6 @@
 """Bayes-optimal pre-training against independent numbers, sampled matrices, the learned map, and limits."""
 
+import functools
 import itertools
 
 import equinox as eqx
@@ -11,13 +12,13 @@ import pytest
 import lorastate as ls
 from lorastate.bayes import finetuning, posterior
 from lorastate.bayes.finetuning import bayes_optimal_finetuning, bayes_optimal_threshold
+from lorastate.bayes.frozen_map import frozen_map
 from lorastate.bayes.limits import _error, _posterior_error
 from lorastate.bayes.pretraining import bayes_optimal_pretraining, mmse
-from lorastate.evolution.order import decode
 from lorastate.math.quadrature import gaussian_nodes
 from lorastate.math.symmetric import complement, to_matrix
-from lorastate.solution.pretraining import search_pretraining
-from lorastate.solution.problem import Problem
+
+NUMERICS = ls.Numerics(512, 1024, 2)
 
 
 def pre(**kw):
@@ -78,18 +79,29 @@ def test_own_activations_that_hide_more_are_refused(activation):
             do()
 
 
-def test_own_softmax_on_the_best_map_is_softmax():
-    def setting(activation):
-        stages = pre(activation=activation, tokens=2), ls.Finetuning(3.0, 1.0, inputs="bayes_optimal")
-        return ls.Setting(*stages, ls.Numerics(nodes=1024, finetuning_nodes=16384, replicas=4, symmetry="rs"))
+#: E' and slopes of the built-in softmax on the best map, on 131,072 nodes of fine-tuning: two seeds differ by 0.0005
+#: and, of slopes, 2 %.
+BUILT_IN = 0.3142, {"pretraining.alpha": -0.654, "pretraining.delta": 0.1195, "pretraining.kappa0": -0.0198}
 
-    (mine, slopes), (theirs, known) = (ls.gradient(setting(a)) for a in (OWN["softmax"], "softmax"))
-    assert mine == pytest.approx(theirs, rel=0.01)  # on other nodes
-    (noise, sharp), (its, wanted) = (ls.gradient(setting(a), of="effective_noise") for a in (OWN["softmax"], "softmax"))
-    assert noise == pytest.approx(its, rel=1e-10)
-    for path in ("pretraining.alpha", "pretraining.delta", "pretraining.kappa0"):
-        assert sharp[path] == pytest.approx(wanted[path], rel=1e-8)
-        assert slopes[path] == pytest.approx(known[path], rel=0.06, abs=5e-3)
+
+def test_own_softmax_on_the_best_map_is_softmax():
+    best = pre(activation=OWN["softmax"], tokens=2), ls.Finetuning(3.0, 1.0, inputs="bayes_optimal")
+    numerics = ls.Numerics(nodes=512, finetuning_nodes=8192, replicas=2, symmetry="rs")  # as many as compile fast
+    value, slopes = ls.gradient(ls.Setting(*best, numerics))
+    assert value == pytest.approx(BUILT_IN[0], rel=0.01)  # on other nodes
+    for path, slope in BUILT_IN[1].items():
+        assert slopes[path] == pytest.approx(slope, rel=0.06, abs=5e-3)
+
+    @jax.jit
+    @jax.value_and_grad
+    def effective_noise(p):
+        inputs = ls.BayesOptimal()
+        return inputs.moments(frozen_map(inputs, p, None), p.delta, 2, False).effective_noise()
+
+    (noise, mine), (same, theirs) = (effective_noise(pre(activation=a, tokens=2)) for a in (OWN["softmax"], "softmax"))
+    assert float(noise) == pytest.approx(float(same), rel=1e-10)
+    for field in ("alpha", "delta", "kappa0"):
+        assert float(getattr(mine, field)) == pytest.approx(float(getattr(theirs, field)), rel=1e-8)
 
 
 @pytest.mark.parametrize(("kappa0", "s"), [(0.3, 0.05), (1.0, 0.5), (2.0, 3.0)])
@@ -126,11 +138,10 @@ def test_a_solve_that_failed_has_no_number():
 
 def test_never_below_the_learned_map():
     for delta in (0.1, 1.0):
-        best = bayes_optimal_pretraining(pre(delta=delta))
+        best = bayes_optimal_pretraining(pre(delta=delta, tokens=2))
         for lam in (0.003, 0.03, 0.3):
-            p = pre(lam=lam, delta=delta)
-            order = decode(search_pretraining(Problem.of_pretraining(p, ls.Numerics())).point.x)
-            assert float(order.overlap**2 / order.norm(p.label_size)) <= float(best.Q) + 1e-12
+            found = ls.pretrain(pre(lam=lam, delta=delta, tokens=2), NUMERICS).values
+            assert float(found["M"] ** 2 / found["Q"]) <= float(best.Q) + 1e-12
 
 
 def test_derivative():
@@ -145,6 +156,9 @@ def test_derivative():
 # ---------------------------------------------------------------- fine-tuning
 
 
+SAMPLED = jax.jit(posterior.averages, static_argnums=(5, 6))
+
+
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("q", [1e-2, 0.6, 0.98])
 def test_posterior_averages_against_a_grid(q, shift):
@@ -153,9 +167,9 @@ def test_posterior_averages_against_a_grid(q, shift):
     e = complement(t, shift)
     x = np.random.default_rng(0).normal(size=(2 * t + len(e), 12))
     key, weight = jax.random.key(1), np.full(draws, 1 / draws)
-    sampled = jax.jit(lambda x: posterior.averages(s, noise, x, weight, key, t, shift))
-    got = [[float(v) for v in sampled(np.repeat(x[:, [k]], draws, 1))] for k in range(12)]
-    axis = np.linspace(-6, 6, 601)
+    got = [[float(v) for v in SAMPLED(s, noise, np.repeat(x[:, [k]], draws, 1), weight, key, t, shift)]
+           for k in range(12)]  # fmt: skip
+    axis = np.linspace(-6, 6, 301)  # the posterior is never narrower than two steps
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"))  # of chi
     project = np.eye(4) - (np.full((4, 4), 0.25) if shift else 0)
     want = []
@@ -170,26 +184,11 @@ def test_posterior_averages_against_a_grid(q, shift):
         prior = -np.sum((grid - omega[:, None, None]) ** 2, 0).ravel() / (2 * s)
         w = np.exp(log + prior)
         mean = (grid.reshape(2, -1) @ w) / w.sum()
-        want.append([np.sum((mean - omega) ** 2) / s**2, np.log(w.sum() * 0.02**2 / (2 * np.pi * s))])
+        want.append([np.sum((mean - omega) ** 2) / s**2, np.log(w.sum() * 0.04**2 / (2 * np.pi * s))])
     got, want = np.array(got), np.array(want)
     np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=0.05, atol=2e-3 * want[:, 0].max())
     assert got[:, 0].mean() == pytest.approx(want[:, 0].mean(), rel=0.01)
     np.testing.assert_allclose(got[:, 1], want[:, 1], atol=0.02)
-
-
-def test_bayes_optimal_is_below_every_trained_model():
-    for activation in ("identity",):
-        pre = ls.Pretraining(0.1, 0.02, activation=activation, tokens=2)
-        limits = None
-        for fine in ({"lam": 0.2}, {"lam": 1.0, "recalibration": 0.8}, {"lam": 0.05}):
-            numerics = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
-            solution = ls.predict(ls.Setting(pre, ls.Finetuning(2.0, **fine), numerics))
-            limits = limits or solution.bayes_optimal
-            p, f = solution.pretraining, solution.finetuning
-            assert limits.pretraining["test_error"] < p["test_error"]
-            assert limits.finetuning["test_error"] < f["test_error"]
-            assert limits.finetuning["overlap"] > f["overlap"] and limits.pretraining["overlap"] > p["overlap"]
-            assert limits.finetuning["effective_noise"] < f["effective_noise"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ def test_bayes_optimal_bounds_on_a_grid(kind, alphas, lams):
     for lam, lora_lam, b in itertools.product(lams, (0.05, 1.0), (0.7, 1.3)):
         pre = ls.Pretraining(alphas[0], lam, activation=kind, tokens=2)
         fine = ls.Finetuning(alphas[1], lora_lam, recalibration=b)
-        s = ls.predict(ls.Setting(pre, fine, ls.Numerics(512, 1024, 2)))
+        s = ls.predict(ls.Setting(pre, fine, NUMERICS))
         limits = limits or s.bayes_optimal  # they know nothing of lam, lam' and b
         first, second = limits.pretraining, limits.finetuning
         assert s.pretraining["M"] ** 2 / s.pretraining["Q"] < first["Q"]
@@ -220,12 +219,22 @@ def test_bayes_optimal_identity_error():
     assert want == pytest.approx(4 / 3 * (noise + 1 - q**2))
 
 
-def test_bayes_optimal_limits_of_much_and_no_data():
+@pytest.fixture
+def few_nodes(monkeypatch):
+    """A quarter of the nodes, for limits and for what is more than what: neither asks for digits."""
+    monkeypatch.setattr(posterior, "_OUTER", 2**11)
+
+
+def test_bayes_optimal_limits_of_much_and_no_data(few_nodes):
     fine = ls.Finetuning(5.0, 1.0, delta=0.5, activation="identity", tokens=2)
     assert bayes_optimal_finetuning(fine, 0.0).q == pytest.approx(1.0, abs=1e-11)
     assert bayes_optimal_finetuning(fine, 1e-4).q > 0.9999
     few = ls.Finetuning(0.01, 1.0, delta=0.5, activation="identity", tokens=2)
     assert bayes_optimal_finetuning(few, 0.5).q == 0.0
+
+
+def test_bayes_optimal_threshold():
+    few = ls.Finetuning(0.01, 1.0, delta=0.5, activation="identity", tokens=2)
     threshold = bayes_optimal_threshold(few, 0.5)
     below, above = (
         bayes_optimal_finetuning(ls.Finetuning(f * threshold, 1.0, delta=0.5, activation="identity", tokens=2), 0.5)
@@ -241,29 +250,38 @@ def known(alpha, noise, tokens=3, activation="identity"):
     return bayes_optimal_finetuning(fine, noise)
 
 
-@pytest.mark.parametrize(("tokens", "activation"), [(2, "softmax"), (3, "identity"), (8, "identity")])
-def test_much_data_leaves_the_fisher_information(tokens, activation):
+@pytest.mark.parametrize(
+    ("tokens", "activation", "alphas"),
+    [(2, "softmax", (1e3, 1e5)), (3, "identity", (1e3, 1e5)), (8, "identity", (1e5,))],
+)
+def test_much_data_leaves_the_fisher_information(tokens, activation, alphas):
     # 1 - q = Delta_eff / (alpha' tr), tr = T (T+1), for softmax without what the shift would tell: 2 E (1.chi)^2 / T.
     trace = tokens * (tokens + 1) - 2 * (activation == "softmax")
-    for alpha in (1e3, 1e5):
+    for alpha in alphas:
         found = known(alpha, 0.5, tokens, activation)
         want = 0.5 / (alpha * trace)
         assert 0 < found.q_stderr < 0.02 * want
         assert 1 - found.q == pytest.approx(want, abs=5 * found.q_stderr + 0.5 * want / np.sqrt(alpha))
 
 
-def test_more_data_and_less_noise_are_never_worse():
-    by_alpha = [known(alpha, 0.5).q for alpha in (0.05, 0.12, 0.5, 1e3)]
+@pytest.fixture(scope="module")
+def q_known():
+    """q of three tokens by alpha' and noise: two tests ask for some of the same."""
+    return functools.cache(lambda alpha, noise: known(alpha, noise).q)
+
+
+def test_more_data_and_less_noise_are_never_worse(few_nodes, q_known):
+    by_alpha = [q_known(alpha, 0.5) for alpha in (0.05, 0.12, 0.5, 1e3)]
     assert by_alpha[0] == 0.0 and np.all(np.diff(by_alpha) >= 0) and by_alpha[2] > 0.5
-    by_noise = [known(0.5, noise).q for noise in (1.0, 1e-4, 1e-8, 0.0)]
+    by_noise = [q_known(0.5, noise) for noise in (1.0, 1e-4, 1e-6, 2e-9, 0.0)]
     assert np.all(np.diff(by_noise) >= 0) and by_noise[-1] == pytest.approx(1.0, abs=1e-11)
 
 
-def test_without_noise_too_few_numbers_settle_nothing():
+def test_without_noise_too_few_numbers_settle_nothing(few_nodes, q_known):
     # Every sample settles chi* up to its sign: alpha' T numbers for one unknown.
     for noise in (0.0, 1e-9, 2e-9, 1e-6):
-        assert known(0.05, noise).q == 0.0
-        assert known(0.5, noise).q > 1 - 2 * noise - 1e-11
+        assert q_known(0.05, noise) == 0.0
+        assert q_known(0.5, noise) > 1 - 2 * noise - 1e-11
 
 
 def test_stages_and_noises_that_are_none_are_refused():

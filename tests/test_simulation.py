@@ -21,7 +21,7 @@ from lorastate.simulation import losses, samples, sizes, two_stages  # noqa: E40
 from lorastate.simulation.simulate import simulate  # noqa: E402
 from lorastate.solution.solution import predict  # noqa: E402
 
-D = 60
+D, RUNS = 60, 8
 NAMES = {
     "pretraining": "M M_down Q overlap train_loss train_error test_error test_error_noiseless rank_fraction",
     "finetuning": "m q overlap train_loss train_error test_error test_error_frozen best_adapter_factor"
@@ -30,13 +30,18 @@ NAMES = {
 
 
 def setting(activation, lam, alpha=3.0, **fine):
-    pre, numerics = Pretraining(0.1, lam, activation=activation), Numerics(2048, 8192, 4)
+    # The numerics of test_theory: what is compiled for one serves the other.
+    pre, numerics = Pretraining(0.1, lam, activation=activation), Numerics(2048, 4096, 8)
     return Setting(pre, Finetuning(alpha, 0.05, **fine), numerics)
+
+
+#: At alpha' = 3 there is one branch up to sign: the start at the teacher finds it, and others do too (tested below).
+ALIKE: dict[str, Any] = dict(dimension=D, starts=1, test_samples=10_000)
 
 
 @pytest.fixture(scope="module")
 def identity():
-    return simulate(setting("identity", 0.1), dimension=D, runs=12, test_samples=10_000)
+    return simulate(setting("identity", 0.1), runs=RUNS, **ALIKE)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def memory():
 
 @pytest.fixture(scope="module")
 def softmax(memory):
-    return simulate(setting("softmax", 0.01), dimension=D, runs=12, test_samples=10_000, memory=memory)
+    return simulate(setting("softmax", 0.01), runs=RUNS, memory=memory, **ALIKE)
 
 
 # Theory in the limit of large D; the last number is the allowance for the bias of D = 60, relative (softmax
@@ -80,16 +85,16 @@ def test_training_agrees_with_theory(activation, stage, name, theory, allowance,
     "options",
     [
         {"inputs": "reused"},
-        {"inputs": "reused", "label_noise": "fresh"},
-        {"inputs": "mixed", "reused_fraction": 0.5},
+        {"inputs": "mixed", "reused_fraction": 0.5, "label_noise": "fresh"},
         {"alpha": None, "inputs": "selected", "rho": 0.3, "pool": 10.0},
     ],
-    ids=["reused", "reused, fresh noise", "mixed", "selected"],
+    ids=["reused", "mixed, fresh noise", "selected"],
 )
 def test_softmax_on_other_inputs_agrees_with_theory(options, softmax, memory):
-    """Both stages trained, E' and the training loss: what fresh inputs give is excluded by the same allowance."""
+    """Both stages trained, E' and the training loss: what fresh inputs give is excluded by the same allowance. (So is
+    the mixture with the noise that the labels had, whose training loss is less by a third.)"""
     s = setting("softmax", 0.01, **options)
-    theory, trained = predict(s), simulate(s, dimension=D, runs=12, test_samples=10_000, memory=memory)
+    theory, trained = predict(s), simulate(s, runs=RUNS, memory=memory, **ALIKE)
     assert theory.symmetry == "replica symmetric" and trained.converged("finetuning").all()
     differs = []
     for name in ("test_error", "train_error"):
@@ -105,13 +110,13 @@ def test_all_runs_converged_and_every_name_is_there(identity, softmax):
     for result in (identity, softmax):
         assert result.sizes[:5] == (60, 60, 60, 360, 180)
         assert result.dimension == 60
-        assert result.seeds == tuple((0, r) for r in range(12))
+        assert result.seeds == tuple((0, r) for r in range(RUNS))
         for stage, names in NAMES.items():
             assert result.converged(stage).all()
             assert result.converged(stage).dtype == bool
             assert set(getattr(result, stage)) == set(names.split())
-            assert all(v.shape == (12,) and np.isfinite(v).all() for v in getattr(result, stage).values())
-        assert result.eigenvalues.shape == (12, 60)
+            assert all(v.shape == (RUNS,) and np.isfinite(v).all() for v in getattr(result, stage).values())
+        assert result.eigenvalues.shape == (RUNS, 60)
         np.testing.assert_allclose(np.mean(result.eigenvalues**2, axis=1), result.pretraining["Q"], rtol=1e-10)
         share = np.mean(result.eigenvalues > 1e-3 * result.eigenvalues[:, -1:], axis=1)
         np.testing.assert_allclose(share, result.pretraining["rank_fraction"])
@@ -153,28 +158,37 @@ def test_summary_is_plain_numbers(softmax):
     assert entry == {"mean": softmax.mean("finetuning", "m"), "stderr": softmax.stderr("finetuning", "m")}
     assert all(type(x) is float for x in entry.values())
     m = softmax.finetuning["m"]
-    assert entry["stderr"] == pytest.approx(np.std(m, ddof=1) / np.sqrt(12))
+    assert entry["stderr"] == pytest.approx(np.std(m, ddof=1) / np.sqrt(RUNS))
 
 
 def test_a_run_depends_on_seed_and_index_alone(softmax, capsys):
-    options: dict[str, Any] = dict(dimension=D, test_samples=10_000)
-    two = simulate(softmax.setting, runs=2, progress=True, **options)
-    assert "6/6" in capsys.readouterr().err
-    other = simulate(softmax.setting, runs=1, seed=1, **options)
+    second = simulate(softmax.setting, runs=1, first=1, progress=True, **ALIKE)
+    assert "3/3" in capsys.readouterr().err
+    other = simulate(softmax.setting, runs=1, seed=1, **ALIKE)
     assert capsys.readouterr().err == ""
     for stage, names in NAMES.items():
         for name in names.split():
-            np.testing.assert_array_equal(getattr(two, stage)[name], getattr(softmax, stage)[name][:2])
+            np.testing.assert_array_equal(getattr(second, stage)[name], getattr(softmax, stage)[name][1:2])
             if name != "rank_fraction":
                 assert getattr(other, stage)[name][0] not in getattr(softmax, stage)[name]
     assert np.isnan(other.stderr("finetuning", "m"))
     assert other.summary()["finetuning"]["m"]["stderr"] is None
 
 
-def test_random_starts_reach_what_the_informative_start_reaches(softmax):
+def test_random_starts_reach_what_the_informative_start_reaches(softmax, memory, monkeypatch):
     # At alpha' = 3 there is one branch up to sign; starts = 1 is the teacher alone.
-    alone = simulate(softmax.setting, dimension=D, runs=2, starts=1, test_samples=10_000)
-    np.testing.assert_allclose(alone.finetuning["train_loss"], softmax.finetuning["train_loss"][:2], rtol=1e-5)
+    ends = []
+
+    def watched(*args, **options):
+        ends.append(minimise(*args, **options))
+        return ends[-1]
+
+    monkeypatch.setattr(two_stages, "minimise", watched)
+    several = simulate(softmax.setting, runs=2, memory=memory, **ALIKE | {"starts": 3})
+    alone = softmax.finetuning["train_loss"][:2]
+    np.testing.assert_allclose(several.finetuning["train_loss"], alone, rtol=1e-5)
+    # One of the random ones may end elsewhere, higher.
+    np.testing.assert_allclose(np.reshape([end.value for end in ends], (2, 3))[:, 1:].min(1), alone, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- data and losses
@@ -264,7 +278,7 @@ def test_narrow_student_and_stages_that_differ():
 
 def test_a_map_shrunk_to_zero_has_no_rank_and_no_overlap(softmax):
     # The same shapes and activation as `softmax`: nothing is compiled anew.
-    result = simulate(setting("softmax", 5.0), dimension=D, runs=1, test_samples=10_000)
+    result = simulate(setting("softmax", 5.0), runs=1, **ALIKE)
     assert result.converged("pretraining").all()
     assert result.pretraining["Q"][0] < 1e-6
     assert result.pretraining["overlap"][0] == result.pretraining["rank_fraction"][0] == 0
@@ -290,7 +304,7 @@ def test_a_training_that_is_not_finite_is_marked_and_never_averaged():
 
 def test_a_training_that_ran_out_of_steps_keeps_its_numbers(softmax, monkeypatch):
     monkeypatch.setattr(two_stages, "minimise", functools.partial(minimise, max_steps=3))
-    result = simulate(softmax.setting, dimension=D, runs=1, test_samples=10_000)
+    result = simulate(softmax.setting, runs=1, **ALIKE)
     assert result.codes == {"pretraining": (Code.max_steps,), "finetuning": (Code.upstream,)}
     assert result.steps["pretraining"].tolist() == [3]
     assert np.isfinite(result.pretraining["M"]).all()
@@ -304,7 +318,7 @@ def test_interrupt_passes_through(softmax, monkeypatch):
 
     monkeypatch.setattr(two_stages, "minimise", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        simulate(softmax.setting, dimension=D, runs=2, test_samples=10_000, progress=True)
+        simulate(softmax.setting, runs=2, progress=True, **ALIKE)
 
 
 def _rosenbrock(x, scale):
@@ -369,9 +383,12 @@ def test_unknown_inputs_are_refused(monkeypatch):
         simulate(setting("identity", 0.1))
 
 
-def test_data_are_kept_only_where_asked_for_and_counted(monkeypatch):
+def test_data_are_kept_only_where_asked_for_and_counted(monkeypatch, request):
     pre, fine = Pretraining(0.05, 0.1, activation="identity", tokens=2), Finetuning(1.0, 0.5)
     small, train, worlds = Setting(pre, fine), two_stages._train_map, []
+
+    gc.freeze()  # what is there already need not be gone through
+    request.addfinalizer(gc.unfreeze)
 
     def watched(*args):
         gc.collect()

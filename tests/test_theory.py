@@ -1,6 +1,7 @@
 """The whole pipeline against published and independent numbers, central differences and its own error bars."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,12 @@ def setting(activation="softmax", lam=0.01, fine_lam=0.05, fine_alpha=3.0, seed=
         ls.Finetuning(alpha=fine_alpha, lam=fine_lam),
         ls.Numerics(seed=seed, **(FEW if activation == "identity" else SMALL)),
     )
+
+
+def two_tokens(**numerics):
+    """What compiles fastest, for tests of how programs are called."""
+    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
+    return ls.Setting(pre, ls.Finetuning(alpha=6.0, lam=1.0), ls.Numerics(512, 1024, 2, **numerics))
 
 
 # Independent implementation, all digits shown.
@@ -72,7 +79,7 @@ PUBLISHED = [
 
 
 def test_published_pretraining(pretrain):
-    many = ls.Numerics(nodes=65536, finetuning_nodes=4096, replicas=8)
+    many = ls.Numerics(nodes=32768, finetuning_nodes=4096, replicas=8)
     for alpha, Q, M, V in PUBLISHED:
         pre = setting(alpha=alpha, tokens=2, kappa0=0.5).pretraining
         x, code = pretrain(pre, many)
@@ -138,7 +145,7 @@ def test_three_tokens_over_three_decades_of_lam():
 
 def test_error_bars_are_honest():
     rows = []
-    for seed in range(20):
+    for seed in range(12):
         s = ls.predict(setting(fine_lam=0.3, seed=seed))
         rows.append([(float(s.finetuning[k]), s.stderr("finetuning", k)) for k in ("test_error", "overlap")])
     values, bars = np.moveaxis(np.array(rows), -1, 0)
@@ -146,22 +153,19 @@ def test_error_bars_are_honest():
     assert np.all((ratio > 0.5) & (ratio < 1.7)), ratio
 
 
-def test_optimum_from_three_starts_and_on_a_grid():
+def test_optimum_from_above_and_below_and_on_a_grid():
     ends = []
-    for lam, fine_lam in ((0.01, 0.05), (0.04, 1.0), (0.003, 0.3)):
+    for lam, fine_lam in ((0.04, 1.0), (0.003, 0.1)):
         best = ls.optimize(setting(lam=lam, fine_lam=fine_lam))
         assert best.converged and best.gradient_norm < 1e-5, best.message
         ends.append([float(best.setting.pretraining.lam), float(best.setting.finetuning.lam)])
-    np.testing.assert_allclose(ends, [ends[0]] * 3, rtol=0.01)
+    assert np.all(np.array([0.003, 0.1]) < ends) and np.all(ends < np.array([0.04, 1.0]))
+    np.testing.assert_allclose(ends, [ends[0]] * 2, rtol=0.01)
     low = best.path[-1]["value"]
-    ratios = (0.5, 0.9, 1.0, 1.1, 2.0)
-    for a in ratios:
-        for b in ratios:
-            if (a, b) != (1.0, 1.0):
-                s = ls.replace(
-                    ls.replace(best.setting, "pretraining.lam", a * ends[2][0]), "finetuning.lam", b * ends[2][1]
-                )
-                assert ls.gradient(s)[0] > low
+    corners, near = itertools.product((0.5, 2.0), repeat=2), ((0.9, 1.0), (1.1, 1.0), (1.0, 0.9), (1.0, 1.1))
+    for a, b in (*corners, *near):
+        s = ls.replace(ls.replace(best.setting, "pretraining.lam", a * ends[1][0]), "finetuning.lam", b * ends[1][1])
+        assert ls.gradient(s)[0] > low
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -172,18 +176,21 @@ def test_one_trace_for_many_settings(kept, monkeypatch, tmp_path):
     for stage in (MapStage, LoraStage):
         monkeypatch.setattr(stage, "predictions", lambda *a, f=stage.predictions: (calls.append(1), f(*a))[1])
     jax.clear_caches()
-    base = setting("identity")
+    base = two_tokens()
     ls.predict(base)
     first = len(calls)
     assert first >= 2
-    for k in range(1, 100):
+    for k in range(1, 12):
         s = ls.replace(base, "pretraining.lam", 0.01 + 0.001 * k)
         ls.predict(ls.replace(s, "numerics.seed", k % 2))
     assert len(calls) == first
 
 
+# Where symmetry may be broken inside of a transformation: test_breaking.
+
+
 def test_prediction_under_jit_and_jvp():
-    base = setting("identity", 0.1)
+    base = two_tokens(symmetry="rs")
     value, slope = jax.jit(
         lambda lam: jax.jvp(lambda x: ls.predict(ls.replace(base, "pretraining.lam", x)).test_error, (lam,), (1.0,))
     )(0.1)
@@ -192,8 +199,7 @@ def test_prediction_under_jit_and_jvp():
 
 
 def test_prediction_of_a_known_setting_under_jit():
-    pre = ls.Pretraining(alpha=0.2, lam=0.1, activation="identity", tokens=2)
-    base = ls.Setting(pre, ls.Finetuning(alpha=6.0, lam=1.0), ls.Numerics(512, 1024, 2))
+    base = two_tokens(symmetry="rs")
     np.testing.assert_allclose(jax.jit(lambda: ls.predict(base).test_error)(), ls.predict(base).test_error, rtol=1e-10)
 
 
