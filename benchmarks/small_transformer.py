@@ -343,11 +343,8 @@ def report(out: Path, size: str) -> None:
             print(f"{name} frozen logits less random: {mean_pm(v - chosen['random'])}")
 
 
-def figure(out: Path) -> None:
-    """docs/small_transformer.png: loss against decay, against b, and for the ways of selection."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def figure(out: Path):
+    """Loss against decay, against b, and for the ways of selection."""
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
@@ -378,7 +375,7 @@ def figure(out: Path) -> None:
     for axis in axes:
         axis.legend(fontsize=7)
         axis.axhline(0, color="grey", lw=0.6)
-    fig.savefig(Path(__file__).parent.parent / "docs" / "small_transformer.png", dpi=110)
+    return fig
 
 
 STAGES = {"pretrain": pretrain, "decay": decay, "scale": scale, "select": select, "report": report}
@@ -394,7 +391,10 @@ def main(words: list[str]) -> int:
         for size in words[2:3] or SIZES:
             STAGES[stage](out, size)
     if not words[1:]:
-        figure(out)
+        import matplotlib
+
+        matplotlib.use("Agg")
+        figure(out).savefig(Path(__file__).parent.parent / "docs" / "small_transformer.png", dpi=110)
     return 0
 
 
