@@ -1,6 +1,7 @@
 """The whole pipeline against published and independent numbers, central differences and its own error bars."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ PUBLISHED = [
 
 
 def test_published_pretraining(pretrain):
-    many = ls.Numerics(nodes=16384, finetuning_nodes=4096, replicas=8)
+    many = ls.Numerics(nodes=32768, finetuning_nodes=4096, replicas=8)
     for alpha, Q, M, V in PUBLISHED:
         pre = setting(alpha=alpha, tokens=2, kappa0=0.5).pretraining
         x, code = pretrain(pre, many)
@@ -152,16 +153,18 @@ def test_error_bars_are_honest():
     assert np.all((ratio > 0.5) & (ratio < 1.7)), ratio
 
 
-def test_optimum_from_three_starts_and_on_a_grid():
+def test_optimum_from_above_and_below_and_on_a_grid():
     ends = []
-    for lam, fine_lam in ((0.01, 0.05), (0.04, 1.0), (0.003, 0.3)):
+    for lam, fine_lam in ((0.04, 1.0), (0.003, 0.1)):
         best = ls.optimize(setting(lam=lam, fine_lam=fine_lam))
         assert best.converged and best.gradient_norm < 1e-5, best.message
         ends.append([float(best.setting.pretraining.lam), float(best.setting.finetuning.lam)])
-    np.testing.assert_allclose(ends, [ends[0]] * 3, rtol=0.01)
+    assert np.all(np.array([0.003, 0.1]) < ends) and np.all(ends < np.array([0.04, 1.0]))
+    np.testing.assert_allclose(ends, [ends[0]] * 2, rtol=0.01)
     low = best.path[-1]["value"]
-    for a, b in ((0.5, 0.5), (0.5, 2), (2, 0.5), (2, 2), (0.9, 1), (1.1, 1), (1, 0.9), (1, 1.1), (0.9, 0.9), (1.1, 1.1)):
-        s = ls.replace(ls.replace(best.setting, "pretraining.lam", a * ends[2][0]), "finetuning.lam", b * ends[2][1])
+    corners, near = itertools.product((0.5, 2.0), repeat=2), ((0.9, 1.0), (1.1, 1.0), (1.0, 0.9), (1.0, 1.1))
+    for a, b in (*corners, *near):
+        s = ls.replace(ls.replace(best.setting, "pretraining.lam", a * ends[1][0]), "finetuning.lam", b * ends[1][1])
         assert ls.gradient(s)[0] > low
 
 
@@ -183,8 +186,11 @@ def test_one_trace_for_many_settings(kept, monkeypatch, tmp_path):
     assert len(calls) == first
 
 
+# Where symmetry may be broken inside of a transformation: test_breaking.
+
+
 def test_prediction_under_jit_and_jvp():
-    base = two_tokens()
+    base = two_tokens(symmetry="rs")
     value, slope = jax.jit(
         lambda lam: jax.jvp(lambda x: ls.predict(ls.replace(base, "pretraining.lam", x)).test_error, (lam,), (1.0,))
     )(0.1)
@@ -193,7 +199,7 @@ def test_prediction_under_jit_and_jvp():
 
 
 def test_prediction_of_a_known_setting_under_jit():
-    base = two_tokens(symmetry="rs")  # the other phase is in the test above
+    base = two_tokens(symmetry="rs")
     np.testing.assert_allclose(jax.jit(lambda: ls.predict(base).test_error)(), ls.predict(base).test_error, rtol=1e-10)
 
 
