@@ -8,7 +8,6 @@ import pytest
 import lorastate as ls
 from lorastate.bayes.frozen_map import frozen_map
 from lorastate.bayes.pretraining import bayes_optimal_pretraining
-from lorastate.diagnosis import thresholds as stability
 from lorastate.model.spectra.laws import Atoms, FreeSum, PowerLaw, Wishart
 from lorastate.setting.fields import continuous_fields
 from lorastate.setting.files import load_setting, setting_to_dict
@@ -113,27 +112,34 @@ def test_bayes_optimal_limits_with_a_task():
     assert float(frozen.overlap) == float(bayes_optimal_pretraining(s.setting.pretraining).Q_down)
 
 
+def frozen_on(s):
+    return ls.pretrain(s.pretraining, NUMERICS).frozen(s.finetuning_resolved)
+
+
 @pytest.mark.parametrize("noise", ["same", "fresh"])
 def test_reused_inputs_after_a_task(noise):
     # Samples of the channel have the moments that the closed forms say (identity).
     s = setting("identity", RELATED, inputs="reused", label_noise=noise)
-    solution, fine = ls.predict(s), s.finetuning_resolved
-    frozen = stability.frozen_map(solution)
+    fine, frozen = s.finetuning_resolved, frozen_on(s)
     x = np.random.default_rng(1).normal(size=(fine.inputs.dimension(2, False), 400_000))
     y0, zw = (np.asarray(v)[0, 1] for v in fine.inputs.fields(frozen, fine.delta, 2, False, x))
     for got, want in zip((y0 * y0, y0 * zw, zw * zw), fine.moments(frozen), strict=True):
         assert got.mean() == pytest.approx(float(want), abs=5 * got.std() / 400_000**0.5)
-    # Without anything unrelated in it the task is the published setting, to quadrature error.
-    plain, task = (
-        ls.predict(setting("identity", t, inputs="reused", label_noise=noise)) for t in (None, {"a": 1.0, "c": 0.0})
-    )
+    # Without anything unrelated in it the task is the published setting.
+    plain, task = (setting("identity", t, inputs="reused", label_noise=noise) for t in (None, {"a": 1.0, "c": 0.0}))
+    moments = (s.finetuning_resolved.moments(frozen_on(s)) for s in (plain, task))
+    np.testing.assert_allclose(*moments, rtol=1e-11)
+
+
+def test_predictions_on_reused_inputs_after_a_task():
+    plain, task = (ls.predict(setting("identity", t, inputs="reused")) for t in (None, {"a": 1.0, "c": 0.0}))
     assert float(task.effective_noise) == pytest.approx(float(plain.effective_noise), rel=1e-11)
-    bar = np.hypot(*(v.stderr("finetuning", "test_error") for v in (task, plain)))
+    bar = np.hypot(*(v.stderr("finetuning", "test_error") for v in (task, plain)))  # other nodes
     assert abs(float(task.test_error - plain.test_error)) < 5 * bar
 
 
 def trains_to_theory(s, runs):
-    theory, found = ls.predict(s), ls.simulate(s, dimension=60, runs=runs, test_samples=5000)
+    theory, found = ls.predict(s), ls.simulate(s, dimension=60, runs=runs, starts=1, test_samples=5000)
     for stage, name in (("pretraining", "M"), ("pretraining", "M_down"), ("pretraining", "Q"),
                         ("finetuning", "overlap"), ("finetuning", "test_error")):  # fmt: skip
         value, mean = float(getattr(theory, stage)[name]), found.mean(stage, name)
