@@ -54,7 +54,7 @@ def test_finetuning(solution):
 
 
 def test_training_agrees(solution):
-    found = ls.simulate(solution.setting, dimension=60, runs=4)
+    found = ls.simulate(solution.setting, dimension=60, runs=4, starts=1, test_samples=100)
     for stage, alpha in (("pretraining", 0.2), ("finetuning", 3.0)):
         gap = abs(found.mean(stage, "train_error") - float(getattr(solution, stage)["train_error"])) / alpha
         assert gap < (4 * found.stderr(stage, "train_error") + 0.06 * found.mean(stage, "train_error")) / alpha

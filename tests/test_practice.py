@@ -186,13 +186,13 @@ def test_labels_that_are_not_what_they_should_be():
 
 # ---- forecast ------------------------------------------------------------------------------------------------------
 
-NUMERICS = ls.Numerics(1024, 4096, 4)
+NUMERICS = ls.Numerics(512, 1024, 2)
 
 
 @pytest.mark.parametrize("activation", ["identity", "softmax"])
 def test_equivalent_world(activation):
     """E' of a setting from L, M and Q of its frozen map alone, whatever the unit of the pre-activations."""
-    pre = ls.Pretraining(0.1, 0.05, delta=0.4, activation=activation)
+    pre = ls.Pretraining(0.1, 0.05, delta=0.4, activation=activation, tokens=2)
     fine, b = ls.Finetuning(3.0, 0.1, recalibration=1.2), 1.2
     direct = ls.predict(ls.Setting(pre, fine, NUMERICS))
     L, M, Q = float(pre.Q0) + 0.2, float(direct.pretraining["M"]), float(direct.pretraining["Q"])
@@ -200,7 +200,7 @@ def test_equivalent_world(activation):
         kind = Identity() if activation == "identity" else Softmax(1 / s)
         ridge, unit = (0.1 * s, s**2) if activation == "identity" else (0.1 / s, 1.0)
         moments = Moments(L * s**2, M * s**2, Q * s**2, s)
-        other = equivalent(moments, Lora(100, 300, ridge, 1, 1), kind, 3, {"inputs": "fresh"}, b, NUMERICS)
+        other = equivalent(moments, Lora(100, 300, ridge, 1, 1), kind, 2, {"inputs": "fresh"}, b, NUMERICS)
         found = ls.predict(other)
         assert unit * float(found.test_error) == pytest.approx(unit * float(direct.test_error), rel=2e-5)
         assert float(found.effective_noise) == pytest.approx(float(direct.effective_noise), rel=1e-5)
