@@ -43,7 +43,8 @@ def test_best_under_a_total_price_on_a_dense_grid(bought):
     assert report["binds"] and abs(report["excess"]) < 1e-9
     best = bought.path[-1]
     # No other division of the same money, with any ridges, does better.
-    for share, a, b in itertools.product((0.3, 0.5, 0.6, 0.66, 0.69, 0.75, 0.9), (0.7, 1.0, 1.4), (0.6, 1.0, 1.7)):
+    divided = itertools.product((0.3, 0.5, 0.6, 0.66, 0.69, 0.75, 0.9), (1.0,), (1.0,))
+    for share, a, b in (*divided, *itertools.product((0.6, 0.66, 0.69), (0.7, 1.4), (0.6, 1.7))):
         other = value(
             bought.setting, pretraining__alpha=0.25 * share, finetuning__alpha=0.25 * (1 - share) / 0.05,
             pretraining__lam=a * best["pretraining.lam"], finetuning__lam=b * best["finetuning.lam"],
@@ -85,9 +86,9 @@ def test_label_power_binds_or_not():
     free = optimize(s, over)
     assert loose.path[-1]["value"] == pytest.approx(free.path[-1]["value"], rel=1e-9)
     a, lam = (tight.path[-1][p] for p in over)
-    for x, y in itertools.product((0.8, 0.9, 0.97, 1.0), (0.6, 0.8, 1.0, 1.25, 1.7)):
-        if (x, y) != (1.0, 1.0):
-            assert value(tight.setting, pretraining__task__a=x * a, pretraining__lam=y * lam) > tight.path[-1]["value"]
+    along = ((0.8, 1.0), (0.9, 1.0), (0.97, 1.0), (1.0, 0.6), (1.0, 0.8), (1.0, 1.25), (1.0, 1.7))
+    for x, y in (*along, *itertools.product((0.8, 0.97), (0.8, 1.25))):
+        assert value(tight.setting, pretraining__task__a=x * a, pretraining__lam=y * lam) > tight.path[-1]["value"]
     h = 1e-3
     ends = [optimize(s, over, budgets=[f"label_power <= {2.5 + d}"]).path[-1]["value"] for d in (-h, h)]
     assert tight.budgets[0]["price"] == pytest.approx(-(ends[1] - ends[0]) / (2 * h), rel=1e-3)

@@ -22,14 +22,14 @@ RNG = np.random.default_rng
 D, T, N = 60, 3, 400
 
 
-def drawn(seed=0, strength=1.0, noise=0.5, tilt=0.7, n=N, dimension=D):
+def drawn(seed=0, strength=1.0, noise=0.5, tilt=0.7, n=N, dimension=D, tokens=T):
     """A world: teacher S*, a map that knows a part of it, tokens, labels of the first half of the inputs."""
     rng = RNG(seed)
     W = rng.standard_normal((2, dimension, dimension))
     base, other = (w @ w.T / dimension for w in W)
     S = tilt * base + 0.2 * other
-    x, w = rng.standard_normal((n, T, dimension)), np.sqrt(strength) * rng.standard_normal(dimension)
-    g = np.sqrt(noise / 2 / 2) * rng.standard_normal((n, T, T))
+    x, w = rng.standard_normal((n, tokens, dimension)), np.sqrt(strength) * rng.standard_normal(dimension)
+    g = np.sqrt(noise / 2 / 2) * rng.standard_normal((n, tokens, tokens))
     chi = x @ w / np.sqrt(dimension)
     y = preactivation(x, base) + g + g.swapaxes(1, 2) + chi[:, :, None] * chi[:, None]
     size = noise / 2 + np.sum(base**2) / dimension
@@ -193,14 +193,15 @@ NUMERICS = ls.Numerics(512, 1024, 2)
 def test_equivalent_world(activation):
     """E' of a setting from L, M and Q of its frozen map alone, whatever the unit of the pre-activations."""
     pre = ls.Pretraining(0.1, 0.05, delta=0.4, activation=activation, tokens=2)
-    fine, b = ls.Finetuning(3.0, 0.1, recalibration=1.2), 1.2
+    fine, b, lam = ls.Finetuning(6.0, 1.2, recalibration=1.2), 1.2, 1.2
     direct = ls.predict(ls.Setting(pre, fine, NUMERICS))
+    assert direct.symmetry == "replica symmetric"
     L, M, Q = float(pre.Q0) + 0.2, float(direct.pretraining["M"]), float(direct.pretraining["Q"])
     for s in (1.0, 0.5):
         kind = Identity() if activation == "identity" else Softmax(1 / s)
-        ridge, unit = (0.1 * s, s**2) if activation == "identity" else (0.1 / s, 1.0)
+        ridge, unit = (lam * s, s**2) if activation == "identity" else (lam / s, 1.0)
         moments = Moments(L * s**2, M * s**2, Q * s**2, s)
-        other = equivalent(moments, Lora(100, 300, ridge, 1, 1), kind, 2, {"inputs": "fresh"}, b, NUMERICS)
+        other = equivalent(moments, Lora(100, 600, ridge, 1, 1), kind, 2, {"inputs": "fresh"}, b, NUMERICS)
         found = ls.predict(other)
         assert unit * float(found.test_error) == pytest.approx(unit * float(direct.test_error), rel=2e-5)
         assert float(found.effective_noise) == pytest.approx(float(direct.effective_noise), rel=1e-5)
@@ -223,7 +224,7 @@ def test_no_forecast_without_ground():
 @pytest.mark.solve
 def test_a_layer_of_a_simulated_world():
     """A trained layer, the labels that its LoRA sees: estimates cover the truth."""
-    world = drawn(2, n=900)
+    world = drawn(2, n=900, tokens=2)
     arrays = {"S": world.S, "X": world.x, "labels": world.y[:300]}
     found = ls.assess(arrays, activation="identity", ridge=0.2, numerics=NUMERICS, draws=6)
     assert found.law.verdict == "Gaussian" and found.standard.kind == "none"
@@ -236,7 +237,7 @@ def test_a_layer_of_a_simulated_world():
     ):
         assert bar > 0 and abs(value - true) < 4 * bar
     plain, noise, best, chosen = found.forecasts
-    setting = equivalent(world.truth, found.lora, Identity(), T, {"inputs": "fresh"}, 1.0, NUMERICS)
+    setting = equivalent(world.truth, found.lora, Identity(), 2, {"inputs": "fresh"}, 1.0, NUMERICS)
     true = world.truth.strength**2 * float(ls.predict(setting).test_error)
     assert abs(plain.test_error - true) < 4 * plain.stderr and plain.stderr < 0.2 * plain.test_error
     assert best.test_error <= min(plain.test_error, noise.test_error) + 1e-4 and chosen.inputs == "selected"

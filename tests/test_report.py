@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lorastate as ls
+from lorastate.bayes import posterior
 from lorastate.design import mismatch
 from lorastate.diagnosis import explain as report
 from lorastate.diagnosis.explain import noise_decomposition
@@ -122,7 +123,8 @@ def test_the_best_ridge_beside_an_update_that_is_zero(monkeypatch):
     assert report.best_ridges(SETTING)["overlap"] is None
 
 
-def test_below_recovery_the_page_says_so():
+def test_below_recovery_the_page_says_so(monkeypatch):
+    monkeypatch.setattr(posterior, "_OUTER", 2**11)  # of a limit that the page shows as it is
     below = ls.Setting(SETTING.pretraining, ls.Finetuning(0.05, 20.0), SETTING.numerics)
     facts = ls.explain(below)
     text = page(facts)
