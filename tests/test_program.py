@@ -88,7 +88,8 @@ def test_a_second_start_does_not_trace(folder, monkeypatch):
     assert list(folder.iterdir()) == [file]
     # Another function and another static field are other programs.
     small = Program(frozen_at)
-    for more in ({}, {"task": {"a": 1.0, "c": 0.2, "kappa_perp": 1.0}}, {"tokens": 3}, {"lam": 0.2}):
+    others: tuple[dict[str, Any], ...] = {"task": {"a": 1.0, "c": 0.2, "kappa_perp": 1.0}}, {"tokens": 3}, {"lam": 0.2}
+    for more in ({}, *others):
         freeze(small, **more)
     assert len(list(folder.iterdir())) == 4
 
