@@ -184,7 +184,8 @@ def test_random_starts_reach_what_the_informative_start_reaches(softmax, memory,
         return ends[-1]
 
     monkeypatch.setattr(two_stages, "minimise", watched)
-    several = simulate(softmax.setting, runs=2, starts=3, memory=memory, **ALIKE)
+    three: dict[str, Any] = {**ALIKE, "starts": 3}
+    several = simulate(softmax.setting, runs=2, memory=memory, **three)
     alone = softmax.finetuning["train_loss"][:2]
     np.testing.assert_allclose(several.finetuning["train_loss"], alone, rtol=1e-5)
     # One of the random ones may end elsewhere, higher.
