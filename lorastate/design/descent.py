@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -136,20 +137,23 @@ class Landscape:
         self.bar.set_postfix_str(f"value {trial.value:.6g}, gradient {norm:.1e}")
 
 
+_MEMORY = optax.scale_by_lbfgs(memory_size=8)
+_next_direction = jax.jit(_MEMORY.update)  # as it is, every step would compile loops of its own
+
+
 def descend(landscape: Landscape, now: Trial, tolerance: float, max_steps: int) -> tuple[Trial, Ending]:
     """L-BFGS from a trial; the last one, and why it ended."""
-    memory = optax.scale_by_lbfgs(memory_size=8)
-    state = memory.init(jnp.asarray(now.u))
+    state = _MEMORY.init(jnp.asarray(now.u))
     landscape.record(now, landscape.relative(now, np.linalg.norm(now.slope)))
     for _ in range(max_steps):
         u, value, slope = now.u, now.value, now.slope
         norm = float(np.linalg.norm(slope))
         if landscape.relative(now, norm) < tolerance:
             return now, landscape.boundary(now) or Ending(End.small, {"tolerance": tolerance})
-        direction, state = memory.update(jnp.asarray(slope), state, jnp.asarray(u))
+        direction, state = _next_direction(jnp.asarray(slope), state, jnp.asarray(u))
         step = -np.asarray(direction)
         if not np.all(np.isfinite(step)) or step @ slope >= 0:
-            step, state = -slope / norm, memory.init(jnp.asarray(u))
+            step, state = -slope / norm, _MEMORY.init(jnp.asarray(u))
         if len(landscape.path) == 1:
             step = -slope / norm * 0.5  # no curvature known yet: half a unit of log
         step *= min(1.0, 1.5 / float(np.max(np.abs(step))))  # never more than a factor e^1.5 at once
