@@ -35,11 +35,10 @@ def test_moments_of_labels(drop_shift):
 def test_what_fits_miss_of_the_update_is_no_frozen_map(monkeypatch):
     """Two tokens and few examples: the fits miss a part of the update, and b has no bias from it. (It was a third of a
     standard error.)"""
-    monkeypatch.setattr("test_practice.T", 2)
     monkeypatch.setattr("lorastate.practice.labels.RESAMPLES", 50)
     pulls = []
     for seed in range(120):
-        world = drawn(seed, n=160, dimension=40)
+        world = drawn(seed, n=160, dimension=40, tokens=2)
         found = moments_of(world, preactivation(world.x, world.S), True, seed)
         pulls.append((found.moments.best_scale - world.truth.best_scale) / found.stderr(lambda m: m.best_scale))
     assert abs(np.mean(pulls)) < 2.5 / np.sqrt(len(pulls)) and 0.75 < np.std(pulls) < 1.3
@@ -48,11 +47,10 @@ def test_what_fits_miss_of_the_update_is_no_frozen_map(monkeypatch):
 def test_noise_is_not_too_small_where_the_map_was_learned(monkeypatch):
     """Maps as pre-training leaves them, the teacher with noise and its small eigenvalues cut off: what they miss is
     shaped like them. (Delta_eff was too small by half a standard error.)"""
-    monkeypatch.setattr("test_practice.T", 2)
     monkeypatch.setattr("lorastate.practice.labels.RESAMPLES", 50)
     pulls = []
     for seed in range(40):
-        world, rng = drawn(seed, n=300, dimension=100), RNG(seed)
+        world, rng = drawn(seed, n=300, dimension=100, tokens=2), RNG(seed)
         g = rng.standard_normal((100, 100)) / np.sqrt(200)
         values, vectors = np.linalg.eigh(world.base + 0.8 * (g + g.T))
         S = 1.2 * (vectors * np.maximum(values - 0.6, 0)) @ vectors.T
