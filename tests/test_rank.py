@@ -295,7 +295,8 @@ def test_spare_directions_from_few_samples_to_many(alpha):
 def test_a_marginal_symmetric_solution_stands_in(alpha, taken, monkeypatch):
     """From many samples minima hardly differ (replicon 1.08): where the search with breaking fails, the symmetric one
     is as good. In a glass it is not, and the failure stays."""
-    s, lanes = setting(2, 1, alpha=alpha), Lanes(Problem.of(setting(2, 1, alpha=alpha)))
+    s = setting(2, 1, alpha=alpha)
+    lanes = Lanes(Problem.of(s))
     glass = ls.predict(s) if taken else None
     symmetric = orchestrator._symmetric(lanes, orchestrator.pretrained(lanes), True)
 

@@ -26,7 +26,6 @@ from lorastate.cli.commands import Command, spread
 from lorastate.cli.figure import Figure
 from lorastate.cli.practice import Practice
 from lorastate.figures import FIGURES
-from lorastate.setting.numerics import Numerics
 from lorastate.sweeps.grid import parse_axis
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +142,7 @@ def examples(tmp_path, monkeypatch):
     """A directory with the examples, solved with few nodes."""
     documented.copy_examples(tmp_path)
     monkeypatch.chdir(tmp_path)
-    few = Numerics(2048, 4096, 8)  # documented.FEW
+    few = ls.load_setting("examples/softmax.toml").numerics
     monkeypatch.setattr(ls, "Numerics", lambda *_, **__: few)
 
 

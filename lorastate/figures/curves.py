@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..setting.paths import replace
 from ..setting.stages import Setting
 from ..simulation.simulate import simulate
 from ..solution.solution import predict
-from .drawing import BAYES, MINIMUM, SYMMETRIC, Training, draw_square, legend_below, save
+from .drawing import BAYES, MINIMUM, SYMMETRIC, Training, draw_square, finite, legend_below, save
 
 #: Numerics of a published figure: a quadrature error of E' of about one per cent, drawn as a band.
 NUMERICS = Numerics(nodes=8192, finetuning_nodes=16384, replicas=8)
@@ -49,10 +48,9 @@ def scan(setting: Setting, path: str, values, names, bar=None, symmetric: bool =
             # What pre-training alone decides is known even where fine-tuning is not solved.
             stage, key = stage_and_name(name)
             good = not bad or ((stage == "pretraining" or name in _OF_MAP) and codes["pretraining"] is Code.ok)
-            value = float(getattr(solution, stage)[key])
-            row[name] = value if good and math.isfinite(value) else None
-            error = float(solution.stderr(stage, key))  # of an update that is zero there may be none
-            row[f"{name}_stderr"] = error if row[name] is not None and math.isfinite(error) else None
+            row[name] = finite(getattr(solution, stage)[key]) if good else None
+            # Of an update that is zero there may be no error.
+            row[f"{name}_stderr"] = None if row[name] is None else finite(solution.stderr(stage, key))
         if symmetric and row["broken"] and place % 2 == 0:
             row["rs"] = solution.rs
         return row

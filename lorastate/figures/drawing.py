@@ -48,6 +48,11 @@ def legend_below(figure: Figure, panels) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
 
 
+def finite(value: Any) -> float | None:
+    """The number as figures and JSON, which has no NaN, take it: None where there is none."""
+    return float(value) if math.isfinite(value) else None
+
+
 def save(figure, out: Path, name: str, data: dict[str, Any]) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     numbers = out / f"{name}.json"
@@ -86,4 +91,4 @@ def draw_square(axes, x, result, name: str, color, search: str = "finetuning") -
         return None
     label = f"training, D = {result.dimension}"
     axes.errorbar(x, mean, err, fmt="s", ms=4.5, mfc="white", color=color, capsize=2, zorder=5, label=label)
-    return {"mean": mean, "stderr": err if math.isfinite(err) else None}
+    return {"mean": mean, "stderr": finite(err)}

@@ -21,7 +21,7 @@ from ..simulation.simulate import simulate
 from ..solution.solution import predict
 from ..sweeps.sweep import sweep
 from .curves import NUMERICS, column, scan
-from .drawing import ALONG_FACTOR, Training, legend_below, save, side_by_side
+from .drawing import ALONG_FACTOR, Training, finite, legend_below, save, side_by_side
 
 _RIDGE, _FACTOR, _LAM = "finetuning.lam", "finetuning.adapter_factor", "pretraining.lam"
 #: Activation, and the ridge of pre-training that goes with it.
@@ -39,7 +39,7 @@ def _square(axes, names: tuple[str, str], result, color) -> dict[str, Any]:
         return {}
     label = f"training, D = {result.dimension}"
     axes.errorbar(x, y, dy, dx, fmt="s", ms=4.5, mfc="white", color=color, capsize=2, zorder=5, label=label)
-    bars = {f"{n}_stderr": bar if math.isfinite(bar) else None for n, bar in zip(names, (dx, dy), strict=True)}
+    bars = {f"{n}_stderr": finite(bar) for n, bar in zip(names, (dx, dy), strict=True)}
     return dict(zip(names, (x, y), strict=True)) | bars
 
 
@@ -141,7 +141,10 @@ def decay(out, training: Training | None = None, progress: bool = True) -> list[
             mean = values.mean("numerics.seed", skipna=False).values
             bars = values.std("numerics.seed", ddof=1, skipna=False).values / math.sqrt(values.sizes["numerics.seed"])
             axes.errorbar(alphas, mean, bars, fmt="o-", ms=3.5, lw=1.6, capsize=2, color=color, label=label)
-            entry[path] = {"values": _plain(values.values), "mean": _plain(mean), "stderr": _plain(bars)}
+            entry[path] = {
+                "values": [[*map(finite, row)] for row in values.values],
+                "mean": [*map(finite, mean)], "stderr": [*map(finite, bars)],
+            }  # fmt: skip
         entry["dense"] = []
         for k in range(2, len(alphas), 4):
             places = {path: entry[path]["mean"][k] for path in paths}
@@ -160,13 +163,6 @@ def decay(out, training: Training | None = None, progress: bool = True) -> list[
     figure.suptitle(r"softmax, $T=3$, $\alpha'=3$, $\kappa_0=\kappa=1$, $\Delta=0.5$", fontsize=9)
     legend_below(figure, panels)
     return save(figure, Path(out), "decay", data)
-
-
-def _plain(values: np.ndarray) -> list:
-    """For JSON, which has no NaN."""
-    plain = values.astype(object)
-    plain[~np.isfinite(values)] = None
-    return plain.tolist()
 
 
 def _dense(setting: Setting, places, minimize: str, progress: bool) -> dict[str, float]:
