@@ -170,7 +170,7 @@ def test_terms_against_autodiff(stage, name, tokens):
     f, g, h = terms(problem, u)
     for got, derivative in [(f, energy), (g, jax.grad(energy)), (h, jax.hessian(energy))]:
         close(got, jax.jit(jax.vmap(derivative, in_axes=-1, out_axes=-1))(u, zw, om, t))
-    part = terms(problem.take(jnp.array([2, 0])), u[:, jnp.array([2, 0])])
+    part = terms(problem.at(lambda a: a[..., jnp.array([2, 0])]), u[:, jnp.array([2, 0])])
     close(part[0], f[jnp.array([2, 0])], 1e-14)
     close(part[1], g[:, jnp.array([2, 0])], 1e-14)
 
@@ -239,7 +239,7 @@ def test_minimise_against_scipy_and_random_starts(tokens, response):
 
     @jax.jit
     def value(u, j):
-        f, g, _ = problem.take(j[None]).terms(u[:, None])
+        f, g, _ = problem.at(lambda a: a[..., j[None]]).terms(u[:, None])
         return f[0], g[:, 0]
 
     for j in range(0, NODES, 4):

@@ -68,8 +68,9 @@ def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Wells, 
     y, omega = (to_coordinates(z) for z in fields(pre, order, nodes.normal))
     # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y.
     many = jnp.stack([omega, y, (omega + y) / 2, omega + y, 2 * y])
-    starts = many.at[:2].set(jnp.where(cold, many[:2], previous.u))
-    asked = jnp.ones(starts.shape[::2], bool).at[1].set(cold | previous.two)
+    starts = jnp.concatenate([jnp.where(cold, many[:2], previous.u), many[2:]])
+    asked = jnp.ones(starts.shape[::2], bool)
+    asked = jnp.concatenate([asked[:1], (cold | previous.two)[None], asked[2:]])
     return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(cold, len(starts), 2))
 
 

@@ -52,15 +52,16 @@ def balanced(a):
     """D^-1 a D with a diagonal D that makes rows and columns about equally large: the eigenvalues of `a`, with norms
     that say something about them where coordinates differ by orders of magnitude (Osborne 1960)."""
     n, small = len(a), 1e-3  # what is smaller than that does not need to be
+    others = 1.0 - jnp.eye(n, dtype=a.dtype)
 
-    def once(_, a):
-        for i in range(n):
-            rest = jnp.abs(a).at[i, i].set(0.0)
-            factor = jnp.sqrt((jnp.sum(rest[i]) + small) / (jnp.sum(rest[:, i]) + small))
-            a = a.at[:, i].multiply(factor).at[i].divide(factor)
-        return a
+    def once(k, a):
+        here = jnp.arange(n) == k % n
+        rest = jnp.abs(a) * others
+        in_row, in_column = (jnp.sum(jnp.where(here, jnp.sum(rest, axis), 0.0)) for axis in (1, 0))
+        factor = jnp.where(here, jnp.sqrt((in_row + small) / (in_column + small)), 1.0)
+        return a * factor[None] / factor[:, None]
 
-    return jax.lax.fori_loop(0, 6, once, a)
+    return jax.lax.fori_loop(0, 6 * n, once, a)
 
 
 @jax.jit
@@ -141,7 +142,7 @@ def _ldl_loops(h, g, shift, floor):
 
     def back(k, x):
         i = n - 1 - k
-        return x.at[i].add(-jnp.sum(low[i] * x, 0))
+        return jnp.where(rows == i, x - jnp.sum(low[i] * x, 0), x)
 
     return jax.lax.fori_loop(0, n, back, x), jnp.min(original, 0)
 

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from ..runtime.program import kept_arrays, platform
+from .places import put, row
 
 
 class Nodes(NamedTuple):
@@ -168,7 +169,7 @@ class Slots(NamedTuple):
 
     def read(self):
         """What is remembered: the row that is valid."""
-        return jax.tree_util.tree_map(lambda a: a[self.here], self.data)
+        return row(self.data, self.here)
 
     def commit(self, accept) -> Slots:
         """What was written last counts, if `accept`."""
@@ -188,17 +189,17 @@ def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
     if platform() != "cpu":
         values, new = jax.vmap(f)(nodes, memory.read())
         if write:
-            memory = memory._replace(data=each(lambda m, n: m.at[memory.there].set(n), memory.data, new))
+            memory = memory._replace(data=put(memory.data, new, memory.there))
         return mean(values), memory
 
     def at(r, data):
-        return f(each(lambda a: a[r], nodes), each(lambda a: a[memory.here, r], data))
+        return f(row(nodes, r), row(data, memory.here, r))
 
     def one(r, carry):
         total, data = carry
         value, new = at(r, memory.data if data is None else data)
         if data is not None:
-            data = each(lambda m, n: m.at[memory.there, r].set(n), data, new)
+            data = put(data, new, memory.there, r)
         return each(lambda t, v: t + v / count, total, value), data
 
     shape = jax.eval_shape(lambda: at(0, memory.data)[0])

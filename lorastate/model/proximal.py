@@ -35,9 +35,9 @@ class MapProblem(NamedTuple):
     target: Float[Array, "T T N"]
     V: Any
 
-    def take(self, index):
-        """The same problem on a subset of the nodes."""
-        return self._replace(omega=self.omega[..., index], target=self.target[..., index])
+    def at(self, part):
+        """The same problem on the nodes that `part` takes of an array (..., N)."""
+        return self._replace(omega=part(self.omega), target=part(self.target))
 
     @property
     def stiffness(self):
@@ -73,9 +73,9 @@ class VectorProblem(NamedTuple):
     target: Float[Array, "T T N"]
     v: Any
 
-    def take(self, index):
-        """The same problem on a subset of the nodes."""
-        return self._replace(zw=self.zw[..., index], omega=self.omega[..., index], target=self.target[..., index])
+    def at(self, part):
+        """The same problem on the nodes that `part` takes of an array (..., N)."""
+        return self._replace(zw=part(self.zw), omega=part(self.omega), target=part(self.target))
 
     @property
     def stiffness(self):
@@ -187,11 +187,12 @@ def _group(u) -> int:
 
 
 class _Work(NamedTuple):
-    u: Any
-    f: Any
-    done: Any
-    closed: Any  # had all the steps that it may have
+    rows: Any  # u, f, and two flags: done, and closed (had all the steps that it may have); one array, written at once
     round: Any
+
+    @property
+    def over(self):
+        return (self.rows[-2] > 0) | (self.rows[-1] > 0)
 
 
 def locate(problem, start, max_steps: int = 150, asked: Any = None, last: float = LAST):
@@ -212,28 +213,28 @@ def locate(problem, start, max_steps: int = 150, asked: Any = None, last: float 
     # A few per cent of the nodes need many more steps than the rest: they are left over from the first visits and
     # gathered into groups of their own, so that they do not hold the others. One compiled loop serves both visits.
     def cond(s):
-        return (s.round < 2 * visits) & ((s.round < visits) | ~jnp.all(s.done | s.closed))
+        return (s.round < 2 * visits) & ((s.round < visits) | ~jnp.all(s.over))
 
     def body(s):
         first = s.round < visits
         index = jax.lax.cond(
             first,
             lambda: order[jnp.minimum(s.round * group + jnp.arange(group), nodes - 1)],
-            lambda: jnp.nonzero(~(s.done | s.closed), size=group, fill_value=nodes - 1)[0],
-        )
+            lambda: jnp.nonzero(~s.over, size=group, fill_value=nodes - 1)[0],
+        ).astype(jnp.uint32)  # no place is negative
         limit = jnp.where(first, min(_FIRST, max_steps), max_steps)
-        u, f, done = _newton(problem.take(index), s.u[:, index], limit, s.done[index], last)
-        return _Work(
-            s.u.at[:, index].set(u),
-            s.f.at[index].set(jnp.where(s.done[index], s.f[index], f)),
-            s.done.at[index].set(done),
-            s.closed.at[index].set(~first),
-            s.round + 1,
-        )
+        here = s.rows[:, index]
+        already = here[-2] > 0
+        u, f, done = _newton(problem.at(lambda a: a[..., index]), here[:-3], limit, already, last)
+        flags = jnp.stack([done, jnp.broadcast_to(~first, done.shape)]).astype(u.dtype)
+        new = jnp.concatenate([u, jnp.where(already, here[-3], f)[None], flags])
+        return _Work(s.rows.at[:, index].set(new), s.round + 1)
 
     far = jnp.full((nodes,), jnp.inf, start.dtype)
-    out = jax.lax.while_loop(cond, body, _Work(start, far, over, jnp.zeros((nodes,), bool), 0))
-    return out.u, out.f, out.done if asked is None else out.done & asked
+    begin = jnp.concatenate([start, jnp.stack([far, over.astype(start.dtype), jnp.zeros_like(far)])])
+    rows = jax.lax.while_loop(cond, body, _Work(begin, 0)).rows
+    done = rows[-2] > 0
+    return rows[:-3], rows[-3], done if asked is None else done & asked
 
 
 def reflected(problem, u):
@@ -341,14 +342,18 @@ def polish(problem, u, steps: Any = 3):
     nodes = u.shape[1]
     group = _group(u)
 
-    def block(k, u):
-        index = jnp.minimum(k * group + jnp.arange(group), nodes - 1)
-        part = problem.take(index)
+    def block(k, out):
+        # The last block of a number that groups do not divide begins in the one before it.
+        def part(a):
+            return jax.lax.dynamic_slice_in_dim(a, k * group, group, -1)
+
+        here = problem.at(part)
 
         def body(_, u):
-            _, g, h = part.terms(u)
+            _, g, h = here.terms(u)
             return u - jnp.clip(ldl_solve(h, g)[0], -0.3, 0.3)
 
-        return u.at[:, index].set(jax.lax.fori_loop(0, steps, body, u[:, index]))
+        new = jax.lax.fori_loop(0, steps, body, part(u))
+        return jax.lax.dynamic_update_slice_in_dim(out, new, k * group, 1)
 
     return jax.lax.fori_loop(0, -(-nodes // group), block, u)

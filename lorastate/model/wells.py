@@ -102,7 +102,7 @@ def descend(problem, starts, asked=None, count: Any = None, last: float = prox.L
 def polish(problem, wells: Wells, steps: Any = 3) -> Wells:
     """Both wells after a very small change of the problem: a few Newton steps and no search."""
     u = jax.lax.map(lambda u: prox.polish(problem, u, steps), wells.u)
-    return wells._replace(u=u if len(u) == 1 else u.at[1].set(jnp.where(wells.two, u[1], u[0])))
+    return wells._replace(u=u if len(u) == 1 else jnp.stack([u[0], jnp.where(wells.two, u[1], u[0])]))
 
 
 #: Reach of the descents that start on the axes: a row of softmax is settled by one token, and wells lie there.
@@ -222,11 +222,12 @@ def locate_alone(problem, guess, previous: Wells, cold) -> Wells:
     is looked for at a few nodes, from many starts."""
     problem, guess = jax.lax.stop_gradient((problem, guess))
     u, _, ok = prox.locate(problem, jnp.where(cold, problem.omega, previous.u[0]))
-    some = jnp.arange(max(len(ok) // _LOOKED_AT, 1))
+    some = max(len(ok) // _LOOKED_AT, 1)
 
     def look():
-        few = problem.take(some)
-        return previous.two.at[some].set(descend(few, _many_starts(few.omega, guess[:, some])).two)
+        few = problem.at(lambda a: a[..., :some])
+        found = descend(few, _many_starts(few.omega, guess[:, :some]))
+        return jnp.concatenate([found.two, previous.two[some:]])
 
     return Wells(u[None], jax.lax.cond(cold, look, lambda: previous.two), ok)
 

@@ -18,6 +18,7 @@ from ..evolution import finetuning as ft
 from ..evolution.starts import apart, broken_start, pushed, start
 from ..math.fixed_point import FixedPoint
 from ..math.maximum import climb
+from ..math.places import put, row
 from ..math.quadrature import Nodes, Slots, mean
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
@@ -107,7 +108,7 @@ def _averaged(memory: Slots, count):
     def first(v):
         return jnp.tensordot(1.0 * (jnp.arange(len(v)) < count), v, 1) / count
 
-    return jax.tree_util.tree_map(first, memory.read().averages)
+    return jax.tree_util.tree_map(first, row(memory.data.averages, memory.here))
 
 
 def _where_from(fine: Finetuning, search: Search, x, job: _Job):
@@ -115,7 +116,7 @@ def _where_from(fine: Finetuning, search: Search, x, job: _Job):
     have led or not. With breaking it knows some of w*: what few nodes take for m = 0, which Newton steps would not
     leave, need not be that on more of them."""
     kind, d = job.kind, 1 + ft.spare(fine)
-    y = jnp.where(kind == _AFRESH, search.starts[job.branch], jnp.where(kind == _ESCAPE, pushed(fine, x), x))
+    y = jnp.where(kind == _AFRESH, row(search.starts, job.branch), jnp.where(kind == _ESCAPE, pushed(fine, x), x))
     order = ft.order_at(fine, y).along
     least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if search.levels else 0.0
     y = y.at[d].set(jnp.maximum(jnp.abs(order.overlap), least))
@@ -175,23 +176,23 @@ def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progr
     return s._replace(same=same, above=jnp.where(last & (search.levels > 0), clearly, s.above))
 
 
-def _needless(search: Search, s: _Progress, kind, k):
+def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     """Whether a stage is left out, and whether that is because its branch is not the lowest."""
     found, refining = s.found, kind >= _CLIMB
     # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
-    failed = (found.code[k] == Code.nonfinite) | ~jnp.any(succeeded(found.code))
+    failed = (mine.code == Code.nonfinite) | ~jnp.any(succeeded(found.code))
     # A control variate that suits the solution itself moves it, and phi, by less than their errors; done twice, by so
     # little that neighbours lie on smooth curves, and both starts where they have found one solution end there.
-    unsolved = ~(succeeded(found.code[k]) & found.placed[k])
+    unsolved = ~(succeeded(mine.code) & mine.placed)
     idle = ((kind == _AFRESH) & ~failed) | ((kind == _AGAIN) & unsolved)
     skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
     if search.levels:  # what repels leads to the other solution
-        skip = skip | (refining & (found.code[k] == Code.unstable) & succeeded(found.code[1 - k]))
+        skip = skip | (refining & (mine.code == Code.unstable) & succeeded(row(found.code, 1 - k)))
     if search.alone:
         skip = skip | ((kind != _ALWAYS) & _clearly_rough(s.memory, found.row))
-    return skip, refining & s.above[k]
+    return skip, refining & row(s.above, k)
 
 
 def search_finetuning(
@@ -212,17 +213,18 @@ def search_finetuning(
             order, a = ft.order_at(fine, begin), _averaged(memory, job.before)
             return control.control(fine, frozen, order, nodes, many, numerics.replicas, a)
 
-        wanted, nothing = (job.before > 0) & ~left_out, control.none(memory.read().averages, search.levels)
+        nothing = control.none(row(memory.data.averages, memory.here), search.levels)
+        wanted = (job.before > 0) & ~left_out
         return nodes._replace(control=jax.lax.cond(wanted, found, lambda: nothing))
 
     def one(s: _Progress, job: _Job):
         rules, kind, k = job.rules, job.kind, job.branch
         s = _compared(fine, search, s, kind, k)
-        found, (skip, higher) = s.found, _needless(search, s, kind, k)
-        escape = kind == _ESCAPE
+        found, mine, escape = s.found, row(s.found, k), kind == _ESCAPE
+        skip, higher = _needless(search, s, mine, kind, k)
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
-        memory = s.memory._replace(here=jnp.where(escape, found.row[1], found.row[k]))
-        begin = _where_from(fine, search, found.x[k], job)
+        memory = s.memory._replace(here=jnp.where(escape, found.row[1], mine.row))
+        begin = _where_from(fine, search, mine.x, job)
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
         here = controlled(begin, memory, job, skip | higher) if search.levels else nodes
         held = search.held
@@ -230,7 +232,7 @@ def search_finetuning(
             held = held | ((kind == _AGAIN) & ft.all_one(ft.order_at(fine, x0)))
         fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels, held)
         (point, _, jac, memory), placed = climb(
-            fmap, rules, True, x0, found.jacobian[k], memory, job.tries, job.level, lambda x: pushed(fine, x),
+            fmap, rules, True, x0, mine.jacobian, memory, job.tries, job.level, lambda x: pushed(fine, x),
             kind == _AGAIN,
         )  # fmt: skip
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
@@ -239,11 +241,12 @@ def search_finetuning(
         kept = kept | ((kind == _AGAIN) & ~((point.code == Code.ok) & placed))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
         new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
-        row = found.row.at[jnp.where(escape, 1, k)].set(memory.here)
-        row = jnp.where(escape & ~kept, row[::-1], row)
+        rows = put(found.row, memory.here, jnp.where(escape, 1, k))
+        rows = jnp.where(escape & ~kept, rows[::-1], rows)
         repels = (kind == _CLIMB) & (point.code == Code.unstable)
-        found = jax.tree_util.tree_map(lambda a, v: a.at[k].set(jnp.where(kept, a[k], v)), found, new)
-        found = found._replace(row=row, code=found.code.at[k].set(jnp.where(repels, new.code, found.code[k])))
+        new = jax.tree_util.tree_map(lambda old, new: jnp.where(kept, old, new), mine, new)
+        new = new._replace(code=jnp.where(repels, point.code, new.code))
+        found = put(found, new, k)._replace(row=rows)
         return s._replace(found=found, memory=memory), (point, kept)
 
     jobs, begin = _jobs(fine, numerics, nodes, search.levels), _begin(fine, nodes, search)
@@ -257,9 +260,9 @@ def search_finetuning(
 def _final(jobs: _Job, points: FixedPoint, kept) -> FixedPoint:
     """Of each start the last stage that was made, with the steps of all of them."""
     index, made = jnp.arange(len(jobs.branch)), [(jobs.branch == k) & ~kept for k in (0, 1)]
-    last = jnp.stack([jnp.max(jnp.where(made[k], index, k)) for k in (0, 1)])
+    last = [jnp.max(jnp.where(made[k], index, k)) for k in (0, 1)]
     steps = jnp.stack([jnp.sum(jnp.where(made[k], points.steps, 0)) for k in (0, 1)])
-    return jax.tree_util.tree_map(lambda a: a[last], points)._replace(steps=steps)
+    return stacked([row(points, k) for k in last])._replace(steps=steps)
 
 
 def _begin(fine: Finetuning, nodes: Nodes, search: Search) -> _Progress:
@@ -348,20 +351,20 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     tried = jax.tree_util.tree_map(lambda a: jnp.stack([a[0], jnp.where(same, a[0], a[1])]), points)
     energies = jnp.where(same, found.energy[0], found.energy)
     chosen = jnp.where(same, 0, _lowest(tried.code, energies, search.levels))
-    point = jax.tree_util.tree_map(lambda a: a[chosen], points)
-    inner = memory._replace(here=found.row[chosen]).read().found
+    point, taken = row(points, chosen), row(found, chosen)
+    inner = memory._replace(here=taken.row).read().found
     if search.levels:
         # A last pass that was not taken has left minimisers of its own.
         order = ft.order_at(fine, point.x)
         inner = jax.lax.map(lambda part: ft.refresh_inner(fine, frozen, order, *part), (prepared, inner))
-    best = Solved(point, found.jacobian[chosen], inner)
+    best = Solved(point, taken.jacobian, inner)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
     rough = ~succeeded(code)
     if search.levels:
         p, *_, q = ft.order_at(fine, best.point.x).along.norms(ft.TEACHER_SIZE)
         rough = rough | ~(p > (1 - DEEP) * q) | _far(LoraStage(fine, frozen), best.point)
     else:
-        rough = rough | _rough(memory, found.row[chosen])
+        rough = rough | _rough(memory, taken.row)
     if fine.inputs.needs_map:
         code = jnp.where(succeeded(first.status["code"]), code, int(Code.upstream))
     best = best._replace(point=best.point._replace(code=code))
@@ -373,5 +376,4 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((jnp.abs(o.overlap), o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
     branches = Branches(m, q, energies, tried.code, chosen)
-    variate = jax.tree_util.tree_map(lambda a: a[chosen], found.control)
-    return SecondStage(best, branches, prepared.found, variate, rough & (code != Code.upstream), coarse, marginal)
+    return SecondStage(best, branches, prepared.found, taken.control, rough & (code != Code.upstream), coarse, marginal)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from .contour import mass
 from .elementwise import limit, prepare
 from .rules import BandNodes, double_exponential, gauss_legendre, pairs_across
-from .subordination import Form, evaluate, free_variance, lift, locate, stretch, subordinate
+from .subordination import Form, evaluate, free_variance, lift, lifted, locate, moving, stretch
 
 _PANELS = 8  # panels of the curve on the support of a power law
 
@@ -191,22 +191,19 @@ def pair_response(law: Any, delta: ArrayLike, eps: ArrayLike, n: int) -> Array:
     ends = _bands(form, delta).ends
     d, e = delta[..., None], eps[..., None]
     a0, a1 = ends[..., 0], ends[..., 1]
-    # Off the support u_e is real and in no panel; it is replaced, as its derivative diverges at the edges.
     u = lax.stop_gradient(locate(form, eps, delta))
-    spare = curve(form, delta, (a0[..., 0] + a1[..., 0]) / 2, a1[..., 0] - a0[..., 0])[0]
-    cut = subordinate(form, jnp.where(jnp.imag(u) > 0, eps, lax.stop_gradient(spare)), delta)
-    cut = jnp.clip(jnp.where(jnp.imag(u) > 0, jnp.real(cut), jnp.real(u))[..., None], a0, a1)
+    # Off the support u_e is real and in no panel: it has no derivative there, which diverges at the edges.
+    inside = jnp.imag(u) > 0
+    cut = moving(form, eps, delta, jnp.where(inside, u, lifted(form, delta, u)))
+    cut = jnp.clip(jnp.where(inside, jnp.real(cut), jnp.real(u))[..., None], a0, a1)
     phi, dphi = jnp.asarray(double_exponential(n), cut.dtype)
-
-    def side(end: Array) -> tuple[Array, Array]:
-        """Distance from eps and weight, (..., B n)."""
-        length = (end - cut)[..., None]
-        x, rho, rise = curve(form, d[..., None], cut[..., None] + length * phi, (a1 - a0)[..., None] / 4 + 0 * phi)
-        weight = rho * rise * jnp.abs(length) * dphi
-        flat = (*delta.shape, -1)
-        return jnp.abs(x - e[..., None]).reshape(flat), weight.reshape(flat)
-
-    below = mass(form, eps, delta)
+    # Distance from eps and weight on both sides of it, (2, ..., B n).
+    length = (jnp.stack([a1, a0]) - cut)[..., None]
+    x, rho, rise = curve(form, d[..., None], cut[..., None] + length * phi, (a1 - a0)[..., None] / 4 + 0 * length * phi)
+    flat = (2, *delta.shape, -1)
+    distance = jnp.abs(x - e[..., None]).reshape(flat)
+    weight = (rho * rise * jnp.abs(length) * dphi).reshape(flat)
+    below = mass(form, eps, delta, u)
     # No pairs across an eps off the support, where the panels of a power law may be too thin to be told apart.
-    mixed = jnp.where((below > 0) & (below < 1), pairs_across(side(a1), side(a0)), 0.0)
+    mixed = jnp.where((below > 0) & (below < 1), pairs_across(*zip(distance, weight, strict=True)), 0.0)
     return (1 - below) ** 2 + 2 * mixed

@@ -7,7 +7,7 @@ integrand of J vanishes to third order at u_e: u_e and the contour are constants
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from .elementwise import limit, prepare
 from .rules import gauss_legendre
-from .subordination import Form, evaluate, free_variance, locate, subordinate
+from .subordination import Form, Point, evaluate, free_variance, lifted, locate, moving
 
 _NODES = 72  # Gauss-Legendre nodes on the contour
 
@@ -28,15 +28,15 @@ def _sides(form: Form, u: Array, g: Array) -> tuple[Array, Array]:
     return plain & (jnp.real(u) < jnp.min(low)), plain & (jnp.real(u) > jnp.max(high))
 
 
-def _contour(form: Form, delta: Array, u: Array) -> tuple[Array, Array]:
+def _contour(form: Form, delta: Array, u: Array, p: Point) -> tuple[Array, Array]:
     """Nodes and weights, (..., n), of an arc above the axis from u to a real point right of all singularities.
 
     A half circle over the chord, graded towards u, whose nearest singularity is at distance d: uniform accuracy in d.
+    `p`: what z(u) is made of.
     """
     form, delta = lax.stop_gradient((form, delta))
     low, high = form.law.cover(form.factor)
     ends = jnp.concatenate([low, high])
-    p = evaluate(form, delta, u)
     pole = jnp.abs(jnp.sqrt(form.kappa) - form.c * p.g[..., None]) / jnp.abs(form.c * p.dg[..., None])
     d = jnp.minimum(jnp.min(jnp.abs(u[..., None] - ends), -1), jnp.min(pole, -1, initial=jnp.inf))
     last = jnp.max(high) + jnp.max(form.c / jnp.sqrt(form.kappa), initial=0.0)
@@ -50,12 +50,24 @@ def _contour(form: Form, delta: Array, u: Array) -> tuple[Array, Array]:
     return u[..., None] + 1j * t * turn * chord, 1j * dt * turn * turn * chord
 
 
-def _moment(form: Form, delta: Array, eps: Array, u: Array, power: int) -> Array:
-    """``int_{x > eps} (x - eps)^k mu_delta(dx) = Im int (z - eps)^(k+1) G_A'(u) du / ((k+1) pi)``, from u = u_e."""
-    node, weight = _contour(form, delta, u)
+class _Tail(NamedTuple):
+    """``int_{x > eps} (x - eps)^k mu_delta(dx)``; whether eps is left, right of the support."""
+
+    moment: Array
+    left: Array
+    right: Array
+
+
+def _tail(form: Form, delta: Array, eps: Array, u: Array, power: int) -> _Tail:
+    """``Im int (z - eps)^(k+1) G_A'(u) du / ((k+1) pi)`` from u = u_e; of no use, but finite, off the support."""
+    p = evaluate(*lax.stop_gradient((form, delta, u)))
+    left, right = _sides(*lax.stop_gradient((form, u)), p.g)
+    # On either side the contour is replaced by a harmless one: its derivatives must be finite.
+    begin = jnp.where(left | right, lifted(form, delta, u), u)
+    node, weight = _contour(form, delta, begin, p)
     p = evaluate(form, delta[..., None], node)
     f = (node + p.r - eps[..., None]) ** (power + 1) * p.dg
-    return jnp.sum(jnp.imag(weight * f), -1) / ((power + 1) * jnp.pi)
+    return _Tail(jnp.sum(jnp.imag(weight * f), -1) / ((power + 1) * jnp.pi), left, right)
 
 
 @jax.jit
@@ -64,36 +76,31 @@ def J(law: Any, delta: ArrayLike, eps: ArrayLike) -> Array:
     delta, eps = prepare(delta, eps)
     delta = limit(delta)
     form = law.form()
-    u = lax.stop_gradient(locate(form, eps, delta))
-    left, right = _sides(form, u, evaluate(form, delta, u).g)
+    tail = _tail(form, delta, eps, lax.stop_gradient(locate(form, eps, delta)), 2)
     whole = (law.mean - eps) ** 2 + law.variance + delta**2
-    # On either side the contour is replaced by a harmless one: its derivatives must be finite.
-    inner = jnp.where(left | right, u + 1j * jnp.sqrt(free_variance(form, delta)), u)
-    j = _moment(form, delta, eps, lax.stop_gradient(inner), 2)
-    return jnp.where(left, whole, jnp.where(right, 0.0, j))
+    return jnp.where(tail.left, whole, jnp.where(tail.right, 0.0, tail.moment))
 
 
-def _tail(form: Form, eps: Array, delta: Array, u: Array) -> Array:
+def _above(form: Form, eps: Array, delta: Array, u: Array) -> Array:
     """``mu_delta((eps, inf))``, from u = u_e."""
-    left, right = (lax.stop_gradient(s) for s in _sides(form, u, evaluate(form, delta, u).g))
-    inner = jnp.where(left | right, u + 1j * jnp.sqrt(free_variance(form, delta)), u)
-    tail = _moment(form, delta, eps, inner, 0)
-    return jnp.where(left, 1.0, jnp.where(right, 0.0, tail))
+    tail = _tail(form, delta, eps, u, 0)
+    return jnp.where(tail.left, 1.0, jnp.where(tail.right, 0.0, tail.moment))
 
 
 @jax.custom_jvp
-def mass(form: Form, eps: Array, delta: Array) -> Array:
-    """``F_delta(eps) = mu_delta((-inf, eps])``, differentiable to any order."""
-    return jnp.clip(1 - _tail(form, eps, delta, locate(form, eps, delta)), 0, 1)
+def mass(form: Form, eps: Array, delta: Array, u: Array) -> Array:
+    """``F_delta(eps) = mu_delta((-inf, eps])``, differentiable to any order, from u = u_e as `locate` finds it."""
+    return jnp.clip(1 - _above(form, eps, delta, u), 0, 1)
 
 
 @mass.defjvp
 def _mass_jvp(primals, tangents):
     # The integrand vanishes at u_e: explicit partials only. Taking them on a contour from the differentiable u_e makes
     # the second and higher derivatives right too.
-    u = subordinate(*primals)
-    _, dtail = jax.jvp(lambda f, e, d: _tail(f, e, d, u), primals, tangents)
-    return mass(*primals), -dtail
+    *given, located = primals
+    u = moving(*primals)
+    _, dtail = jax.jvp(lambda f, e, d: _above(f, e, d, u), tuple(given), tuple(tangents[:3]))
+    return mass(*given, located), -dtail
 
 
 @jax.jit
@@ -101,4 +108,5 @@ def mass_below(law: Any, eps: ArrayLike, delta: ArrayLike) -> Array:
     """`mass` of a law."""
     eps, delta = prepare(eps, delta)
     delta = limit(delta)
-    return mass(law.form(), eps, delta)
+    form = law.form()
+    return mass(form, eps, delta, locate(form, eps, delta))

@@ -61,6 +61,12 @@ def free_variance(form: Form, delta: Array) -> Array:
     return delta**2 + jnp.sum(form.c**2)
 
 
+def lifted(form: Form, delta: Array, u: Array) -> Array:
+    """A constant above the curve, where all is finite: it stands for a u whose answer is not used."""
+    form, delta, u = lax.stop_gradient((form, delta, u))
+    return u + 1j * jnp.sqrt(free_variance(form, delta))
+
+
 # ---- the solution u(x + i0) ------------------------------------------------------------------------------------
 
 
@@ -144,18 +150,23 @@ def locate(form: Form, x: Array, delta: Array) -> Array:
 
 
 @jax.custom_jvp
-def subordinate(form: Form, x: Array, delta: Array) -> Array:
-    """u(x + i0), differentiable: ``du = (dx - z_theta dtheta) / z'(u)``."""
-    return locate(form, x, delta)
+def moving(form: Form, x: Array, delta: Array, u: Array) -> Array:
+    """u = u(x + i0), located already, with its derivative: ``du = (dx - z_theta dtheta) / z'(u)``."""
+    return u
 
 
-@subordinate.defjvp
-def _subordinate_jvp(primals, tangents):
-    form, x, delta = primals
-    dform, dx, ddelta = tangents
-    u = subordinate(form, x, delta)
+@moving.defjvp
+def _moving_jvp(primals, tangents):
+    form, x, delta, located = primals
+    dform, dx, ddelta, _ = tangents
+    u = moving(form, x, delta, located)
     _, dr = jax.jvp(lambda f, d: evaluate(f, d, u).r, (form, delta), (dform, ddelta))
     return u, (dx.astype(u.dtype) - dr) / (1 + evaluate(form, delta, u).dr)
+
+
+def subordinate(form: Form, x: Array, delta: Array) -> Array:
+    """u(x + i0), differentiable."""
+    return moving(form, x, delta, locate(form, x, delta))
 
 
 @jax.jit
