@@ -33,7 +33,7 @@ CHANNELS: tuple[dict[str, Any], ...] = (
     {"inputs": "selected"}, {"recalibration": "noise"}, {"rank": 2}, {"rank": 2, "teacher_rank": 2},
 )  # fmt: skip
 #: Settings of one kind that are made before the next kind is compiled.
-_TOGETHER = 50
+_TOGETHER = 25
 #: How far a bound may be passed: in error bars, and beside them.
 _BARS, _ROUNDING = 4.0, 1e-6
 

@@ -492,7 +492,8 @@ def test_inside_a_transformation_both_phases_are_there():
         return found.test_error, found.pretraining["M"]
 
     lams, kappas = jnp.array([0.5, 0.6, 0.5]), jnp.array([1.0, 1.0, 0.05])
-    (values, maps), slopes = jax.jit(jax.vmap(jax.value_and_grad(error, has_aux=True)))(lams, kappas)
+    slope_too = jax.value_and_grad(error, has_aux=True)
+    (values, maps), slopes = jax.jit(lambda *given: jax.lax.map(lambda at: slope_too(*at), given))(lams, kappas)
     for lam, value, slope in zip((0.5, 0.6), values, slopes, strict=False):
         here = ls.replace(s, "finetuning.lam", lam)
         assert float(value) == pytest.approx(float(ls.predict(here).test_error), rel=1e-6)
