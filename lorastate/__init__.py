@@ -43,6 +43,7 @@ _NAMES = {
     "diagnosis.preactivations": "sample_pretraining sample_finetuning",
     "practice.assess": "assess Assessment",
     "simulation.simulate": "simulate",
+    "simulation.data": "Data",
     "simulation.result": "Simulation SimulationInterrupted",
     "simulation.channel_result": "ChannelSimulation",
     "verification.verify": "verify VerificationInterrupted",

@@ -39,7 +39,7 @@ class Simulate:
         setting = load_setting(self.setting, self.set)
         dimension = self.dimension if self.dimension is not None else 150 if self.stage == "both" else 600
         options = {"starts": self.starts, "moves": self.moves, "map_starts": self.map_starts}
-        check_options(self.stage, **options, test_samples=None, memory=None)
+        check_options(self.stage, **options, test_samples=None, memory=None, data=None)
         options = {name: value for name, value in options.items() if value is not None}
         alone = self.stage == "finetuning"
         check_simulation(setting, dimension, self.runs, self.seed, alone, **options)

@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .data import GAUSSIAN, Data
 from .samples import draw_batch, lora_update, preactivation, square
 
 
-def _mean(errors, key, base, delta, tokens: int, samples: int):
+def _mean(errors, key, base, delta, tokens: int, samples: int, data: Data):
     """Mean over fresh inputs of `errors(inputs, labels)`, sums over a batch, chunk by chunk: memory is bounded."""
     chunk = min(max(2_000_000 // (base.shape[0] * tokens), 50), samples)
     chunks = -(-samples // chunk)
 
     def one(total, keys):
-        return total + errors(*draw_batch(keys[0], keys[1], base, delta, tokens, chunk)), None
+        return total + errors(*draw_batch(keys[0], keys[1], base, delta, tokens, chunk, data)), None
 
     keys = jax.random.split(key, (chunks, 2))
     first = jax.eval_shape(lambda k: one(0.0, k)[0], keys[0])
@@ -25,8 +26,8 @@ def _mean(errors, key, base, delta, tokens: int, samples: int):
     return total / (chunk * chunks)
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
-def map_errors(key, pre, base, learned, tokens: int, samples: int):
+@functools.partial(jax.jit, static_argnames=("tokens", "samples", "data"))
+def map_errors(key, pre, base, learned, tokens: int, samples: int, data: Data = GAUSSIAN):
     """Errors of sigma(Z_W) on fresh inputs, against sigma(Y) and against sigma(Z*)."""
     sigma = pre.activation
 
@@ -34,11 +35,11 @@ def map_errors(key, pre, base, learned, tokens: int, samples: int):
         out = sigma(preactivation(inputs, learned))
         return jnp.stack([square(out - sigma(label)) for label in (labels, preactivation(inputs, base))])
 
-    return _mean(errors, key, base, pre.delta, tokens, samples)
+    return _mean(errors, key, base, pre.delta, tokens, samples, data)
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
-def adapted_errors(key, stage, base, learned, w, teacher, factors, tokens: int, samples: int):
+@functools.partial(jax.jit, static_argnames=("tokens", "samples", "data"))
+def adapted_errors(key, stage, base, learned, w, teacher, factors, tokens: int, samples: int, data: Data = GAUSSIAN):
     """Errors of sigma(Z_W + c chi chi^T) on fresh inputs, one for each of the factors c, against the labels of a stage:
     with chi* chi*^T of the `teacher` of the update or, if that is None, without."""
     sigma = stage.activation
@@ -48,7 +49,7 @@ def adapted_errors(key, stage, base, learned, w, teacher, factors, tokens: int, 
         target = sigma(labels if teacher is None else labels + lora_update(inputs, teacher))
         return jax.lax.map(lambda c: square(sigma(frozen + c * update) - target), factors)
 
-    return _mean(errors, key, base, stage.delta, tokens, samples)
+    return _mean(errors, key, base, stage.delta, tokens, samples, data)
 
 
 #: c q at which E' is measured for its minimum in c.

@@ -16,6 +16,7 @@ from ..errors import SettingError
 from ..model.proximal import gram
 from ..model.spectra.base import BaseLaw
 from ..model.spectra.laws import Atoms, FreeSum, PowerLaw, Wishart
+from .data import GAUSSIAN, Data
 
 #: Independent random streams of one run. Append only: the positions fix what a seed means.
 _STREAMS = ("teacher", "inputs", "noise", "start", "lora_teacher", "lora_inputs", "lora_noise", "lora_start",
@@ -62,9 +63,9 @@ def lora_update(inputs, w):
     return gram(jnp.moveaxis(chi, 0, -1).swapaxes(0, 1).reshape(-1, samples), tokens)
 
 
-def label_noise(key, variance, tokens: int, samples: int):
-    """Symmetric Gaussian noise with entry variance `variance` (1 + delta_ab), (T, T, N)."""
-    g = jax.random.normal(key, (tokens, tokens, samples))
+def label_noise(key, variance, tokens: int, samples: int, data: Data = GAUSSIAN):
+    """Symmetric noise with entry variance `variance` (1 + delta_ab), (T, T, N)."""
+    g = data.noise(key, (tokens, tokens, samples))
     return jnp.sqrt(variance / 2) * (g + jnp.swapaxes(g, 0, 1))
 
 
@@ -75,11 +76,11 @@ class Batch(NamedTuple):
     labels: Any  # (T, T, N), noisy pre-activation: Y in pre-training, Y0 = Z* + Xi' in fine-tuning
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "samples"))
-def draw_batch(inputs_key, noise_key, base, delta, tokens, samples) -> Batch:
+@functools.partial(jax.jit, static_argnames=("tokens", "samples", "data"))
+def draw_batch(inputs_key, noise_key, base, delta, tokens, samples, data: Data = GAUSSIAN) -> Batch:
     """Fresh inputs and their labels, for a map `base` and label noise `delta`."""
-    inputs = jax.random.normal(inputs_key, (samples, tokens, base.shape[0]))
-    return Batch(inputs, preactivation(inputs, base) + label_noise(noise_key, delta / 2, tokens, samples))
+    inputs = data.inputs(inputs_key, (samples, tokens, base.shape[0]))
+    return Batch(inputs, preactivation(inputs, base) + label_noise(noise_key, delta / 2, tokens, samples, data))
 
 
 # ---- the matrices of the teacher -------------------------------------------------------------------------------

@@ -7,19 +7,20 @@ from typing import Any, Literal, overload
 from ..errors import SettingError
 from ..setting.stages import Setting
 from .channel_result import ChannelSimulation
+from .data import Data
 from .on_channel import train_on_channel
 from .result import Simulation
 from .two_stages import train_both
 
 #: What `simulate` can train, and the options that belong to one of them only.
-STAGES = {"both": ("map_starts", "test_samples", "memory"), "finetuning": ("moves",)}
+STAGES = {"both": ("map_starts", "test_samples", "memory", "data"), "finetuning": ("moves",)}
 
 
 @overload
 def simulate(
     setting: Setting, *, stage: Literal["both"] = "both", dimension: int | None = None, runs: int = 4, seed: int = 0,
     first: int = 0, starts: int | None = None, map_starts: int | None = None, test_samples: int | None = None,
-    progress: bool = False, memory: dict | None = None,
+    progress: bool = False, memory: dict | None = None, data: Data | None = None,
 ) -> Simulation: ...  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def simulate(
     test_samples: int | None = None,
     progress: bool = False,
     memory: dict | None = None,
+    data: Data | None = None,
 ) -> Simulation | ChannelSimulation:
     """Trains the model of `setting` at finite size and measures it, whether or not the theory can be solved.
 
@@ -53,8 +55,9 @@ def simulate(
     the informative branch is always tried); the lowest losses are kept. Standard errors cover the fluctuations from
     run to run, those of |w*|^2/D = 1 +- sqrt(2/D) included, but not the bias of finite D. `test_samples` per stage
     (default 20,000) are rounded up to whole chunks. Simulations that are given the same `memory` (a dict) and differ in
-    their fine-tuning only are pre-trained once; it keeps the data of every run. The runs are `first`, `first` + 1, ...;
-    run r depends on (seed, r) and on the sizes alone, so that they can be made one by one.
+    their fine-tuning only are pre-trained once; it keeps the data of every run. `data` says what tokens and noise are
+    made of if they are not Gaussian (`Data`); the theory knows Gaussian ones only. The runs are `first`, `first` + 1,
+    ...; run r depends on (seed, r), the sizes and `data` alone, so that they can be made one by one.
 
     `stage` "finetuning" (D = 600): fine-tuning alone, on the law of (Y0, Z_W) that the theory assumes, with `starts`
     random starts (default 6) and `moves` deep moves (default 10): see `on_channel.train_on_channel`.
@@ -64,13 +67,13 @@ def simulate(
     b of recalibration "error" and, for "noise" and on the asymptotic channel, pre-training are needed: `SolveError`
     where they cannot be solved.
     """
-    check_options(stage, moves=moves, map_starts=map_starts, test_samples=test_samples, memory=memory)
+    check_options(stage, moves=moves, map_starts=map_starts, test_samples=test_samples, memory=memory, data=data)
     usual: dict[str, Any] = {"runs": runs, "seed": seed, "first": first, "progress": progress}
     usual |= {"dimension": dimension, "starts": starts}
     if stage == "finetuning":
         usual |= {"moves": moves}
         return train_on_channel(setting, **{name: v for name, v in usual.items() if v is not None})
-    usual |= {"map_starts": map_starts, "test_samples": test_samples, "memory": memory}
+    usual |= {"map_starts": map_starts, "test_samples": test_samples, "memory": memory, "data": data}
     return train_both(setting, **{name: v for name, v in usual.items() if v is not None})
 
 

@@ -14,6 +14,7 @@ from ..errors import Code, SettingError, require_float64
 from ..math.lbfgs import Minimum, minimise
 from ..setting.stages import Setting
 from ..validation import whole
+from .data import GAUSSIAN, Data
 from .losses import finetuning_loss, finetuning_penalty, pretraining_loss, pretraining_penalty
 from .measures import FACTORS, adapted_errors, best_factor, lora_overlaps, map_errors, overlaps, rank_fraction
 from .recalibration import theory_scale
@@ -65,7 +66,7 @@ def _finetune(world: World, teacher, fine: Any, sizes: Sizes, starts: int) -> tu
     return best, {"train_loss": best.value, "train_error": best.value - finetuning_penalty(best.x, fine.lam)}
 
 
-def _train_map(pre: Any, sizes: Sizes, key, starts: int) -> _Trained:
+def _train_map(pre: Any, sizes: Sizes, key, starts: int, data: Data) -> _Trained:
     """One run of pre-training, measured."""
     D = sizes.dimension
     base = draw_matrix(stream(key, "teacher"), pre.downstream_law, D, sizes.base_rank)
@@ -73,7 +74,7 @@ def _train_map(pre: Any, sizes: Sizes, key, starts: int) -> _Trained:
     if pre.task is not None:
         task = pre.task.a * base + pre.task.c * draw_wishart(stream(key, "task"), D, sizes.task_rank)
     keys = stream(key, "inputs"), stream(key, "noise")
-    batch = draw_batch(*keys, task, pre.delta, pre.tokens, sizes.samples)
+    batch = draw_batch(*keys, task, pre.delta, pre.tokens, sizes.samples, data)
     found, row = _pretrain(key, batch, pre, sizes, starts)
     # Where the loss left the finite numbers, the last W means nothing: everything downstream becomes NaN.
     W = found.x * (np.nan if found.code == Code.nonfinite else 1.0)
@@ -83,9 +84,9 @@ def _train_map(pre: Any, sizes: Sizes, key, starts: int) -> _Trained:
     row["eigenvalues"] = np.asarray(jnp.linalg.eigvalsh(learned))
     row["rank_fraction"] = rank_fraction(row["eigenvalues"])
     row["test_error"], row["test_error_noiseless"] = map_errors(
-        stream(key, "test"), pre, task, learned, pre.tokens, sizes.test_samples
+        stream(key, "test"), pre, task, learned, pre.tokens, sizes.test_samples, data
     )
-    return _Trained(World(key, base, task, learned, batch), found, row)
+    return _Trained(World(key, base, task, learned, batch, data), found, row)
 
 
 def _adapted_errors(world: World, pre: Any, fine: Any, w, teacher, samples: int) -> dict[str, float]:
@@ -95,33 +96,42 @@ def _adapted_errors(world: World, pre: Any, fine: Any, w, teacher, samples: int)
     frozen, tried = fine.recalibration.b * world.learned, FACTORS / (size if size > 1e-12 else 1.0)
     given = fine, world.base, frozen, w, teacher, jnp.array([c, 0.0, *tried])
     applied, alone, *errors = np.asarray(
-        adapted_errors(stream(world.key, "lora_test"), *given, tokens=fine.tokens, samples=samples)
+        adapted_errors(stream(world.key, "lora_test"), *given, tokens=fine.tokens, samples=samples, data=world.data)
     )
     best, lowest = best_factor(tried, np.array(errors)) if size > 1e-12 else (np.nan, alone)
     given = pre, world.task, frozen, w, None, jnp.array([c, 0.0])
-    old = adapted_errors(stream(world.key, "test"), *given, tokens=pre.tokens, samples=samples)
+    old = adapted_errors(stream(world.key, "test"), *given, tokens=pre.tokens, samples=samples, data=world.data)
     return {
         "test_error": applied, "test_error_frozen": alone, "best_adapter_factor": best,
         "test_error_best_factor": lowest, "forgetting_error": float(old[0]), "forgetting_error_frozen": float(old[1]),
     }  # fmt: skip
 
 
-def _fingerprint(pre, sizes: Sizes, key, starts: int) -> tuple:
+def _fingerprint(pre, sizes: Sizes, key, starts: int, data: Data) -> tuple:
     """Everything that a pre-trained run depends on, as a key of a dictionary."""
     leaves, kind = jax.tree_util.tree_flatten(pre)
     same = sizes._replace(lora_samples=0)
-    return (str(kind), tuple(np.asarray(v).tobytes() for v in leaves), same, jax.random.key_data(key).tobytes(), starts)
+    return (
+        str(kind),
+        tuple(np.asarray(v).tobytes() for v in leaves),
+        same,
+        jax.random.key_data(key).tobytes(),
+        starts,
+        data,
+    )
 
 
-def _one_run(setting: Setting, sizes: Sizes, key, starts: int, map_starts: int, bar, memory: dict) -> tuple[dict, dict]:
+def _one_run(
+    setting: Setting, sizes: Sizes, key, starts: int, map_starts: int, data: Data, bar, memory: dict
+) -> tuple[dict, dict]:
     """The rows of both stages: what `NAMES` lists, and how the training went."""
     pre, D = setting.pretraining, sizes.dimension
     fine: Any = setting.finetuning_resolved
     began = time.perf_counter()
     bar.set_postfix_str("pre-training")
-    name = _fingerprint(pre, sizes, key, map_starts)
+    name = _fingerprint(pre, sizes, key, map_starts, data)
     if name not in memory:
-        memory[name] = _train_map(pre, sizes, key, map_starts)
+        memory[name] = _train_map(pre, sizes, key, map_starts, data)
     world, found, row = memory[name]
     row = dict(row)
     teacher = jax.random.normal(stream(key, "lora_teacher"), (D, fine.teacher_rank))
@@ -143,6 +153,7 @@ def _one_run(setting: Setting, sizes: Sizes, key, starts: int, map_starts: int, 
 def train_both(
     setting: Setting, *, dimension: int = 150, runs: int = 4, seed: int = 0, first: int = 0, starts: int = 3,
     map_starts: int = 1, test_samples: int = 20_000, progress: bool = False, memory: dict | None = None,
+    data: Data = GAUSSIAN,
 ) -> Simulation:  # fmt: skip
     """Trains both stages, as `simulate` says."""
     require_float64()
@@ -157,7 +168,7 @@ def train_both(
     map_starts = whole("map_starts", map_starts, 1, 100)
     keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(first, first + runs)]
     if memory is not None:
-        new = sum(_fingerprint(pre, sizes, key, map_starts) not in memory for key in keys)
+        new = sum(_fingerprint(pre, sizes, key, map_starts, data) not in memory for key in keys)
         known = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(list(memory.values())))
         check_memory(pre, fine, dimension, max(new - 1, 0), known)
     setting = theory_scale(setting)
@@ -166,7 +177,7 @@ def train_both(
         with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
             for key in keys:
                 kept = {} if memory is None else memory
-                outcomes.append(_one_run(setting, sizes, key, starts, map_starts, bar, kept))
+                outcomes.append(_one_run(setting, sizes, key, starts, map_starts, data, bar, kept))
     except KeyboardInterrupt:
         if not outcomes:
             raise

@@ -10,28 +10,31 @@ import jax.numpy as jnp
 from ..model.channel.inputs import Fresh, Mixed, Reused
 from ..model.channel.selected import Selected
 from ..setting.stages import Finetuning
+from .data import GAUSSIAN, Data
 from .samples import Batch, draw_batch, label_noise, preactivation, stream
 
 
 class World(NamedTuple):
-    """What pre-training leaves behind: the key of the run, S*, S_pre (S* without a task), the frozen S and the data."""
+    """What pre-training leaves behind: the key of the run, S*, S_pre (S* without a task), the frozen S and the data;
+    and what more of them are made of."""
 
     key: Any
     base: Any
     task: Any
     learned: Any
     pretraining: Batch
+    data: Data = GAUSSIAN
 
 
 def _fresh(world: World, fine: Finetuning, samples: int) -> Batch:
     keys = stream(world.key, "lora_inputs"), stream(world.key, "lora_noise")
-    return draw_batch(*keys, world.base, fine.delta, fine.tokens, samples)
+    return draw_batch(*keys, world.base, fine.delta, fine.tokens, samples, world.data)
 
 
 def _reused(world: World, fine: Finetuning, samples: int, kind: Reused | None = None) -> Batch:
     inputs, labels = world.pretraining.inputs[:samples], world.pretraining.labels[..., :samples]
     if not (kind or fine.inputs).keeps_noise:
-        noise = label_noise(stream(world.key, "lora_noise"), fine.delta / 2, inputs.shape[1], samples)
+        noise = label_noise(stream(world.key, "lora_noise"), fine.delta / 2, inputs.shape[1], samples, world.data)
         labels = preactivation(inputs, world.base) + noise
     elif world.task is not world.base:  # the same noise on another clean label
         labels = labels + preactivation(inputs, world.base - world.task)
