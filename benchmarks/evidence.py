@@ -3,12 +3,14 @@
     python benchmarks/evidence.py --out evidence [NAME ...]
 
 writes evidence/NAME/ as `lorastate verify` does (stopped at any moment, the same command goes on) and prints a row of
-docs/evidence.md for each: verdict, median error bar of what training knows, farthest quantity, E' both ways.
+docs/evidence.md for each: verdict, median error bar of what training knows, farthest quantity, E' both ways. With
+`--draw PICTURE` all gaps of what is in evidence/ are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
 from pathlib import Path
@@ -89,6 +91,40 @@ def row(name: str, found, seconds: float) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def folder(out: Path, name: str) -> Path:
+    return out / re.sub(r"[ ,()=.]+", "_", name).strip("_")
+
+
+def draw(out: Path, picture: Path) -> None:
+    """All gaps of all rows that are there, in standard errors: by row, and their distribution beside a normal one."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    files = {name: folder(out, name) / "verify.json" for name in SETTINGS}
+    known = {name: json.loads(file.read_text())["rows"] for name, file in files.items() if file.exists()}
+    figure = Figure(figsize=(10.5, 0.24 * len(known) + 1.4), layout="constrained")
+    by_row, spread = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    gaps: dict[str, list[float]] = {"whole": [], "alone": []}
+    for place, rows in enumerate(known.values()):
+        for way, shift, colour in (("whole", 0.15, "C0"), ("alone", -0.15, "C3")):
+            z = [r["gap"] for r in rows if r["way"] == way and r["verdict"] in ("agrees", "differs")]
+            gaps[way] += z
+            label = {"whole": "both stages trained", "alone": "fine-tuning alone"}[way] if place == 0 else None
+            by_row.plot(z, np.full(len(z), -place + shift), ".", ms=5, alpha=0.6, color=colour, label=label)
+    by_row.axvspan(-2, 2, color="0.93", zorder=0)
+    by_row.set_yticks(-np.arange(len(known)), list(known), fontsize=7)
+    by_row.set(xlabel="trained and extrapolated less predicted, in standard errors", ylim=(-len(known), 1))
+    by_row.legend(fontsize=7, loc="upper left")
+    z, x = np.array(gaps["whole"] + gaps["alone"]), np.linspace(-5, 5, 200)
+    spread.hist(z, np.arange(-5, 5.1, 0.5), density=True, color="0.75", label=f"{len(z)} comparisons")
+    spread.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), "k", label="normal")
+    spread.set(xlabel="standard errors", ylabel="density")
+    spread.legend(fontsize=7)
+    figure.savefig(picture, dpi=110)
+    far = [np.mean(np.abs(z) > k) for k in (1, 2, 3)]
+    print(f"{len(known)} rows, {len(z)} comparisons, beyond 1, 2, 3: " + ", ".join(f"{share:.3f}" for share in far))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(SETTINGS), help=f"rows: {', '.join(SETTINGS)}")
@@ -96,9 +132,12 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, nargs="+", default=[40, 80, 120])
     parser.add_argument("--alone", type=int, nargs="+", default=[100, 200, 400])
     parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--draw", type=Path, help="only draw all gaps of the rows in OUT, as this picture")
     options = parser.parse_args()
     if unknown := set(options.names) - set(SETTINGS):
         parser.error(f"unknown rows: {', '.join(sorted(unknown))}; allowed: {', '.join(SETTINGS)}")
+    if options.draw:
+        return draw(options.out, options.draw)
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -108,7 +147,7 @@ def main() -> None:
 
     print("| setting | phase | E' | whole | alone | known to | farthest | verdict | time |\n|---" + "|---" * 8 + "|")
     for name in options.names:
-        out, began = options.out / re.sub(r"[ ,()=.]+", "_", name).strip("_"), time.time()
+        out, began = folder(options.out, name), time.time()
         try:
             found = ls.verify(
                 setting(name), out=out, dimensions=options.dimensions, alone=options.alone, runs=options.runs,
