@@ -22,13 +22,13 @@ import lorastate as ls
 from lorastate.cli import main as cli
 from lorastate.cli.sweep import Sweep
 from lorastate.model.spectra import laws as base_law
+from lorastate.runtime.journal import Journal
 from lorastate.setting.files import setting_to_dict
 from lorastate.solution import gradients
 from lorastate.sweeps import chunks
 from lorastate.sweeps import sweep as sweeps
 from lorastate.sweeps.dataset import summary
 from lorastate.sweeps.grid import parse_axis
-from lorastate.sweeps.journal import Journal
 
 
 @pytest.fixture

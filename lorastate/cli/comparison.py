@@ -52,12 +52,13 @@ def _trained(setting: Setting, runs: int, options: Mapping[str, Any]) -> tuple[A
     try:
         return simulate(setting, runs=runs, progress=True, **options), 0
     except SimulationInterrupted as stop:
-        warn(f"interrupted: {len(stop.finished.seeds)} of {runs} runs are complete and kept")
+        kept = f"kept in {options['out']}: the same command goes on" if "out" in options else "kept"
+        warn(f"interrupted: {len(stop.finished.seeds)} of {runs} runs are complete and {kept}")
         return stop.finished, INTERRUPTED
 
 
 def train_both(
-    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int, **options: int
+    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int, **options: Any
 ) -> tuple[Simulation, dict[str, Any], int]:
     """The runs, every quantity beside its prediction, and the exit code; runs that failed are left out."""
     found, status = _trained(setting, runs, {"dimension": dimension, "seed": seed, **options})
@@ -71,7 +72,7 @@ def train_both(
 
 
 def train_alone(
-    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int, **options: int
+    setting: Setting, theory: Mapping[str, Any], dimension: int, runs: int, seed: int, **options: Any
 ) -> tuple[ChannelSimulation, dict[str, Any], int]:
     """`_simulate` of fine-tuning alone: every search beside the prediction."""
     given = {"stage": "finetuning", "dimension": dimension, "seed": seed, **options}

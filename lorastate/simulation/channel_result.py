@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +85,21 @@ class ChannelSimulation(Runs):
         )
 
 
-def collected(options: dict[str, Any], begin: tuple[int, int], outcomes: list[dict]) -> ChannelSimulation:
-    """The result of the runs from `begin` = (seed, first run) on, from what is kept of each."""
+def collected(options: dict[str, Any], seed: int, outcomes: Mapping[int, dict]) -> ChannelSimulation:
+    """The result of some runs, by number, from what is kept of each."""
+    made = list(outcomes.values())
 
     def of_search(k: int) -> dict[str, np.ndarray]:
-        names = outcomes[0]["searches"][k]
-        return {name: np.array([run["searches"][k][name] for run in outcomes]) for name in names}
+        names = made[0]["searches"][k]
+        return {name: np.array([run["searches"][k][name] for run in made]) for name in names}
 
     return ChannelSimulation(
         **options,
-        seeds=tuple((begin[0], begin[1] + run) for run in range(len(outcomes))),
+        seeds=tuple((seed, run) for run in outcomes),
         searches={search: of_search(k) for k, search in enumerate(SEARCHES)},
-        random_loss=np.array([run["random"]["train_loss"] for run in outcomes]),
-        random_overlap=np.array([run["random"]["overlap"] for run in outcomes]),
-        codes={search: tuple(run["codes"][k] for run in outcomes) for k, search in enumerate(SEARCHES)},
-        steps={search: np.array([run["steps"][k] for run in outcomes]) for k, search in enumerate(SEARCHES)},
-        seconds=np.array([run["seconds"] for run in outcomes]),
+        random_loss=np.array([run["random"]["train_loss"] for run in made]),
+        random_overlap=np.array([run["random"]["overlap"] for run in made]),
+        codes={search: tuple(Code(int(run["codes"][k])) for run in made) for k, search in enumerate(SEARCHES)},
+        steps={search: np.array([int(run["steps"][k]) for run in made]) for k, search in enumerate(SEARCHES)},
+        seconds=np.array([run["seconds"] for run in made]),
     )

@@ -30,11 +30,11 @@ from ..validation import whole
 from .channel_draws import Sample, draw
 from .channel_result import ChannelSimulation, collected
 from .descents import Minima
+from .kept import described, trained
 from .losses import finetuning_penalty
 from .measures import lora_overlaps
 from .overlap_errors import errors, overlap_matrices
 from .recalibration import theory_scale
-from .result import SimulationInterrupted
 from .searches import INFORMED, TOGETHER, searched
 from .sizes import fits_memory, known_number, rounded
 
@@ -85,7 +85,7 @@ def channel_samples(fine: Any, dimension: int, starts: int = 6) -> int:
 
 def train_on_channel(
     setting: Setting, *, dimension: int = 600, runs: int = 4, seed: int = 0, first: int = 0, starts: int = 6,
-    moves: int = 10, progress: bool = False,
+    moves: int = 10, progress: bool = False, out: Any = None,
 ) -> ChannelSimulation:  # fmt: skip
     """Trains fine-tuning alone, on the law that the theory assumes; `ChannelSimulation` says what is measured.
 
@@ -107,15 +107,13 @@ def train_on_channel(
     nodes = test_nodes(fine, setting.numerics)
     options = {"setting": setting, "map": solved, "dimension": dimension, "samples": samples, "starts": starts}
     options["moves"] = moves
-    outcomes: list[dict] = []
+    same = {"dimension": dimension, "starts": starts, "moves": moves}
+    folder, manifest = described(setting, out, stage="finetuning", seed=seed, **same)
+
+    def one(run: int, bar: Any) -> dict[str, Any]:
+        key = jax.random.fold_in(jax.random.key(seed), run)
+        return _one_run(fine, frozen, nodes, dimension, samples, key, starts, moves, bar)
+
     total = runs * (INFORMED + starts + 2 * moves)
-    try:
-        with tqdm(total=total, disable=not progress, desc="simulate", unit="descent") as bar:
-            for run in range(first, first + runs):
-                key = jax.random.fold_in(jax.random.key(seed), run)
-                outcomes.append(_one_run(fine, frozen, nodes, dimension, samples, key, starts, moves, bar))
-    except KeyboardInterrupt:
-        if not outcomes:
-            raise
-        raise SimulationInterrupted(collected(options, (seed, first), outcomes)) from None
-    return collected(options, (seed, first), outcomes)
+    bar = tqdm(total=total, disable=not progress, desc="simulate", unit="descent")
+    return trained(one, range(first, first + runs), bar, folder, manifest, lambda done: collected(options, seed, done))

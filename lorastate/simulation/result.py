@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +76,9 @@ class SimulationInterrupted(KeyboardInterrupt):
         super().__init__(f"{len(finished.seeds)} runs are complete")
 
 
-def collected(setting: Setting, sizes: Sizes, begin: tuple[int, int], outcomes: list[tuple[dict, dict]]) -> Simulation:
-    """The result of the runs from `begin` = (seed, first run) on, from the rows of both stages of each."""
-    rows = {stage: [outcome[i] for outcome in outcomes] for i, stage in enumerate(NAMES)}
+def collected(setting: Setting, sizes: Sizes, seed: int, outcomes: Mapping[int, Sequence[dict]]) -> Simulation:
+    """The result of some runs, by number, from the rows of both stages of each."""
+    rows = {stage: [outcome[i] for outcome in outcomes.values()] for i, stage in enumerate(NAMES)}
 
     def table(stage: str) -> dict[str, np.ndarray]:
         names = [name for name in NAMES[stage] if name in rows[stage][0]]
@@ -86,11 +87,11 @@ def collected(setting: Setting, sizes: Sizes, begin: tuple[int, int], outcomes: 
     return Simulation(
         setting,
         sizes,
-        seeds=tuple((begin[0], begin[1] + run) for run in range(len(outcomes))),
+        seeds=tuple((seed, run) for run in outcomes),
         pretraining=table("pretraining"),
         finetuning=table("finetuning"),
         eigenvalues=np.stack([row["eigenvalues"] for row in rows["pretraining"]]),
-        codes={stage: tuple(row["code"] for row in rows[stage]) for stage in NAMES},
-        steps={stage: np.array([row["steps"] for row in rows[stage]]) for stage in NAMES},
+        codes={stage: tuple(Code(int(row["code"])) for row in rows[stage]) for stage in NAMES},
+        steps={stage: np.array([int(row["steps"]) for row in rows[stage]]) for stage in NAMES},
         seconds=np.array([row["seconds"] for row in rows["pretraining"]]),
     )

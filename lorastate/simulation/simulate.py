@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, overload
 
 from ..errors import SettingError
@@ -21,6 +22,7 @@ def simulate(
     setting: Setting, *, stage: Literal["both"] = "both", dimension: int | None = None, runs: int = 4, seed: int = 0,
     first: int = 0, starts: int | None = None, map_starts: int | None = None, test_samples: int | None = None,
     progress: bool = False, memory: dict | None = None, data: Data | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> Simulation: ...  # fmt: skip
 
 
@@ -28,6 +30,7 @@ def simulate(
 def simulate(
     setting: Setting, *, stage: Literal["finetuning"], dimension: int | None = None, runs: int = 4, seed: int = 0,
     first: int = 0, starts: int | None = None, moves: int | None = None, progress: bool = False,
+    out: str | os.PathLike[str] | None = None,
 ) -> ChannelSimulation: ...  # fmt: skip
 
 
@@ -46,6 +49,7 @@ def simulate(
     progress: bool = False,
     memory: dict | None = None,
     data: Data | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> Simulation | ChannelSimulation:
     """Trains the model of `setting` at finite size and measures it, whether or not the theory can be solved.
 
@@ -62,6 +66,9 @@ def simulate(
     `stage` "finetuning" (D = 600): fine-tuning alone, on the law of (Y0, Z_W) that the theory assumes, with `starts`
     random starts (default 6) and `moves` deep moves (default 10): see `on_channel.train_on_channel`.
 
+    With `out`, a directory, every run is written at once, and the same call goes on from there after any interruption,
+    also with more runs.
+
     Raises `SettingError` on bad input. A training that fails does not raise here: the result marks it. Ctrl-C after at
     least one run raises `SimulationInterrupted`, a KeyboardInterrupt that carries the finished runs. Of the theory the
     b of recalibration "error" and, for "noise" and on the asymptotic channel, pre-training are needed: `SolveError`
@@ -69,7 +76,7 @@ def simulate(
     """
     check_options(stage, moves=moves, map_starts=map_starts, test_samples=test_samples, memory=memory, data=data)
     usual: dict[str, Any] = {"runs": runs, "seed": seed, "first": first, "progress": progress}
-    usual |= {"dimension": dimension, "starts": starts}
+    usual |= {"dimension": dimension, "starts": starts, "out": out}
     if stage == "finetuning":
         usual |= {"moves": moves}
         return train_on_channel(setting, **{name: v for name, v in usual.items() if v is not None})

@@ -15,10 +15,11 @@ from ..math.lbfgs import Minimum, minimise
 from ..setting.stages import Setting
 from ..validation import whole
 from .data import GAUSSIAN, Data
+from .kept import described, trained
 from .losses import finetuning_loss, finetuning_penalty, pretraining_loss, pretraining_penalty
 from .measures import FACTORS, adapted_errors, best_factor, lora_overlaps, map_errors, overlaps, rank_fraction
 from .recalibration import theory_scale
-from .result import Simulation, SimulationInterrupted, collected
+from .result import Simulation, collected
 from .samples import Batch, draw_batch, draw_matrix, draw_wishart, lora_update, preactivation, stream
 from .sizes import Sizes, check_memory, sizes_at
 from .worlds import BATCHES, World
@@ -153,7 +154,7 @@ def _one_run(
 def train_both(
     setting: Setting, *, dimension: int = 150, runs: int = 4, seed: int = 0, first: int = 0, starts: int = 3,
     map_starts: int = 1, test_samples: int = 20_000, progress: bool = False, memory: dict | None = None,
-    data: Data = GAUSSIAN,
+    data: Data | None = None, out: Any = None,
 ) -> Simulation:  # fmt: skip
     """Trains both stages, as `simulate` says."""
     require_float64()
@@ -168,18 +169,18 @@ def train_both(
     map_starts = whole("map_starts", map_starts, 1, 100)
     keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(first, first + runs)]
     if memory is not None:
-        new = sum(_fingerprint(pre, sizes, key, map_starts, data) not in memory for key in keys)
+        new = sum(_fingerprint(pre, sizes, key, map_starts, data or GAUSSIAN) not in memory for key in keys)
         known = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(list(memory.values())))
         check_memory(pre, fine, dimension, max(new - 1, 0), known)
     setting = theory_scale(setting)
-    outcomes: list[tuple[dict, dict]] = []
-    try:
-        with tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage") as bar:
-            for key in keys:
-                kept = {} if memory is None else memory
-                outcomes.append(_one_run(setting, sizes, key, starts, map_starts, data, bar, kept))
-    except KeyboardInterrupt:
-        if not outcomes:
-            raise
-        raise SimulationInterrupted(collected(setting, sizes, (seed, first), outcomes)) from None
-    return collected(setting, sizes, (seed, first), outcomes)
+    sizes_too = {"dimension": dimension, "test_samples": test_samples, "starts": starts, "map_starts": map_starts}
+    folder, manifest = described(setting, out, data, stage="both", seed=seed, **sizes_too)
+
+    def one(run: int, bar: Any) -> tuple[dict, dict]:
+        kept = {} if memory is None else memory
+        return _one_run(setting, sizes, keys[run - first], starts, map_starts, data or GAUSSIAN, bar, kept)
+
+    bar = tqdm(total=3 * runs, disable=not progress, desc="simulate", unit="stage")
+    return trained(
+        one, range(first, first + runs), bar, folder, manifest, lambda done: collected(setting, sizes, seed, done)
+    )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .._version import SOURCE
 from ..errors import SettingError, require_float64
+from ..runtime.journal import Alive, Journal, held, write_whole
 from ..setting.fields import continuous_fields
 from ..setting.files import description
 from ..setting.paths import replace_all
@@ -31,7 +32,6 @@ from ..solution import gradients
 from .chunks import GRADIENT, chosen_devices, kind, lanes_on, run
 from .dataset import labelled
 from .grid import plain_axes, points
-from .journal import Alive, Journal, held, write_whole
 from .optima import Descents
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from .._version import SOURCE
 from ..errors import Code, SettingError, require_float64
 from ..predictions import measured_names
+from ..runtime.journal import Journal, held
 from ..setting.files import description
 from ..setting.stages import Setting
 from ..simulation.on_channel import channel_samples
 from ..simulation.simulate import simulate
 from ..simulation.sizes import sizes_at
 from ..solution.solution import Solution, predict
-from ..sweeps.journal import Journal, held
 from ..validation import whole
 from .extrapolation import extrapolate, rate
 from .result import WAYS, Row, Verification, judged

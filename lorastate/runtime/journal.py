@@ -1,4 +1,4 @@
-"""The files of a sweep: finished points, appended as they come; the lock of a directory; signs of life."""
+"""What is made point by point, in a directory: finished points, appended as they come; its lock; signs of life."""
 
 from __future__ import annotations
 
