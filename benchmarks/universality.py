@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 from pathlib import Path
 
@@ -75,9 +76,7 @@ def coloured(key, shape):
 
 @functools.cache
 def _digits(dimension: int) -> np.ndarray:
-    from sklearn.datasets import load_digits
-
-    rows = load_digits().data
+    rows = np.asarray(importlib.import_module("sklearn.datasets").load_digits().data)
     rows = rows - rows.mean(0)
     values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
     return rows @ (vectors[:, -dimension:] / np.sqrt(values[-dimension:]))

@@ -4,7 +4,7 @@ call goes on from there."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,7 +74,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield from _flat(part, f"{path}/{key}" if path else str(key))
 
 
-def _nested(columns: Sequence[str], values: Sequence[float]) -> Any:
+def _nested(columns: Iterable[str], values: Iterable[float]) -> Any:
     """The inverse of `_flat`, with lists for what was counted."""
     root: dict[str, Any] = {}
     for path, value in zip(columns, values, strict=True):
