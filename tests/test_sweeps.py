@@ -395,7 +395,7 @@ def test_sizes_that_lag_are_no_death(solved, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "rows", lambda: next(reads, (columns, rows)))
     monkeypatch.setattr(journal, "size", lambda: 1)
     bar = SimpleNamespace(n=0, refresh=lambda: None)
-    task: Any = SimpleNamespace(points=range(18), share=lambda process, processes: range(process, 18, processes))
+    task: Any = SimpleNamespace(count=18, share=lambda process, processes: range(process, 18, processes))
     assert sweeps._await(task, journal, 2, 0.0, bar) == (columns, rows)
     lost = {index: values for index, values in rows.items() if index != 3}
     monkeypatch.setattr(journal, "rows", lambda: (columns, lost))
@@ -581,6 +581,33 @@ def test_a_bad_point_is_found_before_any_is_solved(solved, tmp_path):
     with pytest.raises(ls.SettingError, match="no meaning for the identity"):
         ls.sweep(setting(), {"pretraining.activation": ["softmax", "identity"], "pretraining.beta": [1.0, 2.0]})
     assert not solved and not (tmp_path / "out").exists()
+
+
+def test_a_million_points_are_planned_at_once():
+    """Of points that differ in numbers only the corners are looked at."""
+    axes = {"pretraining.lam": np.geomspace(0.05, 0.5, 1000).tolist(), "finetuning.lam": np.linspace(1, 2, 500).tolist(),
+            "finetuning.inputs": ["fresh", "reused"]}  # fmt: skip
+    began = time.perf_counter()
+    task = sweeps._task(setting(), axes, None, None)
+    assert time.perf_counter() - began < 5
+    assert task.count == 10**6 and [len(numbers) for numbers in task.kinds.values()] == [500_000, 500_000]
+    last = task.at(10**6 - 1)
+    assert (float(last.pretraining.lam), float(last.finetuning.lam)) == (0.5, 2.0)
+    assert isinstance(last.finetuning.inputs, ls.Reused)
+    assert list(task.share(3, 8))[:3] == [3, 11, 19]
+    for path, values in (("pretraining.lam", [0.1, 0.2, np.nan, 0.3]), ("pretraining.lam", [0.1, -0.2, 0.3])):
+        with pytest.raises(ls.SettingError, match="pretraining.lam = (nan|-0.2)"):
+            sweeps._task(setting(), axes | {path: values}, None, None)
+
+
+def test_kinds_are_those_of_every_point():
+    axes = {"pretraining.lam": [0.3, 0.1, 0.2], "finetuning.inputs": ["fresh", "reused"], "finetuning.rank": [1, 2],
+            "finetuning.lam": [1.0, 2.0]}  # fmt: skip
+    task = sweeps._task(setting(), axes, None, None)
+    one_by_one: dict[Any, list[int]] = {}
+    for index in range(task.count):
+        one_by_one.setdefault(chunks.kind(task.at(index)), []).append(index)
+    assert task.kinds == one_by_one and len(one_by_one) == 4
 
 
 @pytest.mark.filterwarnings("ignore:finetuning.alpha:UserWarning")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,24 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and math.isclose(value, round(value), rel_tol=1e-12)
 
 
-def points(axes: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Every point of the grid, in the order of its values: the last axis fastest."""
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+def point(axes: Mapping[str, list[Any]], index: int) -> dict[str, Any]:
+    """A point of the grid, in the order of its values: the last axis fastest."""
+    place = np.unravel_index(index, tuple(map(len, axes.values())))
+    return {path: values[k] for (path, values), k in zip(axes.items(), place, strict=True)}
+
+
+def blocks(axes: Mapping[str, list[Any]], continuous: Collection[str]) -> Iterator[tuple[list[int], list[int]]]:
+    """Points that differ in `continuous` fields only, and their corners: the least and the largest of each field.
+
+    What is allowed of a number, or of two of them together, are inequalities: where all corners are, all points are.
+    """
+    numbers = np.arange(math.prod(map(len, axes.values()))).reshape(*map(len, axes.values()))
+    ends = [
+        sorted({int(f(values)) for f in (np.argmin, np.argmax)}) if path in continuous else None
+        for path, values in axes.items()
+    ]
+    fixed = (range(len(values)) if end is None else (None,) for values, end in zip(axes.values(), ends, strict=True))
+    for place in itertools.product(*fixed):
+        block = numbers[tuple(slice(None) if k is None else slice(k, k + 1) for k in place)]
+        corners = block[np.ix_(*([0] if end is None else end for end in ends))]
+        yield block.ravel().tolist(), corners.ravel().tolist()

@@ -10,6 +10,7 @@ stopped in any way goes on where it was.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from ..setting.stages import Setting
 from ..solution import gradients
 from .chunks import GRADIENT, chosen_devices, kind, lanes_on, run
 from .dataset import labelled
-from .grid import plain_axes, points
+from .grid import blocks, plain_axes, point
 from .optima import Descents
 
 if TYPE_CHECKING:
@@ -120,29 +121,34 @@ def _check_options(gradient: str | None, optimize: Sequence[str], chunk: int | N
 
 
 class _Task(NamedTuple):
-    """What is to be done: the `points` of the grid, the numbers of those that go through the same program (`kinds`),
-    and the columns that only some points have (`more`): derivatives by their fields. `descents`: what is descended at
-    every point, if anything."""
+    """What is to be done: the numbers of the points of the grid that go through the same program (`kinds`), and the
+    columns that only some points have (`more`): derivatives by their fields. `descents`: what is descended at every
+    point, if anything."""
 
     setting: Setting
     axes: dict[str, list[Any]]
     gradient: str | None
-    points: list[dict[str, Any]]
     kinds: dict[Any, list[int]]
     more: list[str]
     descents: Descents | None
 
     def at(self, index: int) -> Setting:
-        return replace_all(self.setting, self.points[index])
+        return replace_all(self.setting, point(self.axes, index))
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(map(len, self.axes.values()))
 
-    def share(self, process: int, processes: int) -> list[int]:
+    def share(self, process: int, processes: int) -> Sequence[int]:
         """The points of a process. Descents that follow one another along the last axis are those of one."""
         together = 1 if self.descents is None else self.shape[-1]
-        return [i for i in range(len(self.points)) if i // together % processes == process]
+        if together == 1:
+            return range(process, self.count, processes)
+        return [i for i in range(self.count) if i // together % processes == process]
 
     def chunks(self, indices: Iterable[int], lanes: int) -> Iterator[list[int]]:
         """Points that are done together, of those in `indices`: of one kind, or one descent at a time."""
@@ -165,18 +171,21 @@ class _Task(NamedTuple):
 
 def _task(setting: Setting, axes: dict[str, list[Any]], gradient: str | None, descents: Descents | None) -> _Task:
     """All points, so that a bad one is found before any is solved."""
-    task = _Task(setting, axes, gradient, points(axes), {}, [], descents)
+    task = _Task(setting, axes, gradient, {}, [], descents)
     more: dict[str, None] = dict.fromkeys(descents.columns if descents else ())
-    for index in range(len(task.points)):
-        at = task.at(index)
-        same = kind(at)
+    for block, corners in blocks(axes, continuous_fields(task.at(0))):
+        looked_at = [task.at(index) for index in corners]
+        kinds = [kind(at) for at in looked_at]  # the first stands for all
         if descents is not None:
-            descents.check(at)
-        if same not in task.kinds and gradient is not None:
-            if gradients.searches_scale(at):
+            for at in looked_at:
+                descents.check(at)
+        if gradient is not None:
+            if gradients.searches_scale(looked_at[0]):
                 gradients.only_of_error(gradient)
-            more |= dict.fromkeys(GRADIENT + p for p in continuous_fields(at))
-        task.kinds.setdefault(same, []).append(index)
+            more |= dict.fromkeys(GRADIENT + p for p in continuous_fields(looked_at[0]))
+        task.kinds.setdefault(kinds[0], []).extend(block)
+    for numbers in task.kinds.values():
+        numbers.sort()
     return task._replace(more=list(more))
 
 
@@ -201,7 +210,7 @@ def _finished(
     task: _Task, journal: Journal | None, mesh: Mesh, lanes: int, patience: float, progress: bool
 ) -> tuple[list[str], dict[int, np.ndarray]]:
     """Columns, and values by number, of every point: those of a former run, this process's share, and the others'."""
-    process, processes, total = jax.process_index(), jax.process_count(), len(task.points)
+    process, processes, total = jax.process_index(), jax.process_count(), task.count
     columns, rows = journal.rows() if journal else ([], {})
     share = task.share(process, processes)
     mine = [i for i in share if i not in rows]
@@ -237,7 +246,7 @@ def _finished(
 def _await(task: _Task, journal: Journal, processes: int, patience: float, bar) -> tuple[list[str], dict]:
     """All points, once the other processes have finished theirs."""
     seen: dict[int, tuple[str, float]] = {}
-    columns, rows, size, total = [], {}, -1, len(task.points)
+    columns, rows, size, total = [], {}, -1, task.count
     while True:
         if size != journal.size():  # sizes only: reading all points twice a second would be work in vain
             size = journal.size()
@@ -251,8 +260,10 @@ def _await(task: _Task, journal: Journal, processes: int, patience: float, bar) 
             beat = file.read_text() if file.exists() else ""
             if other not in seen or seen[other][0] != beat:
                 seen[other] = beat, time.monotonic()
+            if time.monotonic() - seen[other][1] <= patience:
+                continue
             share = task.share(other, processes)
-            if time.monotonic() - seen[other][1] <= patience or all(i in rows for i in share):
+            if all(i in rows for i in share):
                 continue
             columns, rows = journal.rows()  # sizes may be old news on a disk of the net, files that are opened are not
             missing = sum(i not in rows for i in share)
