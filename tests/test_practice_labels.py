@@ -37,7 +37,7 @@ def test_what_fits_miss_of_the_update_is_no_frozen_map(monkeypatch):
     standard error.)"""
     monkeypatch.setattr("lorastate.practice.labels.RESAMPLES", 50)
     pulls = []
-    for seed in range(60):
+    for seed in range(120):
         world = drawn(seed, n=160, dimension=40, tokens=2)
         found = moments_of(world, preactivation(world.x, world.S), True, seed)
         pulls.append((found.moments.best_scale - world.truth.best_scale) / found.stderr(lambda m: m.best_scale))
