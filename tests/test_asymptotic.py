@@ -172,17 +172,17 @@ GLASS = Pretraining(0.1, 0.01, delta=3.0, activation="softmax")
 
 
 def test_deep_search_in_a_glass():
-    found = trained(GLASS, Finetuning(3.0, 0.05), moves=4)
+    found = trained(GLASS, Finetuning(3.0, 0.05), runs=4, moves=4)
     loss = {search: found.searches[search]["train_loss"] for search in SEARCHES}
     for search in SEARCHES:
         assert (loss["deep"] <= loss[search]).all()
     assert (loss["deep_random"] <= loss["random"]).all()
     np.testing.assert_allclose(loss["random"], found.random_loss.min(1), rtol=1e-12)
     assert found.lowest is found.searches["deep"]
-    # Of twelve random starts some end elsewhere, and the sentence says how many.
+    # Of eight random starts some end elsewhere, and the sentence says how many.
     worse = found.worse_starts
-    assert 0 < worse["count"] <= 12 and worse["overlap"] < worse["lowest_overlap"] and worse["excess"] > 1e-3
-    assert f"{worse['count']} of 12 random starts" in str(found.verdict)
+    assert 0 < worse["count"] <= 8 and worse["overlap"] < worse["lowest_overlap"] and worse["excess"] > 1e-3
+    assert f"{worse['count']} of 8 random starts" in str(found.verdict)
     for rows in found.searches.values():
         np.testing.assert_allclose(rows["train_loss"] - rows["train_error"], 0.05 * rows["q"], rtol=1e-10)
         np.testing.assert_allclose(rows["overlap"], rows["m"] / np.sqrt(rows["q"]), rtol=1e-10)
@@ -191,7 +191,7 @@ def test_deep_search_in_a_glass():
 # ---- E' from the overlaps --------------------------------------------------------------------------------------
 
 
-def _drawn_error(fine, frozen, m, q, n=200_000):
+def _drawn_error(fine, frozen, m, q, n=100_000):
     """E' by drawing everything."""
     keys = jax.random.split(jax.random.key(3), 3)
     r, k, t = *m.shape, fine.tokens

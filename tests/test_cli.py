@@ -21,6 +21,7 @@ from scipy.integrate import trapezoid
 import lorastate as ls
 from lorastate import figures
 from lorastate._version import __version__
+from lorastate.bayes import posterior
 from lorastate.cli import checks, environment, screen, tables
 from lorastate.cli import main as cli
 from lorastate.cli import predict as predict_command
@@ -91,9 +92,16 @@ LIMITS = predict_command.limits_of
 
 
 @pytest.fixture
+def few_labels(monkeypatch):
+    """Bayes-optimal limits of fine-tuning on fewer nodes: two seconds each otherwise."""
+    monkeypatch.setattr(posterior, "_OUTER", 2**11)
+
+
+@pytest.fixture
 def call(capsys, monkeypatch):
     monkeypatch.delenv("JAX_ENABLE_X64", raising=False)
     monkeypatch.setattr(predict_command, "limits_of", lambda setting: None)  # seconds each; one test has them
+    monkeypatch.setitem(two_stages.train_both.__kwdefaults__, "test_samples", 1000)  # 20 000 take a second
 
     def run(*words):
         try:
@@ -280,7 +288,10 @@ def test_no_device(path, platforms):
 
 
 def test_debug_nans(path):
-    process = start(["-m", "lorastate", "predict", path, "--json"], JAX_DEBUG_NANS="1", JAX_DEBUG_INFS="1")
+    code = (
+        "from lorastate.bayes import posterior; posterior._OUTER = 2**11; from lorastate.__main__ import main; main()"
+    )
+    process = start(["-c", code, "predict", path, "--json"], JAX_DEBUG_NANS="1", JAX_DEBUG_INFS="1")
     out, said = process.communicate()
     assert process.returncode == 0 and said == ""
     assert json.loads(out)["finetuning"]["test_error"] == pytest.approx(0.988, rel=0.05)
@@ -490,7 +501,7 @@ def test_json_of_a_failed_prediction(call, path):
 # Predictions.
 
 
-def test_predict_json(call, path, monkeypatch):
+def test_predict_json(call, path, monkeypatch, few_labels):
     monkeypatch.setattr(predict_command, "limits_of", LIMITS)
     outcome = call("predict", path, "--json")
     assert outcome.code == 0 and outcome.err == ""
@@ -981,7 +992,7 @@ def test_programs_say_what_they_do():
     assert heard == [("twice", True), ("twice", False), ("twice", True)]
 
 
-def test_predict_only_what_is_asked(call, path):
+def test_predict_only_what_is_asked(call, path, few_labels):
     alone = call("predict", path, "--only", "pretraining", "--json")
     both = call("predict", path, "--json")
     assert alone.code == 0 and "finetuning" not in json.loads(alone.out)

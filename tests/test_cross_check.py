@@ -1,11 +1,15 @@
 """Both fixed points and all gradients once more, by jaxopt's Anderson acceleration and its own implicit derivative."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 import lorastate as ls
+from lorastate.diagnosis import cross_check as module
 
 
-@pytest.mark.parametrize("activation, channel", [("identity", {}), ("identity", {"inputs": "reused"}), ("softmax", {})])
+@pytest.mark.parametrize("activation, channel", [("identity", {"inputs": "reused"}), ("softmax", {})])
 def test_another_solver_agrees(activation, channel):
     pre = ls.Pretraining(alpha=0.1, lam=0.1, activation=activation, tokens=2)
     setting = ls.Setting(pre, ls.Finetuning(alpha=3.0, lam=0.5, **channel), ls.Numerics(512, 1024, 2))
@@ -17,8 +21,15 @@ def test_another_solver_agrees(activation, channel):
     assert len(found["gradient"]) > 6
 
 
-def test_not_in_a_glass():
-    pre = ls.Pretraining(alpha=0.06, lam=0.002, delta=2.2, tokens=2)
-    setting = ls.Setting(pre, ls.Finetuning(alpha=5.6, lam=0.07), ls.Numerics(4096, 8192, 4))  # of test_breaking
+def test_not_in_a_glass(monkeypatch):
+    """A solution with a level of breaking is refused; test_breaking has such solutions and their gradients."""
+
+    def broken(problem):
+        second = SimpleNamespace(solved=SimpleNamespace(point=SimpleNamespace(x=np.zeros(7))))
+        return SimpleNamespace(problem=problem.with_broken(0), first=None, second=second)
+
+    monkeypatch.setattr(module, "solve_alone", broken)
+    monkeypatch.setattr(module, "evaluated", lambda *_: SimpleNamespace(failure=None))
+    setting = ls.Setting(ls.Pretraining(0.1, 0.1, tokens=2), ls.Finetuning(3.0, 0.5), ls.Numerics(512, 1024, 2))
     with pytest.raises(ls.SettingError, match="symmetry is broken here"):
         ls.cross_check(setting)

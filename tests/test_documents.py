@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
+import lorastate as ls
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,8 +38,11 @@ def fresh_start(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quickstart(fresh_start):
-    """Cell after cell, here: `notebooks/run.py` does it in a kernel, which compiles everything once more."""
+def test_quickstart(fresh_start, monkeypatch):
+    """Cell after cell, here, on few nodes: `notebooks/run.py` does it as it is, in a kernel."""
+    read = ls.load_setting
+    few = "numerics.nodes=512", "numerics.finetuning_nodes=1024", "numerics.replicas=2"
+    monkeypatch.setattr(ls, "load_setting", lambda path, overrides: read(path, [*overrides, *few]))
     notebook = nbformat.read(NOTEBOOKS["quickstart"], as_version=4)
     names: dict[str, Any] = {"__name__": "__main__"}
     for k, cell in enumerate(notebook.cells):

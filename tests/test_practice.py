@@ -86,7 +86,7 @@ def test_standardised_tokens_make_the_same_logits(kind):
 def test_standard_tokens_are_left_alone():
     rng = RNG(4)
     for n in (D // 2, 2 * D, 20 * D):
-        assert all(looks_standard(rng.standard_normal((n, D))) for _ in range(20))
+        assert all(looks_standard(rng.standard_normal((n, D))) for _ in range(5))
         assert not looks_standard(1.3 * rng.standard_normal((n, D)))
         assert not looks_standard(rng.standard_normal((n, D)) + 1.0)
     many = rng.standard_normal((20 * D, D))
@@ -141,8 +141,10 @@ NUMERICS = ls.Numerics(512, 1024, 2)
 @pytest.mark.parametrize("activation", ["identity", "softmax"])
 def test_equivalent_world(activation):
     """E' of a setting from L, M and Q of its frozen map alone, whatever the unit of the pre-activations."""
-    pre = ls.Pretraining(0.1, 0.05, delta=0.4, activation=activation, tokens=2)
-    fine, b, lam = ls.Finetuning(6.0, 1.2, recalibration=1.2), 1.2, 1.2
+    # Of one kind with the equivalent ones, and one program: an atom, learned by the identity, badly here.
+    base = {"law": "atoms", "weights": [1.0], "values": [1.3]}
+    pre = ls.Pretraining(0.1, 0.05, delta=0.4, activation="identity", tokens=2, base=base)
+    fine, b, lam = ls.Finetuning(6.0, 1.2, recalibration=1.2, activation=activation), 1.2, 1.2
     direct = ls.predict(ls.Setting(pre, fine, NUMERICS))
     assert direct.symmetry == "replica symmetric"
     L, M, Q = float(pre.Q0) + 0.2, float(direct.pretraining["M"]), float(direct.pretraining["Q"])

@@ -36,7 +36,7 @@ def setting(activation, lam, alpha=3.0, **fine):
 
 
 #: At alpha' = 3 there is one branch up to sign: the start at the teacher finds it, and others do too (tested below).
-ALIKE: dict[str, Any] = dict(dimension=D, starts=1, test_samples=10_000)
+ALIKE: dict[str, Any] = dict(dimension=D, starts=1, test_samples=3000)
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +85,12 @@ def test_training_agrees_with_theory(activation, stage, name, theory, allowance,
     "options",
     [
         {"inputs": "reused"},
-        {"inputs": "mixed", "reused_fraction": 0.5, "label_noise": "fresh"},
         {"alpha": None, "inputs": "selected", "rho": 0.3, "pool": 10.0},
     ],
-    ids=["reused", "mixed, fresh noise", "selected"],
+    ids=["reused", "selected"],
 )
 def test_softmax_on_other_inputs_agrees_with_theory(options, softmax, memory):
-    """Both stages trained, E' and the training loss: what fresh inputs give is excluded by the same allowance. (So is
-    the mixture with the noise that the labels had, whose training loss is less by a third.)"""
+    """Both stages trained, E' and the training loss: what fresh inputs give is excluded by the same allowance."""
     s = setting("softmax", 0.01, **options)
     theory, trained = predict(s), simulate(s, runs=RUNS, memory=memory, **ALIKE)
     assert theory.symmetry == "replica symmetric" and trained.converged("finetuning").all()
@@ -104,6 +102,16 @@ def test_softmax_on_other_inputs_agrees_with_theory(options, softmax, memory):
         assert abs(value - want) < allowed, name
         differs.append(abs(softmax.mean("finetuning", name) - want) > allowed)
     assert any(differs)
+
+
+def test_a_mixture_with_fresh_noise_agrees_with_theory(memory):
+    """Worked values: the theory of a mixture is that of its parts (test_channel). With the noise
+    that the labels had the training loss is less by a third."""
+    s = setting("softmax", 0.01, inputs="mixed", reused_fraction=0.5, label_noise="fresh")
+    trained = simulate(s, runs=RUNS, memory=memory, **ALIKE)
+    for name, want in (("test_error", 0.3739), ("train_error", 0.6806)):
+        gap = abs(trained.mean("finetuning", name) - want)
+        assert gap < 4 * trained.stderr("finetuning", name) + 0.02 * want, name
 
 
 def test_all_runs_converged_and_every_name_is_there(identity, softmax):

@@ -9,6 +9,7 @@ import pytest
 import lorastate as ls
 from lorastate.cli import main as cli
 from lorastate.errors import Code
+from lorastate.simulation import two_stages
 from lorastate.verification import verify as module
 from lorastate.verification.extrapolation import extrapolate, rate, scatter
 from lorastate.verification.result import Row, judged
@@ -104,6 +105,14 @@ def test_what_differs():
 NUMERICS = ls.Numerics(nodes=1024, finetuning_nodes=2048, replicas=4)
 SETTING = ls.Setting(ls.Pretraining(0.2, 0.1, activation="identity", tokens=2), ls.Finetuning(3.0, 0.4), NUMERICS)
 SMALL = {"dimensions": (16, 32), "alone": (32, 64), "runs": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_test_samples():
+    """2000 inputs of E' in a run: 20 000 take longer than training at these D."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(two_stages.train_both.__kwdefaults__, "test_samples", 2000)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -90,17 +90,19 @@ def test_derivatives_see_jumps():
         problem = Double((jnp.asarray(x) + a)[None])
         start = jnp.interp(problem.omega, np.linspace(-5, 5, 2001), best)
         stop = jax.lax.stop_gradient(problem)
-        u = jnp.stack([start, -start])
-        for _ in range(60):
-            down = [stop.terms(w)[1] / jnp.maximum(stop.terms(w)[2][0], 0.3) for w in u]
-            u = jnp.stack([w - jnp.clip(d, -0.2, 0.2) for w, d in zip(u, down, strict=True)])
+
+        def down(_, u):
+            _, slope, curvature = jax.vmap(stop.terms)(u)
+            return u - jnp.clip(slope / jnp.maximum(curvature[:, 0], 0.3), -0.2, 0.2)
+
+        u = jax.lax.stop_gradient(jax.lax.fori_loop(0, 60, down, jnp.stack([start, -start])))
         _, slope, curvature = stop.terms(u[1])
         other = (jnp.abs(slope)[0] < 1e-8) & (curvature[0, 0] > 0) & (jnp.abs(u[0] - u[1])[0] > 0.5)
         found = wells.Wells(jax.lax.stop_gradient(u), other, other)
         low = wells.lowest(problem, found)
         return jnp.mean(low.pick(low.u))
 
-    slope = jax.grad(mean)(0.3)
+    slope, mean = jax.jit(jax.grad(mean))(0.3), jax.jit(mean)
     h = 0.05
     differences = (mean(0.3 + h) - mean(0.3 - h)) / (2 * h)
     assert float(slope) == pytest.approx(float(differences), rel=0.02)
