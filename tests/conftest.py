@@ -32,6 +32,9 @@ def _understood(flags: str) -> bool:
 if "XLA_FLAGS" not in os.environ and _understood(_FLAGS):
     os.environ["XLA_FLAGS"] = _FLAGS
 
+# Before numpy is loaded: the threads of its BLAS wait for each other by spinning, on cores that both workers want.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lorastate-tests-")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
