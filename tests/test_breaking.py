@@ -440,10 +440,15 @@ def test_smooth_settings_are_symmetric():
     assert abs(float(forced.test_error) - f["test_error"]) < 4 * forced.stderr("finetuning", "test_error")
 
 
+#: Of the kind of GLASS. A glass of three tokens is in docs/how_to/phases_and_codes.md, which is run.
+TWO = {"tokens": 2, "kappa": 1.5}
+
+
 @pytest.mark.parametrize(("hot", "phase"), [(0.5, "replica symmetric"), (2.0, "one-step broken")])
 def test_each_stage_has_its_temperature(hot, phase):
     """Pre-training at beta = 1 / hot, fine-tuning at beta = hot: training on the asymptotic channel, D = 150."""
-    s = ls.Setting(ls.Pretraining(0.1, 0.01, beta=1 / hot), ls.Finetuning(3.0, 0.05, activation=ls.Softmax(hot)), SMALL)
+    pre, fine = {**TWO, "beta": 1 / hot}, ls.Finetuning(6.0, 0.3, activation=ls.Softmax(hot))
+    s = ls.Setting(ls.Pretraining(0.1, 0.01, **pre), fine, SMALL)
     theory = ls.predict(s)
     assert theory.symmetry == phase
     trained = ls.simulate(s, stage="finetuning", dimension=150, runs=6, starts=2, moves=1)
@@ -458,7 +463,7 @@ def test_each_stage_has_its_temperature(hot, phase):
 
 def test_across_the_instability():
     """Along lambda' E', o_w and phi go from one phase into the other without a step."""
-    s = ls.Setting(ls.Pretraining(0.1, 0.01, delta=2.0), ls.Finetuning(3.0, 0.2), SMALL)
+    s = ls.Setting(ls.Pretraining(0.1, 0.01, delta=1.5, **TWO), ls.Finetuning(6.0, 0.2), SMALL)
     rows = [ls.predict(ls.replace(s, "finetuning.lam", lam)) for lam in (0.1, 0.2, 0.3, 0.5)]
     phases = [r.symmetry for r in rows]
     assert phases[0] == "one-step broken" and phases[-1] == "replica symmetric"
@@ -473,11 +478,11 @@ def test_across_the_instability():
 
 
 def test_instability_threshold():
-    s = ls.Setting(ls.Pretraining(0.1, 0.01, delta=2.0), ls.Finetuning(3.0, 0.2), SMALL)
+    s = ls.Setting(ls.Pretraining(0.1, 0.01, delta=1.5, **TWO), ls.Finetuning(6.0, 0.2), SMALL)
     line = ls.instability_threshold(s, "finetuning.lam", 0.1, 0.5, rtol=0.2)
     assert 0.1 < line < 0.5
     with pytest.raises(ls.SettingError, match="are both replica symmetric"):
-        ls.instability_threshold(s, "finetuning.lam", 0.5, 0.6)
+        ls.instability_threshold(s, "finetuning.lam", 0.8, 1.2)
     with pytest.raises(ls.SettingError, match="0 < low < high"):
         ls.instability_threshold(s, "finetuning.lam", 1.0, 0.5)
 
