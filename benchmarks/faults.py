@@ -37,9 +37,9 @@ finetuning_nodes = 1024
 replicas = 2
 """
 COMMANDS = {
-    "sweep": "sweep SETTING --grid finetuning.lam=log:0.3:3:100 pretraining.lam=log:0.05:0.5:20 --out OUT",
-    "verify": "verify SETTING --dimensions 16,24,32 --alone 32,64 --runs 8 --moves 1 --out OUT",
-    "simulate": "simulate SETTING --dimension 40 --runs 60 --json --out OUT",
+    "sweep": "sweep SETTING --grid finetuning.lam=log:0.3:3:60 pretraining.lam=log:0.05:0.5:10 --out OUT",
+    "verify": "verify SETTING --dimensions 16,24 --alone 32,48 --runs 4 --moves 1 --out OUT",
+    "simulate": "simulate SETTING --dimension 30 --runs 20 --json --out OUT",
     "optimize": "optimize SETTING --out OUT",
 }
 ROOT = Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def full_disk(folder: Path) -> str:
         (disk / "ballast").write_bytes(bytes(900_000))
         code, _, said = ended(start(COMMANDS["sweep"], folder, disk / "out"))
         (disk / "ballast").unlink()
-        again, _, _ = ended(start(COMMANDS["sweep"].replace(":100", ":50"), folder, disk / "other"))
+        again, _, _ = ended(start(COMMANDS["sweep"].replace(":60", ":50"), folder, disk / "other"))
         return f"exit code {code}: {said}; with room again exit code {again}"
     finally:
         subprocess.run(["umount", disk])

@@ -101,7 +101,7 @@ def few_labels(monkeypatch):
 def call(capsys, monkeypatch):
     monkeypatch.delenv("JAX_ENABLE_X64", raising=False)
     monkeypatch.setattr(predict_command, "limits_of", lambda setting: None)  # seconds each; one test has them
-    monkeypatch.setitem(two_stages.train_both.__kwdefaults__, "test_samples", 1000)  # 20 000 take a second
+    monkeypatch.setattr(two_stages, "TEST_SAMPLES", 1000)  # 20 000 take a second
 
     def run(*words):
         try:

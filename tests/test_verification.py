@@ -111,7 +111,7 @@ SMALL = {"dimensions": (16, 32), "alone": (32, 64), "runs": 3}
 def few_test_samples():
     """2000 inputs of E' in a run: 20 000 take longer than training at these D."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(two_stages.train_both.__kwdefaults__, "test_samples", 2000)
+        patch.setattr(two_stages, "TEST_SAMPLES", 2000)
         yield
 
 

@@ -25,6 +25,10 @@ from .sizes import Sizes, check_memory, sizes_at
 from .worlds import BATCHES, World
 
 
+#: Fresh inputs that errors of each stage are measured on, where a call does not say how many.
+TEST_SAMPLES = 20_000
+
+
 class _Trained(NamedTuple):
     """A pre-trained run: its world, how the training ended, and the row of `NAMES`."""
 
@@ -153,7 +157,7 @@ def _one_run(
 
 def train_both(
     setting: Setting, *, dimension: int = 150, runs: int = 4, seed: int = 0, first: int = 0, starts: int = 3,
-    map_starts: int = 1, test_samples: int = 20_000, progress: bool = False, memory: dict | None = None,
+    map_starts: int = 1, test_samples: int | None = None, progress: bool = False, memory: dict | None = None,
     data: Data | None = None, out: Any = None,
 ) -> Simulation:  # fmt: skip
     """Trains both stages, as `simulate` says."""
@@ -165,7 +169,8 @@ def train_both(
     dimension, runs = whole("dimension", dimension, 10, 10_000), whole("runs", runs, 1, 10_000)
     seed, starts = whole("seed", seed, 0, 2**32 - 1), whole("starts", starts, 1, 100)
     first = whole("first", first, 0, 2**31)
-    sizes = sizes_at(pre, fine, dimension, whole("test_samples", test_samples, 1, 10**8))
+    test_samples = whole("test_samples", TEST_SAMPLES if test_samples is None else test_samples, 1, 10**8)
+    sizes = sizes_at(pre, fine, dimension, test_samples)
     map_starts = whole("map_starts", map_starts, 1, 100)
     keys = [jax.random.fold_in(jax.random.key(seed), run) for run in range(first, first + runs)]
     if memory is not None:
