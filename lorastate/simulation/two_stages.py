@@ -24,7 +24,6 @@ from .samples import Batch, draw_batch, draw_matrix, draw_wishart, lora_update, 
 from .sizes import Sizes, check_memory, sizes_at
 from .worlds import BATCHES, World
 
-
 #: Fresh inputs that errors of each stage are measured on, where a call does not say how many.
 TEST_SAMPLES = 20_000
 
