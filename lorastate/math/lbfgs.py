@@ -61,6 +61,8 @@ def _advance(fun, s: _State, data, tolerance, limit):
 
     def step(s: _State):
         move, memory = _LBFGS.update(s.slope, s.memory, s.x, value=s.value, grad=s.slope, value_fn=value_of)
+        # Older versions of optax count in 32 bits what begins in 64.
+        memory = jax.tree_util.tree_map(lambda new, old: new.astype(old.dtype), memory, s.memory)
         x = optax.apply_updates(s.x, move)
         value, slope = optax.value_and_grad_from_state(value_of)(x, state=memory)
         new = _State(x, value, slope, memory, s.steps + 1, jnp.array(False), jnp.array(False))
