@@ -1,6 +1,6 @@
 """What a person sees in the first minute of a command on a fresh machine: every line of the screen with its second.
 
-    python benchmarks/first_minute.py --out docs/first_minute.md
+    python benchmarks/first_minute.py --out benchmarks/first_minute.md
 
 Each command runs in a terminal of 100 columns with empty caches, in a folder of its own, and is stopped by Ctrl-C after
 `--seconds` (60). Bars that are drawn anew over themselves appear once a second, and where they end.
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for commands, where a shell runs this behind it
     out = [
         "# The first minute\n",
         f"What appears on the screen, with the second in which it does. Empty caches, {os.cpu_count()} cores "
