@@ -9,25 +9,19 @@ and whether the dataset is that of one process alone, bit for bit; bytes a point
 from __future__ import annotations
 
 import argparse
-import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from faults import ROOT, SETTING, ended, records
+import faults
+from faults import ended, records
 
 
 def start(folder: Path, out: Path, points: int, process: int = 0, processes: int = 1, address: str = ""):
-    words = ["sweep", str(folder / "setting.toml"), "--grid", f"finetuning.lam=log:0.3:3:{points}", "--out", str(out)]
-    words += ["--devices", "1"]
-    if processes > 1:
-        words += ["--coordinator", address, "--processes", str(processes), "--process", str(process)]
-    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "lorastate", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    team = f" --coordinator {address} --processes {processes} --process {process}" if processes > 1 else ""
+    return faults.start(
+        f"sweep SETTING --grid finetuning.lam=log:0.3:3:{points} --devices 1 --out OUT{team}", folder, out
     )
 
 
@@ -45,7 +39,6 @@ def main() -> None:
     count, points = options.processes, options.points
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "setting.toml").write_text(SETTING)
         code, _, _ = ended(start(folder, folder / "alone", points))
         size = (folder / "alone/points-0.bin").stat().st_size / points
         whole = (folder / "alone/sweep.nc").stat().st_size / points

@@ -610,6 +610,11 @@ def test_kinds_are_those_of_every_point():
     assert task.kinds == one_by_one and len(one_by_one) == 4
 
 
+def test_a_word_among_numbers_is_of_its_own_kind():
+    task = sweeps._task(setting(), {"finetuning.recalibration": [0.7, "noise", 0.8]}, None, None)
+    assert list(task.kinds.values()) == [[0, 2], [1]]
+
+
 @pytest.mark.filterwarnings("ignore:finetuning.alpha:UserWarning")
 def test_axes_that_need_each_other(solved):
     ls.sweep(setting(), {"finetuning.reused_fraction": [0.1, 0.2], "finetuning.inputs": ["mixed"]})

@@ -177,8 +177,8 @@ def train_both(
         known = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(list(memory.values())))
         check_memory(pre, fine, dimension, max(new - 1, 0), known)
     setting = theory_scale(setting)
-    sizes_too = {"dimension": dimension, "test_samples": test_samples, "starts": starts, "map_starts": map_starts}
-    folder, manifest = described(setting, out, data, stage="both", seed=seed, **sizes_too)
+    same = {"dimension": dimension, "test_samples": test_samples, "starts": starts, "map_starts": map_starts}
+    folder, manifest = described(setting, out, data, stage="both", seed=seed, **same)
 
     def one(run: int, bar: Any) -> tuple[dict, dict]:
         kept = {} if memory is None else memory

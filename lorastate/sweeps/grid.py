@@ -95,7 +95,9 @@ def blocks(axes: Mapping[str, list[Any]], continuous: Collection[str]) -> Iterat
     """
     numbers = np.arange(math.prod(map(len, axes.values()))).reshape(*map(len, axes.values()))
     ends = [
-        sorted({int(f(values)) for f in (np.argmin, np.argmax)}) if path in continuous else None
+        sorted({int(f(values)) for f in (np.argmin, np.argmax)})
+        if path in continuous and not any(isinstance(v, str) for v in values)
+        else None
         for path, values in axes.items()
     ]
     fixed = (range(len(values)) if end is None else (None,) for values, end in zip(axes.values(), ends, strict=True))
