@@ -1,17 +1,22 @@
-"""Random settings over the whole space: does each converge, keep all bounds, and is its residual what the solver says?
+"""Random settings over the whole space: does each converge, keep all bounds, and solve its equations?
 
-    python benchmarks/robustness.py --count 10000 --out robustness.jsonl
+    python benchmarks/robustness.py make robustness.jsonl --count 10000 --part 0/2
+    python benchmarks/robustness.py make robustness.jsonl --count 10000 --part 1/2
+    python benchmarks/robustness.py train robustness.jsonl --count 100
+    python benchmarks/robustness.py report robustness.jsonl
 
 alpha 1e-3 to 1e2, lambda 1e-4 to 1e2, delta 0 (one in eight) to 1e2, kappa0 0.05 to 5, alpha' 1e-2 to 1e2, lambda'
-1e-3 to 1e2 (log-uniform), T 2 to 4 (6 with --tokens 6), beta 0.2 to 10, every channel, ranks, tasks and laws of the
-base map. Settings of one kind, which share their programs, follow one another. Stopped at any moment, the same command
-goes on; it ends with a report: how many were solved, which codes the others have, and every bound that is broken.
+1e-3 to 1e2 (log-uniform), T 2 to 6, beta 0.2 to 10, every channel, ranks, tasks and laws of the base map. Settings of
+one kind, which share their programs, follow one another: 100 of each of 100 kinds. `make` solves those of one part; the
+residual of a solution is the step that one more sweep makes from it, inner minima searched from nothing. `train` trains
+fine-tuning alone on solved ones, drawn at random; `report` counts. Stopped at any moment, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import math
 import time
@@ -19,35 +24,57 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 jax.config.update("jax_enable_x64", True)
 
 import lorastate as ls  # noqa: E402
+from lorastate.evolution import finetuning as ft  # noqa: E402
+from lorastate.evolution import finetuning_map  # noqa: E402
+from lorastate.evolution import pretraining as pt  # noqa: E402
+from lorastate.evolution.order import decode  # noqa: E402
+from lorastate.math.quadrature import mean, over_replicas  # noqa: E402
 from lorastate.setting.files import setting_from_dict  # noqa: E402
+from lorastate.solution.finetuning import LoraStage  # noqa: E402
+from lorastate.solution.gradients import searches_scale, with_best_scale  # noqa: E402
+from lorastate.solution.pretraining import MapStage  # noqa: E402
+from lorastate.solution.problem import Problem  # noqa: E402
+from lorastate.solution.solve import answered, solve_alone  # noqa: E402
+from lorastate.solution.stage import averages  # noqa: E402
 
-NUMERICS = {"nodes": 2048, "finetuning_nodes": 4096, "replicas": 4}
+NUMERICS = {"nodes": 1024, "finetuning_nodes": 2048, "replicas": 4}
 #: What fine-tuning does with inputs, beside its sample size.
 CHANNELS: tuple[dict[str, Any], ...] = (
     {}, {"inputs": "reused"}, {"inputs": "reused", "label_noise": "fresh"}, {"inputs": "mixed"},
-    {"inputs": "selected"}, {"recalibration": "noise"}, {"rank": 2}, {"rank": 2, "teacher_rank": 2},
+    {"inputs": "selected"}, {"inputs": "selected", "score": "without_shift"}, {"inputs": "bayes_optimal"},
+    {"recalibration": "noise"}, {"recalibration": 0.7}, {"rank": 2}, {"rank": 2, "teacher_rank": 2},
+    {"rank": 1, "teacher_rank": 2},
 )  # fmt: skip
-#: Settings of one kind that are made before the next kind is compiled.
-_TOGETHER = 25
-#: How far a bound may be passed: in error bars, and beside them.
-_BARS, _ROUNDING = 4.0, 1e-6
+LAWS = ("wishart", "wishart", "task", "atoms", "power_law")
+TOKENS, ACTIVATIONS = (2, 3, 4, 5, 6), ("softmax", "identity")
+#: Settings of one kind.
+EACH = 100
+#: How far a bound may be passed, and a residual reach: in error bars, and beside them.
+_BARS, _ROUNDING, _RESIDUAL = 4.0, 1e-6, 1e-4
 
 
-def random_setting(index: int, most_tokens: int) -> dict[str, Any]:
-    """Setting number `index`, as a file has it. Its kind is that of its group."""
-    group, rng = np.random.default_rng([1, index // _TOGETHER]), np.random.default_rng([2, index])
+def kind(number: int) -> tuple[int, str, dict[str, Any], str]:
+    """Tokens, activation, channel and law of the settings of kind `number`: all of them in some order."""
+    kinds = list(itertools.product(range(len(TOKENS)), ACTIVATIONS, range(len(CHANNELS)), range(len(LAWS))))
+    tokens, activation, channel, law = kinds[np.random.default_rng(1).permutation(len(kinds))[number % len(kinds)]]
+    return TOKENS[tokens], activation, CHANNELS[channel], LAWS[law]
+
+
+def random_setting(index: int, each: int = EACH) -> dict[str, Any]:
+    """Setting number `index`, as a file has it."""
+    tokens, activation, channel, law = kind(index // each)
+    rng = np.random.default_rng([2, index])
 
     def log(low: float, high: float) -> float:
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
-    tokens, activation = int(group.integers(2, most_tokens + 1)), ("softmax", "identity")[int(group.integers(2))]
-    fine: dict[str, Any] = dict(CHANNELS[int(group.integers(len(CHANNELS)))])
-    law = ("wishart", "wishart", "task", "atoms", "power_law")[int(group.integers(5))]
+    fine: dict[str, Any] = dict(channel)
     pre: dict[str, Any] = {"alpha": log(1e-3, 1e2), "lam": log(1e-4, 1e2), "delta": log(1e-2, 1e2)}
     pre |= {"kappa0": log(0.05, 5), "tokens": tokens, "activation": activation}
     pre["kappa"] = 1.0 + pre["kappa0"]
@@ -74,6 +101,34 @@ def random_setting(index: int, most_tokens: int) -> dict[str, Any]:
     if fine.get("inputs") == "mixed":
         fine["reused_fraction"] = float(rng.uniform())
     return {"pretraining": pre, "finetuning": fine, "numerics": {**NUMERICS, "seed": index}}
+
+
+@jax.jit
+def map_residual(problem: Problem, x: Any) -> Any:
+    """The step of pre-training's state evolution at x, inner minima searched from nothing."""
+    pre, nodes = problem.pre, problem.nodes.pretraining
+    if nodes is None:
+        return pt.step(x, pre, None) - x
+
+    def at(n, w):
+        return pt.locate_inner(pre, decode(x), n, w, True)
+
+    a = averages(MapStage(pre), x, nodes, over_replicas(at, nodes, pt.no_inner(pre, nodes)))
+    return MapStage(pre).image(mean(a), x) - x
+
+
+@jax.jit
+def lora_residual(problem: Problem, map_x: Any, x: Any, found: Any, control: Any) -> Any:
+    """The same of fine-tuning, in log v, m, p and q."""
+    fine, frozen = problem.fine, problem.frozen(map_x)
+    order, nodes = ft.order_at(fine, x), problem.nodes_at(x, found, control)
+    none = finetuning_map.no_memory(fine, nodes, order.levels, order.levels == 0).found
+    inner = jax.lax.map(
+        lambda part: finetuning_map.locate_inner(fine, frozen, order, *part), (nodes._replace(control=None), none)
+    )
+    stage = LoraStage(fine, frozen)
+    image = stage.image(mean(averages(stage, x, nodes, inner)), x)
+    return stage.judged(image) - stage.judged(x)
 
 
 def broken_bounds(setting: ls.Setting, found: ls.Solution) -> list[str]:
@@ -115,57 +170,142 @@ def _at_zero(setting: ls.Setting, found: ls.Solution) -> float:
     return float(fine.alpha) * float(found.finetuning["test_error_frozen"]) * 1.02 if fresh else math.inf
 
 
-def one(index: int, most_tokens: int) -> dict[str, Any]:
-    """The row of a setting: codes, seconds, phase, and what is wrong with it."""
-    given = random_setting(index, most_tokens)
-    began = time.perf_counter()
+def worst_residual(found: ls.Solution, solves: Any) -> tuple[float, float]:
+    """(Largest residual of pre-training, largest of fine-tuning in the error bars of its order parameters, or beside
+    them in units of `_RESIDUAL`)."""
+    problem, second = solves.problem, solves.second
+    of_map = float(jnp.max(jnp.abs(map_residual(problem.pretraining_alone, solves.first.x))))
+    of_lora = lora_residual(problem.found, solves.first.x, second.solved.point.x, second.found, second.control)
+    values, bars = found.finetuning, found.errors["finetuning"]
+    names = [n for n in ("v", "m", "p", "q")]
+    room = []
+    for name in names:
+        scale = values[name] if name == "v" else 1.0
+        room.append(bars[name] / scale)
+        if ft.spare(problem.fine):
+            room.append(bars.get(f"{name}_spare", 0.0) / (values[f"{name}_spare"] if name == "v" else 1.0))
+    return of_map, float(jnp.max(jnp.abs(of_lora) / (_RESIDUAL + jnp.stack([jnp.asarray(r) for r in room]))))
+
+
+def solved(setting: ls.Setting) -> tuple[ls.Solution, Any]:
+    """What `lorastate.predict` says, and the solves behind it."""
+    if searches_scale(setting):
+        setting = with_best_scale(setting)
+    problem = Problem.of(setting)
+    solves = solve_alone(problem, answered(problem))
+    values, errors, status, branches = solves.answer()
+    return ls.Solution(setting, values["pretraining"], values["finetuning"], errors, status, branches), solves
+
+
+def one(index: int, each: int = EACH) -> dict[str, Any]:
+    """The row of a setting: codes, seconds, phase, residuals, and what is wrong with it."""
+    given = random_setting(index, each)
     row: dict[str, Any] = {"index": index, "setting": given}
+    began = time.perf_counter()
     try:
         setting = setting_from_dict(given)
-        found = ls.predict(setting, throw=False)
+        found, solves = solved(setting)
     except (ls.SettingError, ls.SolveError) as error:
         return {**row, "refused": str(error)}
     codes = [found.code(stage).name for stage in ("pretraining", "finetuning")]
     row |= {"codes": codes, "seconds": time.perf_counter() - began, "symmetry": found.symmetry}
-    row["test_error"] = float(found.test_error)
-    row["stderr"] = found.stderr("finetuning", "test_error")
-    row["wrong"] = broken_bounds(setting, found) if codes == ["ok", "ok"] else []
+    if codes == ["ok", "ok"]:
+        bad = broken_bounds(setting, found)
+        row |= {name: float(found.finetuning[name]) for name in ("test_error", "overlap", "free_energy", "q")}
+        row["stderr"] = {name: found.stderr("finetuning", name) for name in ("test_error", "overlap", "free_energy")}
+        row["unstable"] = found.pretraining_symmetry == "unstable"
+        row["residuals"] = of_map, of_lora = worst_residual(found, solves)
+        # Where minimisers jump from well to well the map of pre-training has steps of 1/N.
+        if not of_map < (1e-2 if float(found.pretraining["double_well_share"]) > 0 else 1e-6):
+            bad.append(f"residual of pre-training {of_map:.1e}")
+        if not of_lora < _BARS:
+            bad.append(f"residual of fine-tuning {of_lora:.1e} of its room")
+        row["wrong"] = bad
     return row
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    solved = [row for row in rows if row.get("codes") == ["ok", "ok"]]
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def make(path: Path, count: int, each: int, part: str) -> None:
+    mine, parts = (int(v) for v in part.split("/"))
+    done = {row["index"] for row in _rows(path)}
+    for number in range(mine, -(-count // each), parts):
+        for index in range(number * each, min((number + 1) * each, count)):
+            if index not in done:
+                row = one(index, each)
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                said = row.get("codes", row.get("refused"))
+                seconds = row.get("seconds", math.nan)
+                print(index, f"{seconds:.1f} s", row.get("symmetry", ""), said, row.get("wrong", ""), flush=True)
+        jax.clear_caches()  # the programs of a kind that is done
+
+
+def train(path: Path, count: int, dimension: int, runs: int, moves: int) -> None:
+    """Solved settings, drawn at random, trained on the channel that the theory of fine-tuning assumes."""
+    out = path.with_suffix(".trained.jsonl")
+    done = {row["index"] for row in _rows(out)}
+    rows = [row for row in _rows(path) if row.get("codes") == ["ok", "ok"]]
+    for k in np.random.default_rng(3).permutation(len(rows))[:count]:
+        row = rows[k]
+        if row["index"] in done:
+            continue
+        setting = setting_from_dict(row["setting"])
+        size = max(20, min(dimension, int(3000 / max(1.0, float(ft_samples(setting))))))
+        found = ls.simulate(setting, stage="finetuning", dimension=size, runs=runs, starts=3, moves=moves)
+        entry: dict[str, Any] = {"index": row["index"], "symmetry": row["symmetry"], "dimension": size}
+        for name in ("test_error", "overlap", "free_energy"):
+            trained = "train_loss" if name == "free_energy" else name
+            entry[name] = [row[name], row["stderr"][name], found.mean("deep", trained), found.stderr("deep", trained)]
+        with out.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        e, de, t, dt = entry["test_error"]
+        print(f"{row['index']} D = {size} {row['symmetry']}: E' {e:.4f}({de:.4f}), trained {t:.4f}({dt:.4f}), "
+              f"{100 * (e / t - 1):+.1f} %, {(e - t) / math.hypot(de, dt):+.1f} sigma", flush=True)  # fmt: skip
+
+
+def ft_samples(setting: ls.Setting) -> Any:
+    return setting.finetuning_resolved.alpha
+
+
+def report(path: Path) -> None:
+    rows = _rows(path)
+    good = [row for row in rows if row.get("codes") == ["ok", "ok"]]
     refused = [row for row in rows if "refused" in row]
-    tried = len(rows) - len(refused)
-    print(f"\n{len(rows)} settings, {len(refused)} refused, {len(solved)} of {tried} solved")
-    codes = collections.Counter(" ".join(row["codes"]) for row in rows if "codes" in row and row not in solved)
-    for code, count in codes.most_common():
-        print(f"  {code}: {count}, such as {[r['index'] for r in rows if ' '.join(r.get('codes', [])) == code][:8]}")
-    for row in solved:
+    print(f"{len(rows)} settings, {len(refused)} refused, {len(good)} of {len(rows) - len(refused)} solved")
+    print(f"  symmetric {sum(row['symmetry'] == 'replica symmetric' for row in good)}, pre-training unstable "
+          f"{sum(row['unstable'] for row in good)}")  # fmt: skip
+    codes = collections.defaultdict(list)
+    for row in rows:
+        if row not in good:
+            codes[" ".join(row["codes"]) if "codes" in row else row["refused"].split(";")[0]].append(row["index"])
+    for code, which in sorted(codes.items(), key=lambda item: -len(item[1])):
+        print(f"  {code}: {len(which)}, such as {which[:8]}")
+    for row in good:
         for what in row["wrong"]:
             print(f"  {row['index']}: {what}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("make", "train", "report"))
+    parser.add_argument("file", type=Path)
     parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--tokens", type=int, default=4, help="the most tokens")
-    parser.add_argument("--out", type=Path, default=Path("robustness.jsonl"))
-    options = parser.parse_args()
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    done = {row["index"] for row in rows}
-    with options.out.open("a") as file:
-        for index in range(options.count):
-            if index in done:
-                continue
-            rows.append(one(index, options.tokens))
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-            last = rows[-1]
-            print(index, last.get("codes", last.get("refused")), last.get("wrong", ""), flush=True)
-            if (index + 1) % _TOGETHER == 0:
-                jax.clear_caches()  # the programs of a kind that is done
-    report(rows)
+    parser.add_argument("--each", type=int, default=EACH, help="settings of one kind")
+    parser.add_argument("--part", default="0/1", help="which part of how many")
+    parser.add_argument("--dimension", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--moves", type=int, default=10)
+    given = parser.parse_args()
+    if given.command == "make":
+        make(given.file, given.count, given.each, given.part)
+    elif given.command == "train":
+        train(given.file, given.count, given.dimension, given.runs, given.moves)
+    else:
+        report(given.file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +19,20 @@ from .order import SPREAD_FLOOR, Order, matched
 
 
 class Memory(NamedTuple):
-    """What the solver carries from step to step, of every part: inner minimisers, the averages there, and `at` which x
-    other wells were last looked for."""
+    """What the solver carries from step to step, of every part: inner minimisers, the averages there, `at` which x
+    other wells were last looked for, and `anchored` at which all of them were."""
 
     found: Wells
     averages: ft.Averages
     at: Any
+    anchored: Any
 
 
-#: How far the order parameters move until wells are looked for again that were not among the lowest two.
-_LOOK = 0.01
+#: How far the order parameters move until wells are looked for again that were not among the lowest two, and until
+#: there may be others than those that are known.
+_LOOK, _ANEW = 0.01, 0.3
+#: Size of an update, in sqrt(q), whose moves matter no more.
+_SMALL = 1e-2
 
 
 def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = False) -> Memory:
@@ -41,19 +46,28 @@ def no_memory(fine: Finetuning, nodes: Nodes, levels: int = 0, alone: bool = Fal
     number = jnp.zeros(r)
     nothing = ft.Averages(number, kind, kind, (kind,) * (levels + 1), (number,) * levels, number)
     at = jnp.zeros((r, 5 + 3 * levels if ft.spare(fine) else 3 + 2 * levels))
-    return Memory(wells.nothing(r, fine.rank * fine.tokens, n, samples, alone), nothing, at)
+    return Memory(wells.nothing(r, fine.rank * fine.tokens, n, samples, alone), nothing, at, at)
 
 
 def locate_inner(
-    fine, frozen, order: Order, nodes: Nodes, previous: Wells, cold: Any = True, look: Any = True
+    fine, frozen, order: Order, nodes: Nodes, previous: Wells, cold: Any = True, look: Any = True, anew: Any = False
 ) -> Wells:
-    """Inner minimisers of one part; unless `cold` the descents start at the previous ones, and, if asked to
-    `look`, where others may lie."""
+    """Inner minimisers of one part; unless `cold` the descents start at the previous ones, and, if asked to `look`,
+    where others may lie, `anew` once these have moved (see `wells.locate`)."""
     d = ft.draws(fine, frozen, nodes)
     problem, guess = ft.inner_problem(fine, order, d), matched(d.teacher, len(d.noise))
     if len(previous.u) == 1:
         return wells.locate_alone(problem, guess, previous, cold)
-    return wells.locate(problem, ft.samples(order, d), guess, previous, cold, look)
+    return wells.locate(problem, ft.samples(order, d), guess, previous, cold, look, anew)
+
+
+def _moved(fine: Finetuning, since, order: Order):
+    """How far samples move between two orders, the first in coordinates: of log v, and of all else in units of sqrt(q).
+    (y moves no minimiser.)"""
+    before, size = ft.order_at(fine, since), jnp.sqrt(order.norm(ft.TEACHER_SIZE)) + _SMALL
+    parts = ((o.overlap, o.noise, *o.spread) for o in (before, order))
+    moves = [jnp.max(jnp.abs(b - a) / size) for a, b in zip(*parts, strict=True)]
+    return functools.reduce(jnp.maximum, moves, jnp.max(jnp.abs(jnp.log(order.response / before.response))))
 
 
 def locate_all(fine, frozen, order: Order, nodes: Nodes, previous: Wells) -> Wells:
@@ -76,11 +90,12 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
         order = ft.order_at(fine, x)
 
         def one(n, previous):
-            # y alone moves no minimiser.
-            look = cold | (jnp.max(jnp.abs(x - previous.at)[: len(x) - levels]) > _LOOK)
-            found = locate_inner(fine, frozen, order, n, previous.found, cold, look)
+            anew = cold | (_moved(fine, previous.anchored, order) > _ANEW)
+            look = anew | (_moved(fine, previous.at, order) > _LOOK)
+            found = locate_inner(fine, frozen, order, n, previous.found, cold, look, anew)
             a = ft.averages_of(fine, frozen, order, n, found)
-            return a, Memory(found, a, jnp.where(look, x, previous.at))
+            at, anchored = jnp.where(look, x, previous.at), jnp.where(anew, x, previous.anchored)
+            return a, Memory(found, a, at, anchored)
 
         a, memory = sweep(one, nodes, memory, count)
         return image_of(order, a), memory

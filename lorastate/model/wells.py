@@ -185,27 +185,28 @@ def _promising(problem, x, anchors, loss):
     return jax.lax.scan(best, costs, length=_TRIED)[1]
 
 
-def locate(problem, x, guess, previous: Wells, cold, look: Any = True) -> Wells:
+def locate(problem, x, guess, previous: Wells, cold, look: Any = True, anew: Any = False) -> Wells:
     """The two lowest wells at the points x (m, s N), s samples of every node of `problem` (samples first).
 
-    A `cold` search looks for the anchors of every node anew. At a sample it descends from x and from the anchors, or
-    mirror images of some, that promise to be lowest there. Otherwise both wells are followed from where they were, and,
-    if asked to `look`, anchors are tried where others promise most than did before.
+    A `cold` search looks for the anchors of every node. At a sample it descends from x and from the anchors, or mirror
+    images of some, that promise to be lowest there. Otherwise both wells are followed from where they were, and, if
+    asked to `look`, anchors are tried where others promise most than did before. Far from where they were looked for
+    there are other anchors, which are looked for `anew`, and all tried that promise anything.
     """
     problem, x, guess = jax.lax.stop_gradient((problem, x, guess))
-    cold = jnp.asarray(cold)
+    cold, anew = jnp.asarray(cold), cold | jnp.asarray(anew)
     known = previous.anchors, previous.loss
-    anchors, loss = jax.lax.cond(cold, lambda: _anchored(problem, guess), lambda: known)
+    anchors, loss = jax.lax.cond(anew, lambda: _anchored(problem, guess), lambda: known)
 
     def looked():
         tried, places = _promising(problem, x, anchors, loss)
-        new = (tried >= 0) & (cold | ~jnp.any(tried[:, None] == previous.tried[None], 1))
+        new = (tried >= 0) & (anew | ~jnp.any(tried[:, None] == previous.tried[None], 1))
         return tried, places, new
 
     def followed():
         return previous.tried, jnp.zeros((_TRIED, *x.shape)), jnp.zeros(previous.tried.shape, bool)
 
-    look = cold | look
+    look = anew | look
     tried, places, new = jax.lax.cond(look, looked, followed)
     starts = jnp.concatenate([jnp.stack([jnp.where(cold, x, previous.u[0]), previous.u[1]]), places])
     asked = jnp.stack([jnp.ones_like(previous.two), ~cold & previous.two, *new])

@@ -41,7 +41,7 @@ class Search(NamedTuple):
     held: Any = False
 
 
-_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH, _AGAIN = range(6)
+_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH, _CHECK, _AGAIN = range(7)
 
 
 class _Job(NamedTuple):
@@ -85,7 +85,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
         stages.append((afresh, _AFRESH, _TRIES, 0))
     stages.append((refined._replace(settle=0.0), _ESCAPE, _TRIES if levels else 0, 0))
     if levels:
-        stages += 2 * [(refined, _AGAIN, _TRIES, parts)]
+        stages += [(refined, kind, _TRIES, parts) for kind in (_CHECK, _AGAIN)]
     both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == _ESCAPE else (0, 1))]
     branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
@@ -122,7 +122,7 @@ def _where_from(fine: Finetuning, search: Search, x, job: _Job):
     y = y.at[d].set(jnp.maximum(jnp.abs(order.overlap), least))
     if search.levels:
         y = y.at[-1].add(jnp.where(kind == _LAST, -_BACK, 0.0))
-    return jnp.where(kind == _AGAIN, x, y)
+    return jnp.where(kind >= _CHECK, x, y)
 
 
 #: o_w at least that a stage of a search with breaking begins with.
@@ -168,7 +168,7 @@ def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progr
     Once both are refined they may still turn out to be one."""
     found, last = s.found, (kind == _LAST) & (k == 0)
     now = (kind == _CLIMB) & (k == 0) if search.levels else last
-    again = (kind == _AGAIN) & (k == 0)
+    again = (kind >= _CHECK) & (k == 0)
     same = jnp.where(now, _close(fine, search, found), s.same | (again & _solved_alike(fine, search, found)))
     gap = found.energy - found.energy[::-1]
     placed = (succeeded(found.code) & found.placed)[::-1]
@@ -186,7 +186,7 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     # A control variate that suits the solution itself moves it, and phi, by less than their errors; done twice, by so
     # little that neighbours lie on smooth curves, and both starts where they have found one solution end there.
     unsolved = ~(succeeded(mine.code) & mine.placed)
-    idle = ((kind == _AFRESH) & ~failed) | ((kind == _AGAIN) & unsolved)
+    idle = ((kind == _AFRESH) & ~failed) | ((kind >= _CHECK) & unsolved)
     skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
     if search.levels:  # what repels leads to the other solution
         skip = skip | (refining & (mine.code == Code.unstable) & succeeded(row(found.code, 1 - k)))
