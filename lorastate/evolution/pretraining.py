@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ..math.fixed_point import Map
 from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
-from ..math.symmetric import dimension, to_coordinates
+from ..math.symmetric import dimension, hessian_to_coordinates, to_coordinates
 from ..model import wells
 from ..model.activation import Identity
 from ..model.channel.fields import field_dimension, standard_fields
@@ -117,8 +117,19 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
         return jnp.sum(nodes.weight * a)
 
     teacher = mean(jnp.sum(h * jnp.sqrt(pre.label_size) * to_coordinates(one), 0))
-    divergence = mean(jnp.sum(h * to_coordinates(two), 0)) / order.noise
+    known = _without_noise(pre, order, one, problem.target, nodes.weight)
+    divergence = mean(jnp.sum((h - known) * to_coordinates(two), 0)) / order.noise
     return Averages(mean(low.depth), teacher, divergence, mean(square), mean(1.0 * found.two))
+
+
+def _without_noise(pre: Pretraining, order: Order, one, target, weight):
+    """About what h would be without the independent part G of Omega, (n, N): the gradient of the loss at (M/Y^2) Y,
+    shrunk as the mean curvature there says. E h . G knows nothing of it, but an average over nodes divided by a noise
+    that is next to nothing (a student that hardly is there) would consist of nothing else."""
+    y = order.overlap / jnp.sqrt(pre.label_size) * one
+    _, gradient, hess = pre.activation.loss_terms(y, target)
+    curvature = jnp.sum(weight * jnp.einsum("iin->n", hessian_to_coordinates(hess))) / dimension(pre.tokens)
+    return to_coordinates(gradient) / (1 + 2 * order.response * curvature)
 
 
 def averages_of(pre: Pretraining, order: Order, nodes: Nodes, found: Wells) -> Averages:
@@ -210,12 +221,17 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     return Map(image, jacobian, Slots.commit)
 
 
-def start(pre: Pretraining, weak_ridge: bool = False):
+#: (V lam, or V where that is None, share of Q0 that M and Q have) of the starts.
+_STARTS = {"usual": (None, 0.5), "weak ridge": (0.1, 0.9), "few samples": (0.05, 0.05)}
+
+
+def start(pre: Pretraining, kind: str = "usual"):
     """(V, M, Q) = (1, Q0/2, Q0/2), from which the damped iteration reaches the global minimiser's branch.
 
-    With a weak ridge and fewer samples than the interpolation threshold V grows as 1/lam and that start can be too far:
-    then (0.1/lam, 0.9 Q0, 0.9 Q0).
+    With a "weak ridge" and fewer samples than the interpolation threshold V grows as 1/lam and that start can be too far:
+    then (0.1/lam, 0.9 Q0, 0.9 Q0); with so "few samples" that they tell little of S* (0.05/lam, Q0/20, Q0/20).
     """
-    share, V = (0.9, 0.1 / pre.lam) if weak_ridge else (0.5, jnp.ones_like(pre.lam))
+    V, share = _STARTS[kind]
+    V = jnp.ones_like(pre.lam) if V is None else V / pre.lam
     x = from_norm(V, share * pre.Q0, share * pre.Q0, pre.label_size).encode()
     return x if pre.task is None else jnp.append(x, share * pre.common)

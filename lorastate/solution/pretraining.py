@@ -134,7 +134,9 @@ def search_pretraining(problem: Problem) -> Solved:
         rules = rules_of(numerics, len(nodes.weight), 1e-4)
     usual = pt.start(pre)
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
-    jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, weak_ridge=True))]
+    jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, "weak ridge"))]
+    # With few samples plain steps overshoot by far, and lead away from a solution that is near.
+    jobs.append((rules[0]._replace(burn_in=0), _FAILED, pt.start(pre, "few samples")))
     if nodes is not None:
         # The last stage twice: it begins with a cold search, which may find what following wells has missed.
         jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
