@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
+from ..model.activation import Softmax
+from ..model.channel.frozen_map import FrozenMap
 from ..setting.stages import Finetuning
 from .finetuning import TEACHER_SIZE, order_at
 from .order import Order, directions, from_norm
 
 
-def start(fine: Finetuning, informative: bool = True):
-    """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap."""
+#: Standard deviation of a label's entries, beside what the update is to learn, above which it is mostly that which an
+#: update fits.
+_NOISY = 4.0
+
+
+def fitted(fine: Finetuning, frozen: FrozenMap):
+    """By how much larger than the teacher an update is that fits the noise of its labels, where they have no bounds:
+    u in place of chi, with the curvature of the loss as large, and v as small."""
+    if isinstance(fine.activation, Softmax):
+        return 1.0
+    return jnp.maximum(1.0, jnp.sqrt(fine.effective_noise(frozen)) / _NOISY)
+
+
+def start(fine: Finetuning, informative: bool = True, size: Any = 1.0):
+    """(v, m, q) = (0.3, 0.9, 0.9), or a start with almost no overlap; q is `size` times larger, v smaller."""
     m, q = (0.9, 0.9) if informative else (0.05, 0.5)
     like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
-    return from_norm(0.3 * like, m * _along(like), q * like, TEACHER_SIZE).encode()
+    return from_norm(0.3 / size * like, m * _along(like), q * size * like, TEACHER_SIZE).encode()
 
 
-def broken_start(fine: Finetuning, x, informative: bool = True):
+def broken_start(fine: Finetuning, x, informative: bool = True, size: Any = 1.0):
     """A start with one step of breaking, of the response and norm of the replica-symmetric point `x` where that is
     anything like a solution: most or almost none of w known, minima that differ by a tenth of it, and y where that
     begins to matter."""
     like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
-    order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine)))
-    v, q = (jnp.clip(a, 0.1, 2.0) * like for a in (order.response, order.norm(TEACHER_SIZE)))
+    order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine, True, size)))
+    v, q = jnp.clip(order.response, 0.1 / size, 2.0) * like, jnp.clip(order.norm(TEACHER_SIZE), 0.1, 2.0 * size) * like
     m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
     spread = jnp.sqrt(0.1 * q)
     # |g|^2 is about q / (v^2 alpha').

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ..errors import Code, succeeded
 from ..evolution import control, finetuning_map
 from ..evolution import finetuning as ft
-from ..evolution.starts import apart, broken_start, pushed, start
+from ..evolution.starts import apart, broken_start, fitted, pushed, start
 from ..math.fixed_point import FixedPoint
 from ..math.maximum import climb
 from ..math.places import put, row
@@ -318,7 +318,8 @@ def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> 
     free energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not
     do; without, on any, for a comparison: where nodes have two wells that is not the solution of the theory."""
     fine = jax.lax.stop_gradient(problem.fine)
-    starts = jnp.stack([start(fine, True), start(fine, False)])
+    size = fitted(fine, problem.frozen(jax.lax.stop_gradient(first.x)))
+    starts = jnp.stack([start(fine, informative, size) for informative in (True, False)])
     found, asked = _solve(problem, first, problem.nodes.finetuning, Search(0, alone, starts)), problem.numerics.symmetry
     if asked != "auto":
         found = found._replace(marginal=jnp.array(False))
@@ -333,7 +334,8 @@ def solve_broken(problem: Problem, first: FirstStage, coarse, held: Any = False)
     """The same with one step of symmetry breaking; `coarse`: where a replica-symmetric search came to. If `held` (may
     be traced) minima are held together: the symmetric solution, by the same program."""
     fine = jax.lax.stop_gradient(problem.fine)
-    starts = jnp.stack([broken_start(fine, coarse, True), broken_start(fine, coarse, False)])
+    size = fitted(fine, problem.frozen(jax.lax.stop_gradient(first.x)))
+    starts = jnp.stack([broken_start(fine, coarse, informative, size) for informative in (True, False)])
     return _solve(problem, first, problem.nodes.broken, Search(1, False, starts, held))
 
 
