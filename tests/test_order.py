@@ -10,6 +10,7 @@ import lorastate as ls
 from lorastate.evolution import breaking, starts
 from lorastate.evolution import finetuning as ft
 from lorastate.evolution.order import Order, decode, from_norm, student_field
+from lorastate.model.channel.frozen_map import FrozenMap
 
 
 @pytest.mark.parametrize(("rank", "teacher_rank"), [(1, 1), (2, 2), (1, 3), (3, 1)])
@@ -34,6 +35,17 @@ def test_what_is_below_a_floor_is_lifted():
     low = from_norm(jnp.array(-1.0), jnp.array(0.5), jnp.array(0.2), 1.0)  # overlap^2 > norm
     assert 0 < float(low.response) < 1e-8 and 0 < float(low.noise) < 1e-6
     assert np.isnan(from_norm(jnp.array(np.nan), jnp.array(0.5), jnp.array(0.2), 1.0).response)
+
+
+def test_an_update_that_fits_noise_starts_as_large():
+    """No label without bounds but a noisy one changes a start."""
+    quiet, noisy = (FrozenMap(jnp.array(1.0), jnp.array(size), jnp.array(1.0)) for size in (2.0, 400.0))
+    identity, softmax = (ls.Finetuning(3.0, 0.3, 1.0, name, 2) for name in ("identity", "softmax"))
+    assert float(starts.fitted(identity, quiet)) == float(starts.fitted(softmax, noisy)) == 1.0
+    size = float(starts.fitted(identity, noisy))
+    assert size == pytest.approx(np.sqrt(float(identity.effective_noise(noisy))) / 4) and size > 4
+    small, large = (ft.order_at(identity, starts.start(identity, True, by)) for by in (1.0, size))
+    np.testing.assert_allclose(large.response * large.norm(1.0), small.response * small.norm(1.0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (3, 1)], ids=["rank one", "spare directions"])

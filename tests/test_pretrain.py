@@ -15,7 +15,7 @@ from lorastate.errors import Code, SolveError  # noqa: E402
 from lorastate.evolution import pretraining as pt  # noqa: E402
 from lorastate.evolution.order import from_norm  # noqa: E402
 from lorastate.math.quadrature import gaussian_nodes  # noqa: E402
-from lorastate.math.symmetric import to_coordinates  # noqa: E402
+from lorastate.math.symmetric import hessian_to_coordinates, to_coordinates  # noqa: E402
 from lorastate.model import proximal, wells  # noqa: E402
 
 NUMERICS = ls.Numerics(nodes=1024, finetuning_nodes=2048, replicas=4)
@@ -154,7 +154,7 @@ def zero_of(f, low, high) -> float:
     return float(brentq(f, low, high))  # pyright: ignore[reportArgumentType]
 
 
-def interpolating(pre, n_eff):
+def interpolating(pre, n_eff, low=0.3, high=30.0):
     """lam V, M, Q as lam -> 0 below the interpolation threshold, where all labels are met: eta = 1,
 
     J_1(d, eps) = 2 alpha n d,  alpha n d^2 = Q0 + Delta/2 - 2 M + Q,  M = J - (d J_1 + eps J_eps)/2,  Q = J,
@@ -170,7 +170,7 @@ def interpolating(pre, n_eff):
         _, M, Q = at(d)
         return an * d**2 - float(pre.label_size) + 2 * M - Q
 
-    eps, M, Q = at(zero_of(excess, 0.3, 30.0))
+    eps, M, Q = at(zero_of(excess, low, high))
     return eps * an / 2 / float(pre.kappa) ** 0.5, M, Q
 
 
@@ -202,6 +202,34 @@ def test_below_the_interpolation_threshold_weak_ridges_have_a_limit(activation, 
         got = np.array([lam * float(found.values["V"]), float(found.values["M"]), float(found.values["Q"])])
         gaps.append(np.max(np.abs(got / interpolating(pre, n_eff) - 1)))
     assert gaps[0] < 0.01 and gaps[1] < max(0.3 * gaps[0], 1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 3e-3])
+def test_few_samples_and_weak_ridges(alpha):
+    """The same limit from samples that tell next to nothing, where plain steps lead away from it."""
+    pre = ls.Pretraining(alpha, 1e-6, kappa0=0.14, kappa=1.14, delta=0.07, tokens=2)
+    found = ls.pretrain(pre, ls.Numerics(nodes=8192))
+    got = np.array([1e-6 * float(found.values["V"]), float(found.values["M"]), float(found.values["Q"])])
+    np.testing.assert_allclose(got, interpolating(pre, 4, 5.0, 100.0), rtol=0.02)
+
+
+def test_a_student_that_hardly_is_there():
+    """There s^ is the mean curvature of the loss at zero, and no noise of the nodes."""
+    nothing = ls.pretrain(ls.Pretraining(0.05, 1.0, tokens=2), ls.Numerics(nodes=2048, replicas=4))
+    assert float(nothing.values["Q"]) == 0
+    pre, rng = nothing.pretraining, np.random.default_rng(0)
+    z = rng.normal(size=(2, 2, 4000)) * np.sqrt(float(pre.label_size) / 2)
+    target = pre.activation(jnp.asarray(z + np.swapaxes(z, 0, 1)))
+    hess = hessian_to_coordinates(pre.activation.loss_terms(jnp.zeros_like(target), target)[2])
+    curvature = 2 * float(jnp.mean(jnp.einsum("iin->n", hess)))  # coordinates of Sym_T have a variance of two
+    assert float(nothing.values["shat"]) == pytest.approx(2 * float(pre.alpha) * curvature, rel=0.02)
+    # W grows from where the upper edge of m^ S* + sqrt(q^) Z is twice the ridge.
+    c = nothing.values
+    edge = c["mhat"] * jnp.nanmax(pre.law.edges(jnp.sqrt(c["qhat"]) / c["mhat"]))
+    grows = float(edge / (2 * jnp.sqrt(pre.kappa)))
+    for lam, some in ((1.001, False), (0.98, True)):
+        found = ls.pretrain(ls.Pretraining(0.05, lam * grows, tokens=2), ls.Numerics(nodes=2048, replicas=4))
+        assert (float(found.values["Q"]) > 0) == some and 0 <= float(found.values["Q"]) < 1e-4
 
 
 def test_softmax_without_noise_finds_the_teacher():

@@ -59,6 +59,24 @@ def test_the_global_minimum_is_found_and_followed(draws):
         assert np.all(np.max(np.abs(found.u[0] - found.u[1]), 0)[two] > 1e-4)
 
 
+def test_wells_that_come_up_far_away_are_found_anew(draws):
+    """From an update that is nearly nothing, where every sample has one well, to one that is hardly held: following
+    misses the lowest wells, looking for anchors anew does not."""
+    small = Order(jnp.array(0.2), jnp.array(0.0), jnp.array(0.05), (jnp.array(0.01),), (jnp.array(2.0),))
+    far = Order(jnp.array(3.0), jnp.array(0.0), jnp.array(0.3), (jnp.array(0.1),), (jnp.array(2.0),))
+    near = located(draws, small, nothing(), True)
+    problem = ft.sampled_problem(FINE, far, draws)
+
+    def missed(anew):
+        found = jax.jit(wells.locate)(
+            ft.inner_problem(FINE, far, draws), ft.samples(far, draws), draws.teacher, near, False, True, anew
+        )
+        return np.mean(problem.terms(found.u[0])[0] > best + 1e-6)
+
+    best = lowest_of_many(problem)
+    assert missed(True) <= 0.01 < 0.1 < missed(False)
+
+
 def test_one_well_alone_says_where_there_may_be_two(draws):
     problem = ft.inner_problem(FINE, order(0.8), draws)
     previous = jax.tree_util.tree_map(lambda a: a[0], wells.nothing(1, 3, 128, alone=True))

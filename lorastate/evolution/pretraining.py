@@ -122,14 +122,19 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
     return Averages(mean(low.depth), teacher, divergence, mean(square), mean(1.0 * found.two))
 
 
+#: 2 V times the mean curvature of the loss from which on the inner minimiser is not near Omega.
+_STIFF = 0.3
+
+
 def _without_noise(pre: Pretraining, order: Order, one, target, weight):
-    """About what h would be without the independent part G of Omega, (n, N): the gradient of the loss at (M/Y^2) Y,
-    shrunk as the mean curvature there says. E h . G knows nothing of it, but an average over nodes divided by a noise
-    that is next to nothing (a student that hardly is there) would consist of nothing else."""
+    """What h would be without the independent part G of Omega at a small response, (n, N): the gradient of the loss at
+    (M/E Y^2) Y. E h . G knows nothing of it, but an average over nodes divided by a noise that is next to nothing (a
+    student that hardly is there) would consist of nothing else. At a larger response, compared with the mean curvature
+    there, h is another one, whose errors make up for those of the other averages: this falls as 1/V^4."""
     y = order.overlap / jnp.sqrt(pre.label_size) * one
     _, gradient, hess = pre.activation.loss_terms(y, target)
     curvature = jnp.sum(weight * jnp.einsum("iin->n", hessian_to_coordinates(hess))) / dimension(pre.tokens)
-    return to_coordinates(gradient) / (1 + 2 * order.response * curvature)
+    return to_coordinates(gradient) / (1 + (2 * order.response * curvature / _STIFF) ** 4)
 
 
 def averages_of(pre: Pretraining, order: Order, nodes: Nodes, found: Wells) -> Averages:
@@ -228,8 +233,8 @@ _STARTS = {"usual": (None, 0.5), "weak ridge": (0.1, 0.9), "few samples": (0.05,
 def start(pre: Pretraining, kind: str = "usual"):
     """(V, M, Q) = (1, Q0/2, Q0/2), from which the damped iteration reaches the global minimiser's branch.
 
-    With a "weak ridge" and fewer samples than the interpolation threshold V grows as 1/lam and that start can be too far:
-    then (0.1/lam, 0.9 Q0, 0.9 Q0); with so "few samples" that they tell little of S* (0.05/lam, Q0/20, Q0/20).
+    With a "weak ridge" and fewer samples than the interpolation threshold V grows as 1/lam and that start can be too
+    far: then (0.1/lam, 0.9 Q0, 0.9 Q0); with so "few samples" that they tell little of S* (0.05/lam, Q0/20, Q0/20).
     """
     V, share = _STARTS[kind]
     V = jnp.ones_like(pre.lam) if V is None else V / pre.lam

@@ -12,7 +12,6 @@ from ..setting.stages import Finetuning
 from .finetuning import TEACHER_SIZE, order_at
 from .order import Order, directions, from_norm
 
-
 #: Standard deviation of a label's entries, beside what the update is to learn, above which it is mostly that which an
 #: update fits.
 _NOISY = 4.0
