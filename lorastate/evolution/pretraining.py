@@ -227,14 +227,14 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
 
 
 #: (V lam, or V where that is None, share of Q0 that M and Q have) of the starts.
-_STARTS = {"usual": (None, 0.5), "weak ridge": (0.1, 0.9), "few samples": (0.05, 0.05)}
+_STARTS = {"usual": (None, 0.5), "weak ridge": (0.1, 0.9), "few samples": (0.05, 0.03)}
 
 
 def start(pre: Pretraining, kind: str = "usual"):
     """(V, M, Q) = (1, Q0/2, Q0/2), from which the damped iteration reaches the global minimiser's branch.
 
     With a "weak ridge" and fewer samples than the interpolation threshold V grows as 1/lam and that start can be too
-    far: then (0.1/lam, 0.9 Q0, 0.9 Q0); with so "few samples" that they tell little of S* (0.05/lam, Q0/20, Q0/20).
+    far: then (0.1/lam, 0.9 Q0, 0.9 Q0); with so "few samples" that they tell little of S* (0.05/lam, 0.03 Q0, 0.03 Q0).
     """
     V, share = _STARTS[kind]
     V = jnp.ones_like(pre.lam) if V is None else V / pre.lam
