@@ -93,6 +93,8 @@ def decode(x, spare: bool = False) -> Order:
     if k:
         # Twice the floor: rounding must not take what lies on it for something that moves.
         noise = jnp.sqrt(lifted(noise, 2 * NOISE_FLOOR**2))
+    else:  # either sign will do, but averages are divided by it
+        noise = jnp.where(jnp.abs(noise) < NOISE_FLOOR, NOISE_FLOOR, noise)
     spreads = jnp.sqrt(lifted(jnp.exp(2 * x[begin:end]) - SPREAD_LEVEL**2, SPREAD_FLOOR**2)).reshape(k, d)
     breaking = tuple(jnp.exp(x[end : end + k]))
     if spare:

@@ -38,7 +38,9 @@ def broken_start(fine: Finetuning, x, informative: bool = True, size: Any = 1.0)
     begins to matter."""
     like = jnp.ones_like(jnp.asarray(directions(fine.rank, fine.teacher_rank), float))
     order = order_at(fine, jnp.where(jnp.all(jnp.isfinite(x)), x, start(fine, True, size)))
-    v, q = jnp.clip(order.response, 0.1 / size, 2.0) * like, jnp.clip(order.norm(TEACHER_SIZE), 0.1, 2.0 * size) * like
+    # Without samples v is 1/(2 lambda'); each takes its T directions away.
+    most = jnp.maximum(2.0, (1 - fine.alpha * fine.tokens) / (4 * fine.lam))
+    v, q = jnp.clip(order.response, 0.1 / size, most) * like, jnp.clip(order.norm(TEACHER_SIZE), 0.1, 2.0 * size) * like
     m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
     spread = jnp.sqrt(0.1 * q)
     # |g|^2 is about q / (v^2 alpha').
