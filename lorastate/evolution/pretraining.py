@@ -57,21 +57,23 @@ def inner_problem(pre: Pretraining, order: Order, nodes: Nodes) -> MapProblem:
 
 
 def no_inner(pre: Pretraining, nodes: Nodes) -> Wells:
-    """Placeholder for all parts, to be filled by `locate_inner`."""
+    """Placeholder for all parts, to be filled by a thorough `locate_inner`."""
     parts, n = nodes.weight.shape
     none = jnp.zeros((parts, n), bool)
-    return Wells(jnp.zeros((parts, 2, dimension(pre.tokens), n)), none, none)
+    return Wells(jnp.zeros((parts, 2, dimension(pre.tokens), n)), ~none, none)
 
 
 def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Wells, cold: Any = True) -> Wells:
-    """Inner minimisers of one part; unless `cold` the descents start at the previous ones."""
+    """Inner minimisers of one part; unless `cold` the descents start at the previous ones. A cold search is thorough
+    where there were two wells at any node, or may have been; elsewhere it finds that of Omega."""
     y, omega = (to_coordinates(z) for z in fields(pre, order, nodes.normal))
     # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y.
     many = jnp.stack([omega, y, (omega + y) / 2, omega + y, 2 * y])
     starts = jnp.concatenate([jnp.where(cold, many[:2], previous.u), many[2:]])
     asked = jnp.ones(starts.shape[::2], bool)
     asked = jnp.concatenate([asked[:1], (cold | previous.two)[None], asked[2:]])
-    return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(cold, len(starts), 2))
+    count = jnp.where(cold, jnp.where(jnp.any(previous.two), len(starts), 1), 2)
+    return wells.descend(inner_problem(pre, order, nodes), starts, asked, count)
 
 
 def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
