@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +31,10 @@ from .tables import (
 
 if TYPE_CHECKING:
     from ..setting.stages import Setting
+
+
+#: Seconds within which a first program ends that is not compiled.
+_AT_ONCE = 2.0
 
 
 @dataclass
@@ -87,12 +92,13 @@ class Predict:
         from ..runtime.progress import listening
         from ..solution import solution
 
-        pool, under_way, seen = ThreadPoolExecutor(2), {}, set()
+        pool, under_way, seen, began = ThreadPoolExecutor(2), {}, set(), time.monotonic()
 
         def begin(name: str, _: bool = False) -> None:
-            # Beside the last program: until all others are being compiled it would be in the way.
+            # Beside the last program: until all others are being compiled it would be in the way. Where the second one
+            # follows at once they have been compiled before.
             seen.add(name)
-            if name == "answer":
+            if name == "answer" or (len(seen) == 2 and time.monotonic() - began < _AT_ONCE):
                 wanted = (limits_of, solution.symmetric_solution) if "solve_broken" in seen else (limits_of,)
                 under_way.update({f: pool.submit(f, setting) for f in wanted if f not in under_way})
 
