@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import fuzz  # noqa: E402
-import robustness  # noqa: E402
+import fuzz
+import robustness
 
 
 def settings(activation: str, count: int) -> list[int]:
