@@ -154,8 +154,8 @@ def call(words: list[str], patience: int) -> tuple[object, str, str]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    texts = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]
-    return code, *texts
+    printed, said = (stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err))
+    return code, printed, said
 
 
 def wrong(words: list[str], seconds: float, code: object, err: str) -> str | None:

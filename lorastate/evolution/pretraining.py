@@ -228,17 +228,20 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     return Map(image, jacobian, Slots.commit)
 
 
-#: (V lam, or V where that is None, share of Q0 that M and Q have) of the starts.
-_STARTS = {"usual": (None, 0.5), "weak ridge": (0.1, 0.9), "few samples": (0.05, 0.03)}
+#: V lam (or V, where that is None), M / Q0 and Q / Q0 of the starts.
+_STARTS = {
+    "usual": (None, 0.5, 0.5), "weak ridge": (0.1, 0.9, 0.9), "few samples": (0.05, 0.015, 0.05),
+    "hardly any": (0.02, 0.005, 0.015),
+}  # fmt: skip
 
 
 def start(pre: Pretraining, kind: str = "usual"):
     """(V, M, Q) = (1, Q0/2, Q0/2), from which the damped iteration reaches the global minimiser's branch.
 
     With a "weak ridge" and fewer samples than the interpolation threshold V grows as 1/lam and that start can be too
-    far: then (0.1/lam, 0.9 Q0, 0.9 Q0); with so "few samples" that they tell little of S* (0.05/lam, 0.03 Q0, 0.03 Q0).
+    far; so can that one with so "few samples" that they tell little of S*, or "hardly any".
     """
-    V, share = _STARTS[kind]
+    V, m, q = _STARTS[kind]
     V = jnp.ones_like(pre.lam) if V is None else V / pre.lam
-    x = from_norm(V, share * pre.Q0, share * pre.Q0, pre.label_size).encode()
-    return x if pre.task is None else jnp.append(x, share * pre.common)
+    x = from_norm(V, m * pre.Q0, q * pre.Q0, pre.label_size).encode()
+    return x if pre.task is None else jnp.append(x, m * pre.common)

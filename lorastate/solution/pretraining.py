@@ -137,7 +137,8 @@ def search_pretraining(problem: Problem) -> Solved:
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
     jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, "weak ridge"))]
     # With few samples plain steps overshoot by far, and lead away from a solution that is near.
-    jobs.append((rules[0]._replace(burn_in=0), _FAILED, pt.start(pre, "few samples")))
+    few = rules[0]._replace(burn_in=0)
+    jobs += [(few, _FAILED, pt.start(pre, kind)) for kind in ("few samples", "hardly any")]
     if nodes is not None:
         # The last stage twice where nodes have two wells: it begins with a cold search, then everywhere thorough, which
         # may find what following wells has missed.
