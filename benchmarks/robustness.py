@@ -171,10 +171,14 @@ def _at_zero(setting: ls.Setting, found: ls.Solution) -> float:
 
 
 def worst_residual(found: ls.Solution, solves: Any) -> tuple[float, float]:
-    """(Largest residual of pre-training, largest of fine-tuning in the error bars of its order parameters, or beside
-    them in units of `_RESIDUAL`)."""
+    """The largest residuals: of pre-training as it is, or where its nodes have two wells, between which minimisers
+    jump, in error bars of its order parameters; of fine-tuning in error bars, or `_RESIDUAL` beside them."""
     problem, second = solves.problem, solves.second
-    of_map = float(jnp.max(jnp.abs(map_residual(problem.pretraining_alone, solves.first.x))))
+    x, pre, errors = solves.first.x, found.pretraining, found.errors["pretraining"]
+    steps = jnp.abs(map_residual(problem.pretraining_alone, x))[:3]
+    if float(pre["double_well_share"]) > 0:
+        steps /= _RESIDUAL + jnp.stack([errors["V"] / pre["V"], errors["M"], errors["Q"] / (2 * jnp.abs(x[2]))])
+    of_map = float(jnp.max(steps))
     of_lora = lora_residual(problem.found, solves.first.x, second.solved.point.x, second.found, second.control)
     values, bars = found.finetuning, found.errors["finetuning"]
     names = [n for n in ("v", "m", "p", "q")]
@@ -215,8 +219,7 @@ def one(index: int, each: int = EACH) -> dict[str, Any]:
         row["stderr"] = {name: found.stderr("finetuning", name) for name in ("test_error", "overlap", "free_energy")}
         row["unstable"] = found.pretraining_symmetry == "unstable"
         row["residuals"] = of_map, of_lora = worst_residual(found, solves)
-        # Where minimisers jump from well to well the map of pre-training has steps of 1/N.
-        if not of_map < (1e-2 if float(found.pretraining["double_well_share"]) > 0 else 1e-6):
+        if not of_map < (_BARS if float(found.pretraining["double_well_share"]) > 0 else 1e-6):
             bad.append(f"residual of pre-training {of_map:.1e}")
         if not of_lora < _BARS:
             bad.append(f"residual of fine-tuning {of_lora:.1e} of its room")
@@ -244,6 +247,10 @@ def make(path: Path, count: int, each: int, part: str) -> None:
         jax.clear_caches()  # the programs of a kind that is done
 
 
+#: Samples that a training may have: with more, D is smaller.
+_MOST_SAMPLES = 3000
+
+
 def train(path: Path, count: int, dimension: int, runs: int, moves: int) -> None:
     """Solved settings, drawn at random, trained on the channel that the theory of fine-tuning assumes."""
     out = path.with_suffix(".trained.jsonl")
@@ -254,7 +261,7 @@ def train(path: Path, count: int, dimension: int, runs: int, moves: int) -> None
         if row["index"] in done:
             continue
         setting = setting_from_dict(row["setting"])
-        size = max(20, min(dimension, int(3000 / max(1.0, float(ft_samples(setting))))))
+        size = max(20, min(dimension, int(_MOST_SAMPLES / float(setting.finetuning_resolved.alpha))))
         found = ls.simulate(setting, stage="finetuning", dimension=size, runs=runs, starts=3, moves=moves)
         entry: dict[str, Any] = {"index": row["index"], "symmetry": row["symmetry"], "dimension": size}
         for name in ("test_error", "overlap", "free_energy"):
@@ -263,12 +270,9 @@ def train(path: Path, count: int, dimension: int, runs: int, moves: int) -> None
         with out.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         e, de, t, dt = entry["test_error"]
+        off = (e - t) / max(math.hypot(de, dt), 1e-6 * abs(t))  # training rounds, too
         print(f"{row['index']} D = {size} {row['symmetry']}: E' {e:.4f}({de:.4f}), trained {t:.4f}({dt:.4f}), "
-              f"{100 * (e / t - 1):+.1f} %, {(e - t) / math.hypot(de, dt):+.1f} sigma", flush=True)  # fmt: skip
-
-
-def ft_samples(setting: ls.Setting) -> Any:
-    return setting.finetuning_resolved.alpha
+              f"{100 * (e / t - 1):+.1f} %, {off:+.1f} sigma", flush=True)  # fmt: skip
 
 
 def report(path: Path) -> None:
