@@ -119,23 +119,23 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
         return jnp.sum(nodes.weight * a)
 
     teacher = mean(jnp.sum(h * jnp.sqrt(pre.label_size) * to_coordinates(one), 0))
-    known = _without_noise(pre, order, one, problem.target, nodes.weight)
+    known = _without_noise(pre, order, one, problem.target)
     divergence = mean(jnp.sum((h - known) * to_coordinates(two), 0)) / order.noise
     return Averages(mean(low.depth), teacher, divergence, mean(square), mean(1.0 * found.two))
 
 
-#: 2 V times the mean curvature of the loss from which on the inner minimiser is not near Omega.
-_STIFF = 0.3
+#: 2 V times the curvature of the loss from which on the inner minimiser is not near Omega.
+_STIFF = 1.2
 
 
-def _without_noise(pre: Pretraining, order: Order, one, target, weight):
+def _without_noise(pre: Pretraining, order: Order, one, target):
     """What h would be without the independent part G of Omega at a small response, (n, N): the gradient of the loss at
     (M/E Y^2) Y. E h . G knows nothing of it, but an average over nodes divided by a noise that is next to nothing (a
-    student that hardly is there) would consist of nothing else. At a larger response, compared with the mean curvature
+    student that hardly is there) would consist of nothing else. At a larger response, compared with the curvature
     there, h is another one, whose errors make up for those of the other averages: this falls as 1/V^4."""
     y = order.overlap / jnp.sqrt(pre.label_size) * one
     _, gradient, hess = pre.activation.loss_terms(y, target)
-    curvature = jnp.sum(weight * jnp.einsum("iin->n", hessian_to_coordinates(hess))) / dimension(pre.tokens)
+    curvature = jnp.einsum("iin->n", hessian_to_coordinates(hess)) / dimension(pre.tokens)
     return to_coordinates(gradient) / (1 + (2 * order.response * curvature / _STIFF) ** 4)
 
 
