@@ -61,7 +61,7 @@ def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _J
     """All stages, stacked: both starts on a part of the nodes, there once more from a cold search, both on all of the
     nodes, and away from a solution that repels. With breaking y climbs to the maximum of phi on the first nodes, then
     on all, with a control variate; what that ends in is solved once more from a cold search, which may find wells that
-    were lost on the way (then it was no solution), and once from where it is, so that neighbours lie on smooth curves."""
+    were lost on the way (it was no solution then), and once from where it is: neighbours lie on smooth curves so."""
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     parts, size = nodes.weight.shape
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
