@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ..math.fixed_point import Map
 from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
-from ..math.symmetric import dimension, hessian_to_coordinates, to_coordinates
+from ..math.symmetric import dimension, to_coordinates
 from ..model import wells
 from ..model.activation import Identity
 from ..model.channel.fields import field_dimension, standard_fields
@@ -57,23 +57,21 @@ def inner_problem(pre: Pretraining, order: Order, nodes: Nodes) -> MapProblem:
 
 
 def no_inner(pre: Pretraining, nodes: Nodes) -> Wells:
-    """Placeholder for all parts, to be filled by a thorough `locate_inner`."""
+    """Placeholder for all parts, to be filled by `locate_inner`."""
     parts, n = nodes.weight.shape
     none = jnp.zeros((parts, n), bool)
-    return Wells(jnp.zeros((parts, 2, dimension(pre.tokens), n)), ~none, none)
+    return Wells(jnp.zeros((parts, 2, dimension(pre.tokens), n)), none, none)
 
 
 def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Wells, cold: Any = True) -> Wells:
-    """Inner minimisers of one part; unless `cold` the descents start at the previous ones. A cold search is thorough
-    where there were two wells at any node, or may have been; elsewhere it finds that of Omega."""
+    """Inner minimisers of one part; unless `cold` the descents start at the previous ones."""
     y, omega = (to_coordinates(z) for z in fields(pre, order, nodes.normal))
     # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y.
     many = jnp.stack([omega, y, (omega + y) / 2, omega + y, 2 * y])
     starts = jnp.concatenate([jnp.where(cold, many[:2], previous.u), many[2:]])
     asked = jnp.ones(starts.shape[::2], bool)
     asked = jnp.concatenate([asked[:1], (cold | previous.two)[None], asked[2:]])
-    count = jnp.where(cold, jnp.where(jnp.any(previous.two), len(starts), 1), 2)
-    return wells.descend(inner_problem(pre, order, nodes), starts, asked, count)
+    return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(cold, len(starts), 2))
 
 
 def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
@@ -124,19 +122,19 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
     return Averages(mean(low.depth), teacher, divergence, mean(square), mean(1.0 * found.two))
 
 
-#: 2 V times the curvature of the loss from which on the inner minimiser is not near Omega.
-_STIFF = 1.2
+#: Distance of the inner minimiser from Omega, in units of Y, up to which it is near.
+_NEAR = 0.05
 
 
 def _without_noise(pre: Pretraining, order: Order, one, target):
     """What h would be without the independent part G of Omega at a small response, (n, N): the gradient of the loss at
     (M/E Y^2) Y. E h . G knows nothing of it, but an average over nodes divided by a noise that is next to nothing (a
-    student that hardly is there) would consist of nothing else. At a larger response, compared with the curvature
-    there, h is another one, whose errors make up for those of the other averages: this falls as 1/V^4."""
+    student that hardly is there) would consist of nothing else. Where it would take the minimiser far away h is another
+    one, whose errors make up for those of the other averages: this is next to nothing there."""
     y = order.overlap / jnp.sqrt(pre.label_size) * one
-    _, gradient, hess = pre.activation.loss_terms(y, target)
-    curvature = jnp.einsum("iin->n", hessian_to_coordinates(hess)) / dimension(pre.tokens)
-    return to_coordinates(gradient) / (1 + (2 * order.response * curvature / _STIFF) ** 4)
+    gradient = to_coordinates(pre.activation.loss_terms(y, target)[1])
+    way = jnp.sum((2 * order.response * gradient) ** 2, 0) / pre.label_size
+    return gradient / (1 + (way / _NEAR**2) ** 2)
 
 
 def averages_of(pre: Pretraining, order: Order, nodes: Nodes, found: Wells) -> Averages:

@@ -130,8 +130,7 @@ def search_pretraining(problem: Problem) -> Solved:
         fmap, memory = plain_map(pt.step, pre), Slots.of(None)
         rules = [Rules.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))] * 2
     else:
-        nothing = pt.no_inner(pre, nodes)
-        fmap, memory = pt.state_evolution(pre, nodes), Slots.of(nothing._replace(two=~nothing.two))
+        fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
         rules = rules_of(numerics, len(nodes.weight), 1e-4)
     usual = pt.start(pre)
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
@@ -140,8 +139,7 @@ def search_pretraining(problem: Problem) -> Solved:
     few = rules[0]._replace(burn_in=0)
     jobs += [(few, _FAILED, pt.start(pre, kind)) for kind in ("few samples", "hardly any")]
     if nodes is not None:
-        # The last stage twice where nodes have two wells: it begins with a cold search, then everywhere thorough, which
-        # may find what following wells has missed.
+        # The last stage twice: it begins with a cold search, which may find what following wells has missed.
         jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
     # Near the interpolation threshold noisy labels make the map large along a direction that is almost flat; with
     # noiseless ones above it the noise of the map falls by orders of magnitude. Only plain steps find their way there.
@@ -156,8 +154,7 @@ def search_pretraining(problem: Problem) -> Solved:
         skip = ((when == _FAILED) & solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~made)
         # NaN stops at once.
         x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
-        begin = memory if nodes is None else _looking(memory, when == _WELLS)
-        point, _, found, remembered = iterate(fmap, rules, True, x0, jac, begin)
+        point, _, found, remembered = iterate(fmap, rules, True, x0, jac, memory)
         if nodes is not None:
             point = _ended_at_jump(point, jnp.any(remembered.read().two), rules.tolerance)
         skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
@@ -172,18 +169,6 @@ def search_pretraining(problem: Problem) -> Solved:
     chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
     chosen = chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps)))
     return Solved(chosen, carry[2], carry[3].read())
-
-
-#: Nodes at least that are searched for a second well before any are taken to have one, and every how many parts.
-_LOOKED_AT, _EVERY = 4096, 8
-
-
-def _looking(memory: Slots, everywhere) -> Slots:
-    """The memory for a cold search that is thorough on some parts of the nodes, or `everywhere`."""
-    found = memory.data
-    _, parts, size = found.two.shape
-    some = np.arange(parts) % max(1, min(_EVERY, parts * size // _LOOKED_AT)) == 0
-    return memory._replace(data=found._replace(two=found.two | everywhere | some[:, None]))
 
 
 #: How far a map that does not jump may stop from its fixed point, in log V and in shares of the noise: mere rounding.
