@@ -74,7 +74,7 @@ def test_the_map_is_large_near_the_interpolation_threshold():
     """Noisy labels at a weak ridge: training at D = 60 (2 runs, 3 starts) has M = 7.1(1), Q = 62(7), growing with D;
     Newton steps alone stop at M = 2.8."""
     pre = ls.Pretraining(0.4804, 0.00105, kappa0=0.583, kappa=1.5, delta=2.46, tokens=2)
-    found = ls.pretrain(pre, ls.Numerics(nodes=16384))
+    found = ls.pretrain(pre, ls.Numerics(nodes=4096, replicas=4))
     assert 7.0 < float(found.values["M"]) < 9.0 and 60 < float(found.values["Q"]) < 110
 
 

@@ -122,19 +122,23 @@ def averages(pre: Pretraining, order: Order, nodes: Nodes | None, found: Wells |
     return Averages(mean(low.depth), teacher, divergence, mean(square), mean(1.0 * found.two))
 
 
-#: Distance of the inner minimiser from Omega, in units of Y, up to which it is near.
-_NEAR = 0.05
+#: V, in units of E Y^2, from which on a student is there for sure.
+_THERE = 0.1
 
 
 def _without_noise(pre: Pretraining, order: Order, one, target):
     """What h would be without the independent part G of Omega at a small response, (n, N): the gradient of the loss at
     (M/E Y^2) Y. E h . G knows nothing of it, but an average over nodes divided by a noise that is next to nothing (a
-    student that hardly is there) would consist of nothing else. Where it would take the minimiser far away h is another
-    one, whose errors make up for those of the other averages: this is next to nothing there."""
-    y = order.overlap / jnp.sqrt(pre.label_size) * one
-    gradient = to_coordinates(pre.activation.loss_terms(y, target)[1])
-    way = jnp.sum((2 * order.response * gradient) ** 2, 0) / pre.label_size
-    return gradient / (1 + (way / _NEAR**2) ** 2)
+    student that hardly is there) would consist of nothing else. At larger responses h is another one, whose errors make
+    up for those of the other averages: there this is zero."""
+
+    def gradient():
+        y = order.overlap / jnp.sqrt(pre.label_size) * one
+        return (1 - small**2) ** 2 * to_coordinates(pre.activation.loss_terms(y, target)[1])
+
+    small = order.response / (_THERE * pre.label_size)
+    zero = jnp.zeros((dimension(pre.tokens), one.shape[-1]), one.dtype)
+    return jax.lax.cond(small < 1, gradient, lambda: zero)
 
 
 def averages_of(pre: Pretraining, order: Order, nodes: Nodes, found: Wells) -> Averages:
