@@ -30,15 +30,13 @@ import numpy as np
 jax.config.update("jax_enable_x64", True)
 
 import lorastate as ls  # noqa: E402
+from lorastate.diagnosis.cross_check import map_image  # noqa: E402
 from lorastate.evolution import finetuning as ft  # noqa: E402
 from lorastate.evolution import finetuning_map  # noqa: E402
-from lorastate.evolution import pretraining as pt  # noqa: E402
-from lorastate.evolution.order import decode  # noqa: E402
-from lorastate.math.quadrature import mean, over_replicas  # noqa: E402
+from lorastate.math.quadrature import mean  # noqa: E402
 from lorastate.setting.files import setting_from_dict  # noqa: E402
 from lorastate.solution.finetuning import LoraStage  # noqa: E402
 from lorastate.solution.gradients import searches_scale, with_best_scale  # noqa: E402
-from lorastate.solution.pretraining import MapStage  # noqa: E402
 from lorastate.solution.problem import Problem  # noqa: E402
 from lorastate.solution.solve import answered, solve_alone  # noqa: E402
 from lorastate.solution.stage import averages  # noqa: E402
@@ -66,9 +64,9 @@ def kind(number: int) -> tuple[int, str, dict[str, Any], str]:
     return TOKENS[tokens], activation, CHANNELS[channel], LAWS[law]
 
 
-def random_setting(index: int, each: int = EACH) -> dict[str, Any]:
+def random_setting(index: int) -> dict[str, Any]:
     """Setting number `index`, as a file has it."""
-    tokens, activation, channel, law = kind(index // each)
+    tokens, activation, channel, law = kind(index // EACH)
     rng = np.random.default_rng([2, index])
 
     def log(low: float, high: float) -> float:
@@ -106,15 +104,7 @@ def random_setting(index: int, each: int = EACH) -> dict[str, Any]:
 @jax.jit
 def map_residual(problem: Problem, x: Any) -> Any:
     """The step of pre-training's state evolution at x, inner minima searched from nothing."""
-    pre, nodes = problem.pre, problem.nodes.pretraining
-    if nodes is None:
-        return pt.step(x, pre, None) - x
-
-    def at(n, w):
-        return pt.locate_inner(pre, decode(x), n, w, True)
-
-    a = averages(MapStage(pre), x, nodes, over_replicas(at, nodes, pt.no_inner(pre, nodes)))
-    return MapStage(pre).image(mean(a), x) - x
+    return map_image(x, problem.pre, problem.nodes.pretraining) - x
 
 
 @jax.jit
@@ -181,13 +171,10 @@ def worst_residual(found: ls.Solution, solves: Any) -> tuple[float, float]:
     of_map = float(jnp.max(steps))
     of_lora = lora_residual(problem.found, solves.first.x, second.solved.point.x, second.found, second.control)
     values, bars = found.finetuning, found.errors["finetuning"]
-    names = [n for n in ("v", "m", "p", "q")]
+    kinds = ("", "_spare") if ft.spare(problem.fine) else ("",)
     room = []
-    for name in names:
-        scale = values[name] if name == "v" else 1.0
-        room.append(bars[name] / scale)
-        if ft.spare(problem.fine):
-            room.append(bars.get(f"{name}_spare", 0.0) / (values[f"{name}_spare"] if name == "v" else 1.0))
+    for name in (n + kind for n in "vmpq" for kind in kinds):
+        room.append(bars.get(name, 0.0) / (values[name] if name[0] == "v" else 1.0))  # m of spare directions is zero
     return of_map, float(jnp.max(jnp.abs(of_lora) / (_RESIDUAL + jnp.stack([jnp.asarray(r) for r in room]))))
 
 
@@ -201,9 +188,9 @@ def solved(setting: ls.Setting) -> tuple[ls.Solution, Any]:
     return ls.Solution(setting, values["pretraining"], values["finetuning"], errors, status, branches), solves
 
 
-def one(index: int, each: int = EACH) -> dict[str, Any]:
+def one(index: int) -> dict[str, Any]:
     """The row of a setting: codes, seconds, phase, residuals, and what is wrong with it."""
-    given = random_setting(index, each)
+    given = random_setting(index)
     row: dict[str, Any] = {"index": index, "setting": given}
     began = time.perf_counter()
     try:
@@ -232,13 +219,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def make(path: Path, count: int, each: int, part: str) -> None:
+def make(path: Path, count: int, part: str) -> None:
     mine, parts = (int(v) for v in part.split("/"))
     done = {row["index"] for row in _rows(path)}
-    for number in range(mine, -(-count // each), parts):
-        for index in range(number * each, min((number + 1) * each, count)):
+    for number in range(mine, -(-count // EACH), parts):
+        for index in range(number * EACH, min((number + 1) * EACH, count)):
             if index not in done:
-                row = one(index, each)
+                row = one(index)
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 said = row.get("codes", row.get("refused"))
@@ -277,15 +264,14 @@ def train(path: Path, count: int, dimension: int, runs: int, moves: int) -> None
 
 def report(path: Path) -> None:
     rows = _rows(path)
-    good = [row for row in rows if row.get("codes") == ["ok", "ok"]]
-    refused = [row for row in rows if "refused" in row]
+    good, others = ([row for row in rows if (row.get("codes") == ["ok", "ok"]) == yes] for yes in (True, False))
+    refused = [row for row in others if "refused" in row]
     print(f"{len(rows)} settings, {len(refused)} refused, {len(good)} of {len(rows) - len(refused)} solved")
     print(f"  symmetric {sum(row['symmetry'] == 'replica symmetric' for row in good)}, pre-training unstable "
           f"{sum(row['unstable'] for row in good)}")  # fmt: skip
     codes = collections.defaultdict(list)
-    for row in rows:
-        if row not in good:
-            codes[" ".join(row["codes"]) if "codes" in row else row["refused"].split(";")[0]].append(row["index"])
+    for row in others:
+        codes[" ".join(row["codes"]) if "codes" in row else row["refused"].split(";")[0]].append(row["index"])
     for code, which in sorted(codes.items(), key=lambda item: -len(item[1])):
         print(f"  {code}: {len(which)}, such as {which[:8]}")
     for row in good:
@@ -298,14 +284,13 @@ def main() -> None:
     parser.add_argument("command", choices=("make", "train", "report"))
     parser.add_argument("file", type=Path)
     parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--each", type=int, default=EACH, help="settings of one kind")
     parser.add_argument("--part", default="0/1", help="which part of how many")
     parser.add_argument("--dimension", type=int, default=200)
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--moves", type=int, default=10)
     given = parser.parse_args()
     if given.command == "make":
-        make(given.file, given.count, given.each, given.part)
+        make(given.file, given.count, given.part)
     elif given.command == "train":
         train(given.file, given.count, given.dimension, given.runs, given.moves)
     else:

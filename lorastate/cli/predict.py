@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,10 +30,6 @@ from .tables import (
 
 if TYPE_CHECKING:
     from ..setting.stages import Setting
-
-
-#: Seconds within which a first program ends that is not compiled.
-_AT_ONCE = 2.0
 
 
 @dataclass
@@ -92,13 +87,12 @@ class Predict:
         from ..runtime.progress import listening
         from ..solution import solution
 
-        pool, under_way, seen, began = ThreadPoolExecutor(2), {}, set(), time.monotonic()
+        pool, under_way, seen = ThreadPoolExecutor(2), {}, set()
 
         def begin(name: str, _: bool = False) -> None:
-            # Beside the last program: until all others are being compiled it would be in the way. Where the second one
-            # follows at once they have been compiled before.
+            # Beside the last program: until all others are being compiled it would be in the way.
             seen.add(name)
-            if name == "answer" or (len(seen) == 2 and time.monotonic() - began < _AT_ONCE):
+            if name == "answer":
                 wanted = (limits_of, solution.symmetric_solution) if "solve_broken" in seen else (limits_of,)
                 under_way.update({f: pool.submit(f, setting) for f in wanted if f not in under_way})
 

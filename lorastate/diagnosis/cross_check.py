@@ -51,7 +51,7 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
 
     def value(params):
         here = problem.at(eqx.combine(params, rest))
-        x, left = anderson(lambda x, pre: _map_image(x, pre, nodes.pretraining), x0, here.pre)
+        x, left = anderson(lambda x, pre: map_image(x, pre, nodes.pretraining), x0, here.pre)
         fine, frozen = here.fine, here.frozen(x)
         y, left_too = anderson(lambda y, args: _lora_image(y, args, nodes.finetuning), y0, (fine, frozen))
         found = OBJECTIVES[of](AdaptedLayer(here.pre, fine, frozen, ft.order_at(fine, y)), x, nodes)
@@ -71,7 +71,8 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
     }
 
 
-def _map_image(x, pre, nodes):
+def map_image(x, pre, nodes):
+    """One sweep of pre-training's state evolution at x, its inner minimisers looked for anew."""
     if nodes is None:
         return pt.step(x, pre, None)
 
