@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..math.fixed_point import Map
-from ..math.quadrature import Nodes, Slots, sweep
+from ..math.quadrature import Nodes, Slots, over_replicas, sweep
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..model.wells import Wells
@@ -72,7 +72,7 @@ def _moved(fine: Finetuning, since, order: Order):
 
 def locate_all(fine, frozen, order: Order, nodes: Nodes, previous: Wells) -> Wells:
     """Inner minimisers of all parts, looked for anew."""
-    return jax.lax.map(lambda part: locate_inner(fine, frozen, order, *part), (nodes, previous))
+    return over_replicas(lambda *part: locate_inner(fine, frozen, order, *part), nodes, previous)
 
 
 def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: int = 0, held: Any = False) -> Map:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from scipy.special import ndtri
 
+from ..runtime.cores import PART, shared
 from ..runtime.program import kept_arrays, platform
 from .places import put, row
 
@@ -143,12 +145,19 @@ def for_parts(tree, nodes: Nodes):
 
 
 def over_replicas(f, nodes: Nodes, *mapped):
-    """`f(one part, *its slices)` for every part of all replicas, stacked: one after the other on a CPU, where a part
-    fits the cache; together on an accelerator."""
-    xs = (nodes, *mapped)
-    if platform() == "cpu":
+    """`f(one part, *its slices)` for every part of all replicas, stacked: one after the other on a core of a CPU, where
+    a part fits the cache; together on an accelerator."""
+    xs = jax.tree_util.tree_map(jnp.asarray, (nodes, *mapped))
+    if platform() != "cpu":
+        return jax.vmap(lambda x: f(*x))(xs)
+
+    def each(xs):
         return jax.lax.map(lambda x: f(*x), xs)
-    return jax.vmap(lambda x: f(*x))(xs)
+
+    mesh, part = shared(), PartitionSpec(PART)
+    if mesh is None or len(jax.tree_util.tree_leaves(xs)[0]) % mesh.size:
+        return each(xs)
+    return jax.shard_map(each, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(xs)
 
 
 class Slots(NamedTuple):
@@ -185,12 +194,33 @@ def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
     once whatever `count` is. Without `write` the memory stays as it is. Forward-mode derivatives only.
     """
     nodes = jax.tree_util.tree_map(jnp.asarray, nodes)
-    each = jax.tree_util.tree_map
     if platform() != "cpu":
         values, new = jax.vmap(f)(nodes, memory.read())
         if write:
             memory = memory._replace(data=put(memory.data, new, memory.there))
         return mean(values), memory
+
+    mesh, parts = shared(), len(nodes.weight)
+    if mesh is None or parts % mesh.size:
+        total, data = _sum(f, nodes, memory, count, write)
+    else:
+
+        def mine(nodes, data):
+            size = parts // mesh.size
+            here = jnp.clip(count - size * jax.lax.axis_index(PART), 0, size)
+            total, data = _sum(f, nodes, memory._replace(data=data), here, write)
+            return jax.lax.psum(total, PART), data
+
+        part, rows, every = PartitionSpec(PART), PartitionSpec(None, PART), PartitionSpec()
+        sum_ = jax.shard_map(mine, mesh=mesh, in_specs=(part, rows), out_specs=(every, rows), check_vma=False)
+        total, data = sum_(nodes, memory.data)
+    value = jax.tree_util.tree_map(lambda v: v / count, total)
+    return value, memory._replace(data=data) if write else memory
+
+
+def _sum(f, nodes: Nodes, memory: Slots, count, write: bool):
+    """The sum of `value` over the first `count` parts, and what is remembered then (see `sweep`)."""
+    each = jax.tree_util.tree_map
 
     def at(r, data):
         return f(row(nodes, r), row(data, memory.here, r))
@@ -200,12 +230,12 @@ def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
         value, new = at(r, memory.data if data is None else data)
         if data is not None:
             data = put(data, new, memory.there, r)
-        return each(lambda t, v: t + v / count, total, value), data
+        return each(jnp.add, total, value), data
 
     shape = jax.eval_shape(lambda: at(0, memory.data)[0])
     zero = each(lambda v: jnp.zeros(v.shape, v.dtype), shape)
     total, data = jax.lax.fori_loop(0, count, one, (zero, memory.data if write else None))
-    return total, memory._replace(data=data) if write else memory
+    return total, memory.data if data is None else data
 
 
 #: Nodes that are averaged over together on a CPU, so that their matrices stay in its caches.

@@ -1,4 +1,8 @@
-"""The cores of a machine: how many there are for this process, and work that is shared out over them."""
+"""The cores of a machine: how many there are for this process, and work that is shared out over them.
+
+A CPU is one device of JAX, and a program on it keeps about one core busy. Where JAX has been told that there are more
+(`jax_num_cpu_devices`, as the command line does), a program shares the parts of its nodes out over them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 #: Where a container is told how much of the processor it may use: microseconds, and in how many of them (cgroups 2, 1).
 _QUOTAS = (
@@ -29,19 +37,73 @@ def cores() -> int:
     return seen
 
 
+#: The mesh of the program that is being made, and whether cores have other solves to do.
+_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+_BUSY: ContextVar[bool] = ContextVar("busy", default=False)
+#: The name of the axis of such a mesh.
+PART = "part"
+
+
+def shared() -> Mesh | None:
+    """The cores that the program shares which is being made, if it shares any."""
+    return _MESH.get()
+
+
+@contextlib.contextmanager
+def sharing(mesh: Mesh | None) -> Iterator[None]:
+    """Programs made meanwhile share these cores, or none."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def mesh_of(parts: Iterable[int]) -> Mesh | None:
+    """The cores that a program on so many parts of each of its node sets can share: as many of JAX's devices on a CPU
+    as divide all of them, or None for one alone."""
+    config: Any = jax.config
+    parts = list(parts)
+    if not parts or _BUSY.get() or jax.default_backend() != "cpu" or jax.process_count() > 1 or config.jax_default_device:
+        return None
+    devices = jax.local_devices()
+    count = int(np.gcd.reduce([2 ** (len(devices).bit_length() - 1), *parts]))
+    return Mesh(np.array(devices[:count]), (PART,)) if count > 1 else None
+
+
+def gathered(tree):
+    """The arrays of a tree, small ones, on one device, from the cores that shared them."""
+
+    def one(leaf):
+        spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        return jnp.asarray(np.asarray(leaf)) if spread else leaf
+
+    return jax.tree_util.tree_map(one, tree)
+
+
+@contextlib.contextmanager
+def _busy() -> Iterator[None]:
+    token = _BUSY.set(True)
+    try:
+        yield
+    finally:
+        _BUSY.reset(token)
+
+
 def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
-    """`f` of every value, in their order, on up to four cores: a solve on a CPU keeps one of them busy.
+    """`f` of every value, in their order, on up to four cores, each of which makes a solve of its own.
 
     The first call is made alone, since it may compile what the others share.
     """
     first, *others = values
-    yield f(first)
     config: Any = jax.config
     device = config.jax_default_device
 
     def there(value):
-        with jax.default_device(device):  # which other threads do not see
+        with jax.default_device(device), _busy():  # which other threads do not see
             return f(value)
+
+    yield there(first)
 
     pool = ThreadPoolExecutor(min(cores(), 4))
     try:

@@ -22,10 +22,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._version import SOURCE, source_on_disk
 from ..errors import is_concrete
-from .cores import cores
+from .cores import PART, cores, shared, sharing
 from .progress import anyone, tell
 
 #: How the names of this package's modules begin.
@@ -35,19 +36,20 @@ _PACKAGE = __name__.partition(".")[0] + "."
 #: of its time and memory, and what is compiled runs slower by a third.
 _USUAL = {"xla_backend_optimization_level": 1, "xla_cpu_prefer_vector_width": 512}
 _QUICK = {**_USUAL, "xla_cpu_use_fusion_emitters": False}
+#: Cores that share a program may wait for each other as long as they like.
+_PATIENT = {"xla_cpu_collective_call_terminate_timeout_seconds": 10**6, "xla_cpu_collective_timeout_seconds": 10**6}
 
 
 @functools.cache
-def _options(backend: str, quick: bool) -> dict:
-    """The options, if this version of the compiler has them."""
-    options = _QUICK if quick else _USUAL
-    if backend != "cpu":
-        return {}
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
+def _options(backend: str, quick: bool, mesh: Mesh | None = None) -> dict:
+    """The options, those that this version of the compiler has."""
+    found: dict[str, Any] = {}
+    for options in (_QUICK if quick else _USUAL, {} if mesh is None else _PATIENT):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if backend == "cpu" and options:
+                jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
+                found |= options
+    return found
 
 
 def platform(arrays: Iterable[Any] = ()) -> str:
@@ -58,6 +60,28 @@ def platform(arrays: Iterable[Any] = ()) -> str:
     device = next(iter(bound[0].devices())) if bound else config.jax_default_device
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return jax.export.default_export_platform() if name == jax.default_backend() else name
+
+
+def _layout(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
+    """Where cores that share a program keep an array of that shape: large ones are known of every part of the nodes,
+    and each core keeps those of its parts; all have the others. (Any layout will do: it decides what has to be moved.)
+    """
+    large = mesh is not None and len(shape) > 1 and np.prod(shape) >= _LARGE and shape[0] % mesh.size == 0
+    return NamedSharding(mesh, PartitionSpec(PART)) if large else None
+
+
+#: Entries of an array from which on it is large.
+_LARGE = 2**12
+
+
+def _placed(array, mesh: Mesh | None):
+    """An array where a program looks for it that the cores of `mesh` share, or that one core alone has."""
+    wanted, there = _layout(array.shape, mesh), getattr(array, "sharding", None)
+    if wanted is not None:
+        return array if there == wanted else jax.device_put(array, wanted)
+    # What comes from a program that cores share is bound to all of them.
+    bound = there is not None and array.committed and (mesh is not None or len(there.device_set) > 1)
+    return np.asarray(array) if bound else array
 
 
 #: What a user may ask of JAX for programs of his own is not asked of these: what is undefined is NaN, and arrays of
@@ -100,8 +124,10 @@ class Program:
             # Options belong to the outermost jit: inside another one there is none to be had.
             # (What is made of nothing inside one is a tracer, even where all arguments are known.)
             if not all(map(is_concrete, (*jax.tree_util.tree_leaves(args), jnp.zeros(())))):
-                return self._inner(*args)
+                with sharing(None):
+                    return self._inner(*args)
             leaves, treedef = jax.tree_util.tree_flatten(args)
+            leaves = [_placed(leaf, shared()) if eqx.is_array(leaf) else leaf for leaf in leaves]
             arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
             if anyone():
                 self._announce(args, treedef, [a.shape for a in arrays])
@@ -122,13 +148,16 @@ class Program:
         meanwhile in another thread."""
         with _own_rules():
             leaves, treedef = jax.tree_util.tree_flatten(args)
+            mesh = shared()
+            if mesh is not None:
+                leaves = [_shape(leaf, mesh) if _is_array(leaf) else leaf for leaf in leaves]
             if anyone():
                 self._announce(args, treedef, [a.shape for a in filter(_is_array, leaves)])
             key, made = self._prepared(args, leaves, treedef)
             lowered = made.run.lower(*filter(_is_array, leaves))
             self._under_way[key] = _compilers().submit(lowered.compile)
             out = lowered.out_info
-            if made.kept:  # whose results are bound to their device
+            if made.kept and mesh is None:  # whose results are bound to their device
                 here = jnp.zeros(()).sharding
                 out = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for s in out]
             return _filled(made.outcomes, out)
@@ -144,7 +173,7 @@ class Program:
         backend = platform(arrays)
         shapes = tuple((a.shape, str(a.dtype)) for a in arrays)
         still = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-        key = (treedef, shapes, still, backend, folder, _version())
+        key = (treedef, shapes, still, backend, folder, _version(), shared())
         if key not in self._made:
             made = None
             if folder is not None and self._ours() and all(map(_known, args)):
@@ -160,17 +189,18 @@ class Program:
 
     def _plain(self, backend: str, leaves: list, treedef) -> _Made:
         flat, outcomes = self._flat(leaves, treedef)
-        return _Made(jax.jit(flat, compiler_options=_options(backend, self._quick)), outcomes)
+        return _Made(jax.jit(flat, compiler_options=_options(backend, self._quick, shared())), outcomes)
 
     def _keep(self, folder: Path, backend: str, leaves: list, treedef, shapes) -> _Made | None:
         """From disk, if it is there; None where the arguments are not such that a later start could know them again."""
         still = [None if _is_array(leaf) else leaf for leaf in leaves]
         words = f"{treedef} {still}"
         plain = all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in still)
-        one_device = all(len(a.devices()) == 1 for a in leaves if isinstance(a, jax.Array))
-        if not (plain and one_device) or "0x" in words or "<" in words:
+        mesh = shared()
+        known = mesh or all(len(a.devices()) == 1 for a in leaves if isinstance(a, jax.Array))
+        if not (plain and known) or "0x" in words or "<" in words:
             return None
-        name = f"{self._f.__module__}.{self._f.__qualname__}"
+        name = f"{self._f.__module__}.{self._f.__qualname__} {mesh and mesh.size}"
         path = folder / hashlib.sha256(f"{_version()} {name} {backend} {words} {shapes}".encode()).hexdigest()
         try:
             exported, outcome = _read(path)
@@ -180,12 +210,13 @@ class Program:
                 exported, outcome = _read(path)  # what a later start will see
             except Exception:  # a folder that cannot be written, a program that cannot be exported
                 return None
-        return _Made(jax.jit(exported.call, compiler_options=_options(backend, self._quick)), [outcome], True)
+        options = _options(backend, self._quick, mesh)
+        return _Made(jax.jit(exported.call, compiler_options=options), [outcome], True)
 
     def _flat(self, leaves: list, treedef) -> tuple[Callable, list]:
         """The function of the arrays among `leaves` alone, and where the trees of its results will be."""
         still, outcomes = [None if _is_array(leaf) else leaf for leaf in leaves], []
-        is_array = list(map(_is_array, leaves))
+        is_array, mesh = list(map(_is_array, leaves)), shared()
 
         def flat(*arrays):
             given = iter(arrays)
@@ -194,13 +225,15 @@ class Program:
             places = [_Place() if eqx.is_array(leaf) else leaf for leaf in out]
             outcomes[:] = [jax.tree_util.tree_unflatten(out_def, places)]
             # Weak types do not survive on disk, nor in shapes: what they are handed to would be made once more.
-            return [jax.lax.convert_element_type(leaf, leaf.dtype) for leaf in out if eqx.is_array(leaf)]
+            arrays = [jax.lax.convert_element_type(leaf, leaf.dtype) for leaf in out if eqx.is_array(leaf)]
+            layouts = [_layout(a.shape, mesh) for a in arrays]
+            return [a if at is None else jax.lax.with_sharding_constraint(a, at) for a, at in zip(arrays, layouts, strict=True)]
 
         return flat, outcomes
 
     def _export(self, backend: str, leaves: list, treedef):
         flat, outcomes = self._flat(leaves, treedef)
-        given = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves if _is_array(leaf)]
+        given = [_shape(leaf, shared()) for leaf in leaves if _is_array(leaf)]
         exported = jax.export.export(jax.jit(flat), platforms=[backend])(*given)
         return exported, outcomes[-1]
 
@@ -215,6 +248,10 @@ def _own_rules():
 
 def _is_array(leaf) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _shape(leaf, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_layout(leaf.shape, mesh))
 
 
 @functools.cache

@@ -67,7 +67,7 @@ class LoraStage(Stage):
     def test_errors(self, x, nodes):
         layer, (of_lora, of_map) = AdaptedLayer(self.pre, self.fine, self.frozen, ft.order_at(self.fine, x)), nodes
         c = jnp.asarray(self.fine.adapter_factor)
-        factors = jnp.stack([c, jnp.zeros_like(c)])  # at w = 0 as well
+        factors = jnp.stack([c, jnp.zeros(())])  # at w = 0 as well
         best = self.best_factor * (1 + STENCIL)
         return {
             "test_error": errors_at(layer, of_lora, jnp.concatenate([factors, best])),

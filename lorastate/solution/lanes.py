@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from ..runtime.cores import mesh_of, sharing
 from ..runtime.program import Program
 from .problem import Problem
 
@@ -64,16 +65,22 @@ class Lanes(NamedTuple):
 
     def run(self, f: Callable, nodes: int, *given):
         """`f(problem, *given)` of every lane, by a program that suits the work at so many nodes."""
-        program = self._program(f, nodes)
-        return program(self.problem, *given) if self.mesh is None else program(f, self.mesh, self.problem, *given)
+        if self.mesh is not None:
+            return _programs(across)[nodes * _ON_MESH > _MUCH](f, self.mesh, self.problem, *given)
+        program, mesh = self._alone(f, nodes)
+        with sharing(mesh):
+            return program(self.problem, *given)
 
     def ahead(self, f: Callable, nodes: int, *given):
         """The shapes of `run(f, nodes, *given)` for a problem alone, whose program is compiled meanwhile."""
-        return self._program(f, nodes).ahead(self.problem, *given)
+        program, mesh = self._alone(f, nodes)
+        with sharing(mesh):
+            return program.ahead(self.problem, *given)
 
-    def _program(self, f: Callable, nodes: int) -> Program:
-        slow = nodes * (_ALONE if self.mesh is None else _ON_MESH) > _MUCH
-        return _programs(f if self.mesh is None else across)[slow]
+    def _alone(self, f: Callable, nodes: int) -> tuple[Program, Mesh | None]:
+        """The program of a problem alone, and the cores that share its work where that is worth a slower compilation."""
+        much = nodes * _ALONE > _MUCH
+        return _programs(f)[much], mesh_of(self.problem.nodes.parts) if much else None
 
     def where(self, flags) -> list[int]:
         """The lanes whose flag is up."""

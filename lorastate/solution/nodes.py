@@ -39,6 +39,11 @@ class NodeSets(NamedTuple):
     broken: Nodes | None = None
 
     @property
+    def parts(self) -> list[int]:
+        """How many parts each of them has."""
+        return [len(nodes.weight) for nodes in self if isinstance(nodes, Nodes)]
+
+    @property
     def tests(self) -> tuple[Nodes | None, Nodes | None]:
         """Those of errors on the labels of fine-tuning, and of pre-training."""
         return self.finetuning_test, self.pretraining_test

@@ -19,7 +19,7 @@ from ..evolution.starts import apart, broken_start, fitted, pushed, start
 from ..math.fixed_point import FixedPoint
 from ..math.maximum import climb
 from ..math.places import put, row
-from ..math.quadrature import Nodes, Slots, mean
+from ..math.quadrature import Nodes, Slots, mean, over_replicas
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.numerics import Numerics
@@ -359,7 +359,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     if search.levels:
         # A last pass that was not taken has left minimisers of its own.
         order = ft.order_at(fine, point.x)
-        inner = jax.lax.map(lambda part: ft.refresh_inner(fine, frozen, order, *part), (prepared, inner))
+        inner = over_replicas(lambda *part: ft.refresh_inner(fine, frozen, order, *part), prepared, inner)
     best = Solved(point, taken.jacobian, inner)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
     rough = ~succeeded(code)

@@ -16,6 +16,7 @@ from ..errors import Code, is_concrete, require_float64, succeeded
 from ..model.channel.frozen_map import FrozenMap
 from ..model.spectra.learned import LearnedSpectrum
 from ..predictions import summary_names
+from ..runtime.cores import gathered
 from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning, Pretraining, Setting
 from .finetuning import Branches
@@ -298,6 +299,7 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     lane = Lanes(problem)
     first = pretrained(lane)
     bars, _ = lane.run(map_errors, 0, first)
+    first, bars = gathered((first._replace(solved=None), bars))
     status = final_status(first.status, bars)
     values, x = first.values, first.x
     known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
