@@ -63,15 +63,20 @@ def no_inner(pre: Pretraining, nodes: Nodes) -> Wells:
     return Wells(jnp.zeros((parts, 2, dimension(pre.tokens), n)), none, none)
 
 
-def locate_inner(pre: Pretraining, order: Order, nodes: Nodes, previous: Wells, cold: Any = True) -> Wells:
-    """Inner minimisers of one part; unless `cold` the descents start at the previous ones."""
+def locate_inner(
+    pre: Pretraining, order: Order, nodes: Nodes, previous: Wells, cold: Any = True, thorough: Any = True
+) -> Wells:
+    """Inner minimisers of one part; unless `cold` the descents start at the previous ones. A cold search that is not
+    `thorough` finds one well at every node."""
     y, omega = (to_coordinates(z) for z in fields(pre, order, nodes.normal))
-    # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y.
-    many = jnp.stack([omega, y, (omega + y) / 2, omega + y, 2 * y])
+    # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y. From between the
+    # two the way is shortest.
+    many = jnp.stack([(omega + y) / 2, y, omega, omega + y, 2 * y])
     starts = jnp.concatenate([jnp.where(cold, many[:2], previous.u), many[2:]])
+    many = cold & thorough
     asked = jnp.ones(starts.shape[::2], bool)
-    asked = jnp.concatenate([asked[:1], (cold | previous.two)[None], asked[2:]])
-    return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(cold, len(starts), 2))
+    asked = jnp.concatenate([asked[:1], (many | (~cold & previous.two))[None], asked[2:]])
+    return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(many, len(starts), 2))
 
 
 def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
@@ -209,14 +214,19 @@ def step(x, pre: Pretraining, const: tuple[Nodes, Wells] | None):
 def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     """The same sweep for the solver: finds the inner minimisers and remembers them from step to step."""
 
+    parts = jnp.arange(len(nodes.weight))
+
     def image(x, memory, cold, count):
         order = decode(x)
 
-        def one(n, previous):
-            found = locate_inner(pre, order, n, previous, cold)
+        def one(part, previous):
+            n, thorough = part
+            found = locate_inner(pre, order, n, previous, cold, thorough)
             return averages_of(pre, order, n, found), found
 
-        a, memory = sweep(one, nodes, memory, count)
+        # Second wells are looked for at some nodes first. Where one was found the search begins once more.
+        thorough = (parts % _THOROUGH == 0) | jnp.any(memory.read().two)
+        a, memory = sweep(one, (nodes, thorough), memory, count)
         return image_of(pre, conjugates(pre, order, a)), memory
 
     def jacobian(x, memory, count):
@@ -230,6 +240,8 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     return Map(image, jacobian, Slots.commit)
 
 
+#: Of so many parts of the nodes the first search of second wells takes one.
+_THOROUGH = 4
 #: V lam (or V, where that is None), M / Q0 and Q / Q0 of the starts.
 _STARTS = {
     "usual": (None, 0.5, 0.5), "weak ridge": (0.1, 0.9, 0.9), "few samples": (0.05, 0.015, 0.05),

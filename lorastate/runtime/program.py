@@ -227,7 +227,10 @@ class Program:
             # Weak types do not survive on disk, nor in shapes: what they are handed to would be made once more.
             arrays = [jax.lax.convert_element_type(leaf, leaf.dtype) for leaf in out if eqx.is_array(leaf)]
             layouts = [_layout(a.shape, mesh) for a in arrays]
-            return [a if at is None else jax.lax.with_sharding_constraint(a, at) for a, at in zip(arrays, layouts, strict=True)]
+            return [
+                a if at is None else jax.lax.with_sharding_constraint(a, at)
+                for a, at in zip(arrays, layouts, strict=True)
+            ]
 
         return flat, outcomes
 

@@ -49,8 +49,7 @@ class LoraStage(Stage):
                 return a, jnp.full((2, 2) if ft.spare(fine) else (), jnp.nan)
             problem = ft.inner_problem(fine, order, d)
             low = wells.lowest(problem, found)
-            gaps = jax.vmap(lambda u: response_gap(problem.terms(u)[2], problem.v, len(d.teacher)))(low.u)
-            gap = low.pick(gaps.reshape(len(gaps), -1, gaps.shape[-1])).reshape(gaps.shape[1:])
+            gap = response_gap(problem.terms(low.pick(low.u))[2], problem.v, len(d.teacher))
             return a, jnp.sum(d.weight * gap, -1)
 
         a, gap = in_blocks(block, nodes._replace(control=None), inner)

@@ -37,7 +37,8 @@ class MapStage(Stage):
         def block(nodes, found):
             problem = pt.inner_problem(pre, order, nodes)
             low = wells.lowest(problem, found)
-            gap = low.pick(jax.vmap(lambda u: response_gap(problem.terms(u)[2], 2 * order.response, len(u)))(low.u))
+            u = low.pick(low.u)
+            gap = response_gap(problem.terms(u)[2], 2 * order.response, len(u))
             return pt.averages(pre, order, nodes, found), jnp.sum(nodes.weight * gap)
 
         return in_blocks(block, nodes, inner)

@@ -19,7 +19,7 @@ from ..evolution.starts import apart, broken_start, fitted, pushed, start
 from ..math.fixed_point import FixedPoint
 from ..math.maximum import climb
 from ..math.places import put, row
-from ..math.quadrature import Nodes, Slots, mean, over_replicas
+from ..math.quadrature import Nodes, Slots, over_replicas, sweep
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.numerics import Numerics
@@ -28,7 +28,7 @@ from .finetuning import Branches, LoraStage, SecondStage, replicon
 from .nodes import DEEP
 from .pretraining import FirstStage, rules_of, stacked
 from .problem import Problem
-from .stage import FEW, Solved, averages
+from .stage import FEW, Solved
 
 
 class Search(NamedTuple):
@@ -314,6 +314,24 @@ def _far(stage: LoraStage, point: FixedPoint):
     return (point.code == Code.floor) & ~(jnp.max(jnp.abs(off)) < _FAR)
 
 
+#: Replicon on an eighth of the nodes from which on all of them are asked.
+_SURELY = 0.7
+
+
+def _growth(stage: LoraStage, x, nodes: Nodes, inner):
+    """The replicon; where an eighth of the nodes says that it is far below one, what they say."""
+    parts, found = len(nodes.weight), Slots.of(inner, 1)
+
+    def ask(state):
+        count, *_ = state
+        (_, gap), _ = sweep(lambda n, w: (stage.part(x, n, w), w), nodes, found, count, write=False)
+        growth = replicon(stage.fine, gap)
+        return jnp.array(parts), growth, (growth < _SURELY) | (count == parts)
+
+    first = jnp.array(max(parts // 8, min(parts, 8))), jnp.zeros(()), jnp.array(False)
+    return jax.lax.while_loop(lambda state: ~state[2], ask, first)[1]
+
+
 def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> SecondStage:
     """Replica-symmetric fixed point of fine-tuning on the map of pre-training (no derivative): the branch of lowest
     free energy among those that were solved. With `alone` on nodes that have one well each, `rough` where that will not
@@ -373,8 +391,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     best = best._replace(point=best.point._replace(code=code))
     marginal = jnp.array(False)
     if search.alone:
-        _, gap = mean(averages(LoraStage(fine, frozen), best.point.x, prepared, best.inner))
-        growth = replicon(fine, gap)
+        growth = _growth(LoraStage(fine, frozen), best.point.x, prepared, best.inner)
         rough, marginal = rough | ~(growth < 1), ~rough & (growth < _MARGINAL)
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((jnp.abs(o.overlap), o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))

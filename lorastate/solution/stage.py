@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import Code, succeeded
 from ..math.fixed_point import FixedPoint
 from ..math.implicit import attach
-from ..math.linear import ldl_solve
+from ..math.linear import UNROLLED, ldl_solve, symmetric_inverse
 from ..math.maximum import uphill_step
 from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas
 
@@ -105,9 +105,15 @@ def response_gap(hess, scale, along: int):
     Where `along` is less than the number n of unknowns, of the four blocks before and from it on: (2, 2, N).
     """
     n, nodes = hess.shape[0], hess.shape[2]
-    scale, eye = jnp.broadcast_to(scale, (n, 1)), jnp.eye(n)[:, :, None]
-    columns = jax.vmap(lambda e: ldl_solve(hess, e)[0])(jnp.broadcast_to(eye, (n, n, nodes)))
-    square = (columns / scale[:, :, None] - eye) ** 2  # (column, row, N)
+    scale, eye = jnp.broadcast_to(scale, (n, 1)), np.eye(n)
+    if n <= UNROLLED:
+        inverse = symmetric_inverse(hess)
+        square = [[(inverse[i][j] / scale[j] - eye[i, j]) ** 2 for i in range(n)] for j in range(n)]
+        blocks = [range(n)] if along >= n else [range(along), range(along, n)]
+        sums = [[sum(square[j][i] for j in a for i in b) for b in blocks] for a in blocks]
+        return sums[0][0] if along >= n else jnp.stack([jnp.stack(row) for row in sums])
+    columns = jax.vmap(lambda e: ldl_solve(hess, e)[0])(jnp.broadcast_to(eye[:, :, None], (n, n, nodes)))
+    square = (columns / scale[:, :, None] - eye[:, :, None]) ** 2  # (column, row, N)
     if along >= n:
         return jnp.sum(square, (0, 1))
     parts = slice(along), slice(along, n)
