@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -42,8 +43,11 @@ def set_up_jax() -> None:
     """JAX as these equations need it, and what is compiled kept on disk."""
     import jax
 
+    from ..runtime.cores import cores
+
     for name, value in _RULES.items():
         jax.config.update(name, value)
+    share_cores(cores())
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is nobody's concern
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Compiled once per machine and version of jax; JAX_COMPILATION_CACHE_DIR moves it.
@@ -51,6 +55,16 @@ def set_up_jax() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Small programs too: many of them take a second together.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+
+
+def share_cores(count: int) -> None:
+    """Makes JAX see so many cores of a CPU as devices, unless the environment has its own say or JAX has begun."""
+    import jax
+
+    chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
+    if not chosen:
+        with contextlib.suppress(RuntimeError):  # inside a Python that has used JAX they are what they are
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def cache() -> str | None:

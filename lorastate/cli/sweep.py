@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import UseAppendAction, arg
 
 from .checks import check_fields, check_objective, directory
-from .environment import drawing
+from .environment import drawing, share_cores
 from .exit_codes import FAILED, INTERRUPTED
 from .options import OBJECTIVE, Json, Set, SettingPath
 from .output import cannot_write, print_json, say, warn, with_setting
@@ -94,19 +93,14 @@ class Sweep:
 
     def _prepare(self) -> Any:
         """Before JAX looks for its devices: cores of a CPU as devices, and the other processes."""
-        import jax
-
         from ..errors import SettingError
         from ..runtime.cores import cores
 
         if self.devices != "all" and not (self.devices.isdecimal() and int(self.devices) > 0):
             raise SettingError(f"--devices {self.devices!r} is unknown; allowed: a number of at least 1, or all")
         devices = self.devices if self.devices == "all" else int(self.devices)
-        chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
-        if not chosen:
-            with contextlib.suppress(RuntimeError):  # inside a Python that has used JAX they are what they are
-                # Never more than cores: the sweep then says how many devices there are.
-                jax.config.update("jax_num_cpu_devices", cores() if devices == "all" else min(cores(), devices))
+        if devices != "all":  # never more than cores: the sweep then says how many devices there are
+            share_cores(min(cores(), devices))
         given = (self.coordinator, self.processes, self.process)
         if any(v is not None for v in given):
             if any(v is None for v in given):

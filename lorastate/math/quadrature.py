@@ -187,7 +187,7 @@ class Slots(NamedTuple):
         )
 
 
-def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
+def sweep(f, nodes: Any, memory: Slots, count, write: bool = True):
     """Mean of `value` over the first `count` parts, and the new memory, for `f(part, memory) -> (value, memory)`.
 
     `count` may be traced: a coarse and a fine solve share one compiled loop. An accelerator takes all parts at
@@ -218,7 +218,7 @@ def sweep(f, nodes: Nodes, memory: Slots, count, write: bool = True):
     return value, memory._replace(data=data) if write else memory
 
 
-def _sum(f, nodes: Nodes, memory: Slots, count, write: bool):
+def _sum(f, nodes: Any, memory: Slots, count, write: bool):
     """The sum of `value` over the first `count` parts, and what is remembered then (see `sweep`)."""
     each = jax.tree_util.tree_map
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ..errors import is_concrete
+
 #: Where a container is told how much of the processor it may use: microseconds, and in how many of them (cgroups 2, 1).
 _QUOTAS = (
     ("/sys/fs/cgroup/cpu.max",),
@@ -37,9 +39,8 @@ def cores() -> int:
     return seen
 
 
-#: The mesh of the program that is being made, and whether cores have other solves to do.
+#: The mesh of the program that is being made.
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
-_BUSY: ContextVar[bool] = ContextVar("busy", default=False)
 #: The name of the axis of such a mesh.
 PART = "part"
 
@@ -63,14 +64,8 @@ def mesh_of(parts: Iterable[int]) -> Mesh | None:
     """The cores that a program on so many parts of each of its node sets can share: as many of JAX's devices on a CPU
     as divide all of them, or None for one alone."""
     config: Any = jax.config
-    parts = list(parts)
-    if (
-        not parts
-        or _BUSY.get()
-        or jax.default_backend() != "cpu"
-        or jax.process_count() > 1
-        or config.jax_default_device
-    ):
+    parts, elsewhere = list(parts), jax.process_count() > 1 or config.jax_default_device is not None
+    if not parts or elsewhere or jax.default_backend() != "cpu":
         return None
     devices = jax.local_devices()
     count = int(np.gcd.reduce([2 ** (len(devices).bit_length() - 1), *parts]))
@@ -78,38 +73,28 @@ def mesh_of(parts: Iterable[int]) -> Mesh | None:
 
 
 def gathered(tree):
-    """The arrays of a tree, small ones, on one device, from the cores that shared them."""
+    """The arrays of a tree on one device, from the cores that shared them."""
 
     def one(leaf):
-        spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        spread = isinstance(leaf, jax.Array) and is_concrete(leaf) and len(leaf.sharding.device_set) > 1
         return jnp.asarray(np.asarray(leaf)) if spread else leaf
 
     return jax.tree_util.tree_map(one, tree)
 
 
-@contextlib.contextmanager
-def _busy() -> Iterator[None]:
-    token = _BUSY.set(True)
-    try:
-        yield
-    finally:
-        _BUSY.reset(token)
-
-
 def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
-    """`f` of every value, in their order, on up to four cores, each of which makes a solve of its own.
+    """`f` of every value, in their order, on up to four cores: a solve that shares none keeps one of them busy.
 
     The first call is made alone, since it may compile what the others share.
     """
     first, *others = values
+    yield f(first)
     config: Any = jax.config
     device = config.jax_default_device
 
     def there(value):
-        with jax.default_device(device), _busy():  # which other threads do not see
+        with jax.default_device(device):  # which other threads do not see
             return f(value)
-
-    yield there(first)
 
     pool = ThreadPoolExecutor(min(cores(), 4))
     try:

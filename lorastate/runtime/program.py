@@ -66,8 +66,9 @@ def _layout(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
     """Where cores that share a program keep an array of that shape: large ones are known of every part of the nodes,
     and each core keeps those of its parts; all have the others. (Any layout will do: it decides what has to be moved.)
     """
-    large = mesh is not None and len(shape) > 1 and np.prod(shape) >= _LARGE and shape[0] % mesh.size == 0
-    return NamedSharding(mesh, PartitionSpec(PART)) if large else None
+    if mesh is None or len(shape) < 2 or np.prod(shape) < _LARGE or shape[0] % mesh.size:
+        return None
+    return NamedSharding(mesh, PartitionSpec(PART))
 
 
 #: Entries of an array from which on it is large.
@@ -75,13 +76,12 @@ _LARGE = 2**12
 
 
 def _placed(array, mesh: Mesh | None):
-    """An array where a program looks for it that the cores of `mesh` share, or that one core alone has."""
+    """An array where a program looks for it that the cores of `mesh` share."""
     wanted, there = _layout(array.shape, mesh), getattr(array, "sharding", None)
     if wanted is not None:
         return array if there == wanted else jax.device_put(array, wanted)
-    # What comes from a program that cores share is bound to all of them.
-    bound = there is not None and array.committed and (mesh is not None or len(there.device_set) > 1)
-    return np.asarray(array) if bound else array
+    # What is bound to other devices, or to all of these, is not typed as belonging to any so.
+    return np.asarray(array) if mesh is not None and there is not None and array.committed else array
 
 
 #: What a user may ask of JAX for programs of his own is not asked of these: what is undefined is NaN, and arrays of
@@ -227,10 +227,7 @@ class Program:
             # Weak types do not survive on disk, nor in shapes: what they are handed to would be made once more.
             arrays = [jax.lax.convert_element_type(leaf, leaf.dtype) for leaf in out if eqx.is_array(leaf)]
             layouts = [_layout(a.shape, mesh) for a in arrays]
-            return [
-                a if at is None else jax.lax.with_sharding_constraint(a, at)
-                for a, at in zip(arrays, layouts, strict=True)
-            ]
+            return [jax.lax.with_sharding_constraint(a, at) if at else a for a, at in zip(arrays, layouts, strict=True)]
 
         return flat, outcomes
 

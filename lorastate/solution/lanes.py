@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ..runtime.cores import mesh_of, sharing
+from ..runtime.cores import gathered, mesh_of, sharing
 from ..runtime.program import Program
 from .problem import Problem
 
@@ -69,7 +69,7 @@ class Lanes(NamedTuple):
             return _programs(across)[nodes * _ON_MESH > _MUCH](f, self.mesh, self.problem, *given)
         program, mesh = self._alone(f, nodes)
         with sharing(mesh):
-            return program(self.problem, *given)
+            return program(self.problem, *(given if mesh else gathered(given)))
 
     def ahead(self, f: Callable, nodes: int, *given):
         """The shapes of `run(f, nodes, *given)` for a problem alone, whose program is compiled meanwhile."""
@@ -78,7 +78,7 @@ class Lanes(NamedTuple):
             return program.ahead(self.problem, *given)
 
     def _alone(self, f: Callable, nodes: int) -> tuple[Program, Mesh | None]:
-        """The program of a problem alone, and the cores that share its work where that is worth a slower compilation."""
+        """The program of a problem alone, and the cores that share its work where a slower compilation pays."""
         much = nodes * _ALONE > _MUCH
         return _programs(f)[much], mesh_of(self.problem.nodes.parts) if much else None
 
