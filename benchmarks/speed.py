@@ -227,8 +227,7 @@ def measure(name: str) -> dict:
 
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
-    if name in ("identity_batch", "softmax_sweep"):
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     jax.local_devices()
     started = time.perf_counter() - began
     out = ROWS[name]()

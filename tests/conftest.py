@@ -126,6 +126,10 @@ def pytest_addoption(parser):
     parser.addoption("--keep-durations", action="store_true", help=f"write what each file took to {_DURATIONS.name}")
 
 
+def pytest_sessionstart():
+    jax.devices()  # there is one for all tests from here on: commands would make as many as there are cores
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in _UNIT and not item.get_closest_marker("solve"):

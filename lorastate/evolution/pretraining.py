@@ -21,7 +21,7 @@ from ..math.fixed_point import Map
 from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from ..math.symmetric import dimension, to_coordinates
 from ..model import wells
-from ..model.activation import Identity
+from ..model.activation import Identity, Softmax
 from ..model.channel.fields import field_dimension, standard_fields
 from ..model.proximal import MapProblem
 from ..model.wells import Wells
@@ -69,14 +69,27 @@ def locate_inner(
     """Inner minimisers of one part; unless `cold` the descents start at the previous ones. A cold search that is not
     `thorough` finds one well at every node."""
     y, omega = (to_coordinates(z) for z in fields(pre, order, nodes.normal))
-    # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y. From between the
-    # two the way is shortest.
-    many = jnp.stack([(omega + y) / 2, y, omega, omega + y, 2 * y])
+    # Where softmax is nearly a choice of one token a well has each row's choice from Omega or from Y. The way to a
+    # single one is shortest from between the two.
+    between = (omega + y) / 2
+    many = jnp.stack([jnp.where(thorough, omega, between), y, between, omega + y, 2 * y])
     starts = jnp.concatenate([jnp.where(cold, many[:2], previous.u), many[2:]])
-    many = cold & thorough
+    every = cold & thorough
     asked = jnp.ones(starts.shape[::2], bool)
-    asked = jnp.concatenate([asked[:1], (many | (~cold & previous.two))[None], asked[2:]])
-    return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(many, len(starts), 2))
+    asked = jnp.concatenate([asked[:1], (every | (~cold & previous.two))[None], asked[2:]])
+    return wells.descend(inner_problem(pre, order, nodes), starts, asked, jnp.where(every, len(starts), 2))
+
+
+#: Of so many parts of the nodes the first search of second wells takes one, where V is so small, in units of 1/beta^2,
+#: that there are hardly any: below about one the inner problem is convex.
+_FEWER, _STIFF = 4, 16.0
+
+
+def _thorough(pre: Pretraining, order: Order, parts: int, two: Any):
+    """In which parts of the nodes a cold search looks for second wells: everywhere, or at some nodes first where they
+    are not to be expected and where none are known (`two`)."""
+    stiff = order.response * pre.activation.beta**2 < _STIFF if isinstance(pre.activation, Softmax) else False
+    return (jnp.arange(parts) % _FEWER == 0) | jnp.logical_not(stiff) | two
 
 
 def refresh_inner(pre: Pretraining, order: Order, nodes: Nodes, found: Wells, steps: Any = 3) -> Wells:
@@ -214,8 +227,6 @@ def step(x, pre: Pretraining, const: tuple[Nodes, Wells] | None):
 def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     """The same sweep for the solver: finds the inner minimisers and remembers them from step to step."""
 
-    parts = jnp.arange(len(nodes.weight))
-
     def image(x, memory, cold, count):
         order = decode(x)
 
@@ -224,8 +235,7 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
             found = locate_inner(pre, order, n, previous, cold, thorough)
             return averages_of(pre, order, n, found), found
 
-        # Second wells are looked for at some nodes first. Where one was found the search begins once more.
-        thorough = (parts % _THOROUGH == 0) | jnp.any(memory.read().two)
+        thorough = _thorough(pre, order, len(nodes.weight), jnp.any(memory.read().two))
         a, memory = sweep(one, (nodes, thorough), memory, count)
         return image_of(pre, conjugates(pre, order, a)), memory
 
@@ -240,8 +250,6 @@ def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     return Map(image, jacobian, Slots.commit)
 
 
-#: Of so many parts of the nodes the first search of second wells takes one.
-_THOROUGH = 4
 #: V lam (or V, where that is None), M / Q0 and Q / Q0 of the starts.
 _STARTS = {
     "usual": (None, 0.5, 0.5), "weak ridge": (0.1, 0.9, 0.9), "few samples": (0.05, 0.015, 0.05),
