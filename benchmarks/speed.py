@@ -53,8 +53,8 @@ def identity_batch(count: int = 10_000) -> dict:
 
     devices = jax.local_devices()
     spec = PartitionSpec("lane")
-    # On a CPU small groups of lanes: one that is slow holds its group only.
-    size = 8 if devices[0].platform == "cpu" else count // len(devices)
+    # On a CPU groups of lanes: one that is slow holds its group only.
+    size = 50 if devices[0].platform == "cpu" else count // len(devices)
 
     solve = jax.jit(jax.shard_map(lambda x: jax.lax.map(jax.vmap(one), x.reshape(-1, size)),
                                   mesh=Mesh(np.array(devices), ("lane",)), in_specs=spec, out_specs=spec,
@@ -134,6 +134,49 @@ def softmax_sweep(count: int = 120) -> dict:
     error = float((data["finetuning.test_error_stderr"] / data["finetuning.test_error"]).median())
     rate = f"{60 * count / warm:.0f} settings/min on {len(jax.local_devices())} devices, error {error:.2%}"
     return {"cold": cold, "warm": warm, "rate": rate}
+
+
+def _tokens(count: int) -> dict:
+    """Both stages of a smooth softmax setting with so many tokens, few nodes."""
+    import lorastate as ls
+
+    base = ls.replace(
+        _setting(ls.Numerics(nodes=4096, finetuning_nodes=16384, replicas=4)), "pretraining.tokens", count
+    )
+    times = []
+    for k in range(6):
+        start = time.perf_counter()
+        found = ls.predict(ls.replace(base, "pretraining.lam", 0.02 + 0.001 * k))
+        times.append(time.perf_counter() - start)
+    error = found.stderr("finetuning", "test_error") / float(found.test_error)
+    return {"cold": times[0], "warm": statistics.median(times[1:]), "rate": f"error of E' {error:.2%}"}
+
+
+def tokens_2() -> dict:
+    """Both stages, T = 2, 4096 and 16384 nodes."""
+    return _tokens(2)
+
+
+def tokens_4() -> dict:
+    """The same, T = 4."""
+    return _tokens(4)
+
+
+def tokens_6() -> dict:
+    """The same, T = 6."""
+    return _tokens(6)
+
+
+def tokens_8() -> dict:
+    """The same, T = 8."""
+    return _tokens(8)
+
+
+def optimize_command() -> dict:
+    """`lorastate optimize examples/softmax.toml`, process to figure, with an empty and a filled cache."""
+    with tempfile.TemporaryDirectory() as out:
+        first, second = _command("optimize", "examples/softmax.toml", "--out", out)
+    return {"cold": first, "warm": second, "rate": ""}
 
 
 def _command(*args: str) -> tuple[float, float]:
@@ -216,7 +259,8 @@ ROWS = {
     f.__name__: f
     for f in (
         identity_batch, softmax_one, gradients, softmax_sweep, broken_3, broken_3_fine, broken_2,
-        command_smooth, command_broken, figure_one, simulation,
+        command_smooth, command_broken, optimize_command, figure_one, simulation,
+        tokens_2, tokens_4, tokens_6, tokens_8,
     )
 }  # fmt: skip
 

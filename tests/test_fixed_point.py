@@ -18,8 +18,8 @@ from lorastate.math.linear import (  # noqa: E402
     small_solve,
     solve_lower,
     solve_transposed,
-    spectral_abscissa,
-    spectral_radius,
+    spectral_bounds,
+    symmetric_inverse,
 )
 from lorastate.math.roots import change_between, root_between  # noqa: E402
 
@@ -331,11 +331,15 @@ def test_one_trace_serves_a_loop():
 # ---- small linear algebra
 
 entries = st.floats(-3, 3, allow_subnormal=False)
-solve_jit, radius_jit, abscissa_jit = (
-    jax.jit(small_solve),
-    jax.jit(spectral_radius),
-    jax.jit(spectral_abscissa),
-)
+solve_jit = jax.jit(small_solve)
+
+
+def spectral_radius(a) -> float:
+    return float(spectral_bounds(a)[0])
+
+
+def spectral_abscissa(a) -> float:
+    return float(spectral_bounds(a)[1])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -390,9 +394,9 @@ def test_spectrum_against_numpy(values):
     radius, abscissa = np.abs(eigenvalues).max(), eigenvalues.real.max()
     assume(radius > 1e-2 * size)  # see test_radius_of_a_nilpotent_matrix
     # |a^k|^(1/k) exceeds the radius by at most a factor k^(2/k): 1.3 % at k = 1024, on top of defective ones.
-    assert radius * (1 - 1e-9) - 1e-4 * size <= float(radius_jit(a)) <= 1.03 * radius + 1e-4 * size
+    assert radius * (1 - 1e-9) - 1e-4 * size <= spectral_radius(a) <= 1.03 * radius + 1e-4 * size
     few = 16 * (1 + size) * np.log(3) / 2 / 2**18  # the norm of a unit matrix after 18 squarings
-    assert abs(float(abscissa_jit(a)) - abscissa) < 5e-3 * size + few
+    assert abs(spectral_abscissa(a) - abscissa) < 5e-3 * size + few
 
 
 @pytest.mark.parametrize("coupling", [1e2, 1e5, 1e8])
@@ -400,21 +404,30 @@ def test_spectrum_where_coordinates_differ_by_orders_of_magnitude(coupling):
     """log V and a tiny noise: norms say nothing of such a Jacobian."""
     a = np.array([[0.225, -coupling, -5 * coupling], [-3e-4 / coupling, 0.8, -5e-3], [1e-3 / coupling, -0.06, 0.2]])
     values = np.linalg.eigvals(a)
-    assert float(spectral_abscissa(a)) == pytest.approx(values.real.max(), rel=0.01)
-    assert float(spectral_radius(a)) == pytest.approx(np.abs(values).max(), rel=0.01)
+    assert spectral_abscissa(a) == pytest.approx(values.real.max(), rel=0.01)
+    assert spectral_radius(a) == pytest.approx(np.abs(values).max(), rel=0.01)
     nilpotent_beside = np.array([[0.2, coupling], [0.0, 0.5]])
-    assert float(spectral_abscissa(nilpotent_beside)) == pytest.approx(0.5, rel=0.01)
+    assert spectral_abscissa(nilpotent_beside) == pytest.approx(0.5, rel=0.01)
 
 
 def test_spectrum_of_rotations_and_zero():
     turn = np.array([[0.3, -2.0], [2.0, 0.3]])
-    assert float(spectral_radius(turn)) == pytest.approx(np.hypot(0.3, 2), rel=2e-3)
-    assert float(spectral_abscissa(turn)) == pytest.approx(0.3, abs=1e-3)
-    assert float(spectral_abscissa(np.diag([-2.0, -5.0]))) == pytest.approx(-2.0, abs=1e-3)
-    assert float(spectral_radius(np.diag([-2.0, -5.0]))) == pytest.approx(5.0, rel=2e-3)
-    assert float(spectral_abscissa(np.zeros((3, 3)))) == pytest.approx(0.0, abs=1e-4)
+    assert spectral_radius(turn) == pytest.approx(np.hypot(0.3, 2), rel=2e-3)
+    assert spectral_abscissa(turn) == pytest.approx(0.3, abs=1e-3)
+    assert spectral_abscissa(np.diag([-2.0, -5.0])) == pytest.approx(-2.0, abs=1e-3)
+    assert spectral_radius(np.diag([-2.0, -5.0])) == pytest.approx(5.0, rel=2e-3)
+    assert spectral_abscissa(np.zeros((3, 3))) == pytest.approx(0.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("a", [np.zeros((3, 3)), np.eye(3, k=1)], ids=["zero", "shift"])
 def test_radius_of_a_nilpotent_matrix(a):
-    assert float(spectral_radius(a)) < 1e-2
+    assert spectral_radius(a) < 1e-2
+
+
+@pytest.mark.parametrize("n", [1, 3, 6, 10])
+def test_inverse_of_symmetric_matrices(n):
+    rng = np.random.default_rng(n)
+    a = rng.standard_normal((5, n, n))
+    h = a @ np.swapaxes(a, 1, 2) + np.eye(n) * rng.choice([1.0, -20.0 * n], (5, 1, 1))  # of either sign
+    found = jax.jit(symmetric_inverse)(jnp.asarray(np.moveaxis(h, 0, -1)))
+    np.testing.assert_allclose(np.array(found), np.moveaxis(np.linalg.inv(h), 0, -1), rtol=1e-8, atol=1e-10)

@@ -17,6 +17,8 @@ from lorastate.evolution.order import from_norm  # noqa: E402
 from lorastate.math.quadrature import gaussian_nodes  # noqa: E402
 from lorastate.math.symmetric import hessian_to_coordinates, to_coordinates  # noqa: E402
 from lorastate.model import proximal, wells  # noqa: E402
+from lorastate.runtime import program  # noqa: E402
+from lorastate.solution import lanes  # noqa: E402
 
 NUMERICS = ls.Numerics(nodes=1024, finetuning_nodes=2048, replicas=4)
 
@@ -306,3 +308,22 @@ def test_above_the_interpolation_threshold_the_response_is_finite():
     pre = ls.Pretraining(0.5, 1e-8, kappa0=0.5, activation="identity", tokens=2)
     found = ls.pretrain(pre)
     np.testing.assert_allclose([found.values[name] for name in "VMQ"], regular(pre), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"lam": 0.05, "delta": 1.0}, {"lam": 0.1, "delta": 5.0, "beta": 2.0}])
+def test_second_wells_looked_for_at_some_nodes_first(fields, monkeypatch):
+    """Without any (first) there is one well to be found from anywhere; where there are some (second; 0.8 % of the
+    nodes) the search begins once more."""
+    numerics = ls.Numerics(nodes=4096, replicas=4)  # parts of 1024
+    pre = ls.Pretraining(alpha=0.1, tokens=2, **fields)
+    found = ls.pretrain(pre, numerics)
+    assert float(found.values["V"]) * float(pre.activation.beta) ** 2 < pt._STIFF
+    monkeypatch.setattr(pt, "_STIFF", 0.0)
+    monkeypatch.setattr(lanes, "_programs", lanes._programs.__wrapped__)  # traced anew
+    monkeypatch.setattr(program, "_folder", lambda: None)
+    everywhere = ls.pretrain(pre, numerics)
+    share, known = (float(found.values["double_well_share"]) for found in (everywhere, found))
+    assert share == pytest.approx(known, rel=0.1) and (share > 0) == ("beta" in fields)
+    for name in ("V", "M", "Q", "test_error"):
+        near = 0.05 * found.stderr(name) if "beta" in fields else 1e-9
+        assert float(everywhere.values[name]) == pytest.approx(float(found.values[name]), rel=1e-9, abs=near)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from ..errors import Code, succeeded
 from .implicit import attach, nan_slope
-from .linear import small_solve, spectral_abscissa, spectral_radius
+from .linear import small_solve, spectral_bounds
 
 
 class Method(eqx.Module):
@@ -241,7 +241,7 @@ def iterate(
     )
     code = jnp.where((s.code == Code.ok) & ~s.done, Code.max_steps, s.code)
     inner, g = s.known[: n - fmap.outer, : n - fmap.outer], _residual(fmap, s.image, s.x)
-    growth, residual = spectral_abscissa(inner), _size(g)
+    (rate, growth), residual = spectral_bounds(inner), _size(g)
     below = residual < rules.floor
     code = jnp.where(below & (code == Code.stalled), int(Code.floor), code)
     code = jnp.where(~below & (code == Code.floor), int(Code.stalled), code)
@@ -251,7 +251,7 @@ def iterate(
     inverse = small_solve(eye - inner, eye)
     error = residual * jnp.max(jnp.sum(jnp.abs(inverse), 1))
     offset = jnp.zeros_like(g).at[: len(inner)].set(jnp.abs(inverse @ g[: len(inner)]))
-    point = FixedPoint(s.x, code, residual, spectral_radius(inner), growth, error, offset, s.step)
+    point = FixedPoint(s.x, code, residual, rate, growth, error, offset, s.step)
     return Iterated(point, s.image, s.known, s.memory)
 
 

@@ -65,20 +65,16 @@ def balanced(a):
 
 
 @jax.jit
-def spectral_radius(jac: Float[Array, "n n"]) -> Float[Array, ""]:
-    """max |eigenvalue| of a small matrix; no eigensolver, so it runs under vmap and on a GPU."""
-    return jnp.exp(_log_norm_of_power(balanced(jac), 10))
-
-
-@jax.jit
-def spectral_abscissa(jac: Float[Array, "n n"]) -> Float[Array, ""]:
-    """max Re(eigenvalue), from the growth of exp(s J): the stability of the damped iteration."""
+def spectral_bounds(jac: Float[Array, "n n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Of a small matrix max |eigenvalue|, the contraction rate of a plain iteration, and max Re(eigenvalue), the
+    stability of a damped one, from the growth of exp(s J). No eigensolver, so it runs under vmap and on a GPU."""
     n, jac = jac.shape[0], balanced(jac)
+    radius = jnp.exp(_log_norm_of_power(jac, 10))
     scale = 1.0 + jnp.sqrt(jnp.sum(jac * jac))
     a = jac / (16 * scale)
     one = jnp.eye(n, dtype=jac.dtype)
     total = jax.lax.fori_loop(0, 8, lambda k, sum: one + a @ sum / (8.0 - k), one)
-    return 16 * scale * _log_norm_of_power(total, 18)
+    return radius, 16 * scale * _log_norm_of_power(total, 18)
 
 
 @jax.jit

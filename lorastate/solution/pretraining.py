@@ -14,6 +14,7 @@ from ..evolution.order import RESPONSE_FLOOR, Order, decode
 from ..evolution.test_errors import pretraining_error
 from ..math.fixed_point import Method, Rules, iterate, plain_map
 from ..math.implicit import nan_slope
+from ..math.places import row
 from ..math.quadrature import Slots, in_blocks, mean
 from ..math.symmetric import dimension
 from ..model import wells
@@ -148,28 +149,50 @@ def search_pretraining(problem: Problem) -> Solved:
     plain = plain if nodes is None else plain._replace(damping=0.0)
     jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
 
-    def stage(carry, job):
-        x, solved, jac, memory, made = carry
-        rules, when, start = job
-        two = jnp.array(True) if nodes is None else jnp.any(memory.read().two)
-        skip = ((when == _FAILED) & solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~made)
+    table, count = stacked(jobs), len(jobs)
+    needed = max(k for k, (_, when, _) in enumerate(jobs) if when in (_ALWAYS, _WELLS)) + 1
+
+    def stage(state: _Progress) -> _Progress:
+        rules, when, start = row(table, state.stage)
+        two = jnp.array(True) if nodes is None else jnp.any(state.memory.read().two)
+        skip = ((when == _FAILED) & state.solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~state.made)
         # NaN stops at once.
-        x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), x, start))
-        point, _, found, remembered = iterate(fmap, rules, True, x0, jac, memory)
+        x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), state.point.x, start))
+        point, _, jacobian, remembered = iterate(fmap, rules, True, x0, state.jacobian, state.memory)
         if nodes is not None:
             point = _ended_at_jump(point, jnp.any(remembered.read().two), rules.tolerance)
         skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
-        memory = jax.tree_util.tree_map(lambda old, new: jnp.where(skip, old, new), memory, remembered)
-        x, jac = jnp.where(skip, x, point.x), jnp.where(skip, jac, found)
-        solved = jnp.where(skip, solved, succeeded(point.code))
-        return (x, solved, jac, memory, ~skip), (point, skip)
+        point = point._replace(steps=state.point.steps + jnp.where(skip, 0, point.steps))
+        old = state.point._replace(steps=point.steps), state.jacobian, state.memory
+        new = point, jacobian, remembered
+        point, jacobian, memory = jax.tree_util.tree_map(lambda a, b: jnp.where(skip, a, b), old, new)
+        solved = jnp.where(skip, state.solved, succeeded(point.code))
+        return _Progress(state.stage + 1, point, jacobian, memory, solved, ~skip)
 
-    first = (usual, jnp.array(False), jnp.zeros((len(usual), len(usual))), memory, jnp.array(False))
-    carry, (points, skipped) = jax.lax.scan(stage, first, stacked(jobs))
-    taken = jnp.max(jnp.where(skipped, 0, jnp.arange(len(jobs))))
-    chosen = jax.tree_util.tree_map(lambda a: a[taken], points)
-    chosen = chosen._replace(steps=jnp.sum(jnp.where(skipped, 0, points.steps)))
-    return Solved(chosen, carry[2], carry[3].read())
+    def unfinished(state: _Progress):
+        # What only follows a failure is not looked at once all is solved.
+        when = row(table[1], jnp.minimum(state.stage, count - 1))
+        wanted = ~state.solved | (state.stage < needed) | (state.made & (when == _AFTER))
+        return (state.stage < count) & wanted
+
+    jacobian, no = jnp.zeros((len(usual), len(usual))), jnp.array(False)
+    nothing = jax.eval_shape(lambda: iterate(fmap, rules[0], True, usual, jacobian, memory).point)
+    nothing = jax.tree_util.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+    begin = _Progress(jnp.array(0), nothing, jacobian, memory, no, no)
+    end = jax.lax.while_loop(unfinished, stage, begin)
+    return Solved(end.point, end.jacobian, end.memory.read())
+
+
+class _Progress(NamedTuple):
+    """A search of pre-training between two stages: the point it has come to, with the steps of all stages, whether that
+    is solved, and whether the last stage was made."""
+
+    stage: Any
+    point: Any
+    jacobian: Any
+    memory: Any
+    solved: Any
+    made: Any
 
 
 #: How far a map that does not jump may stop from its fixed point, in log V and in shares of the noise: mere rounding.
