@@ -144,7 +144,7 @@ def _newton(problem, start, limit, over, last_step):
         return (s.step < limit) & ~jnp.all(s.done)
 
     def body(s):
-        move = s.cut * s.x
+        move = s.cut[None] * s.x
         trial = s.u - move
         f, g, h = problem.terms(trial)
         good = ((f <= s.f + _rounding(f)) | (_length(move, s.u) < 1e-10)) & ~s.done

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..errors import is_concrete
 
@@ -70,6 +70,33 @@ def mesh_of(parts: Iterable[int]) -> Mesh | None:
     devices = jax.local_devices()
     count = int(np.gcd.reduce([2 ** (len(devices).bit_length() - 1), *parts]))
     return Mesh(np.array(devices[:count]), (PART,)) if count > 1 else None
+
+
+def layout(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
+    """Where cores that share a program keep an array of that shape: large ones are known of every part of the nodes,
+    and each core keeps those of its parts; all have the others. (Any layout will do: it decides what has to be moved.)
+    """
+    if mesh is None or len(shape) < 2 or np.prod(shape) < _LARGE or shape[0] % mesh.size:
+        return None
+    return NamedSharding(mesh, PartitionSpec(PART))
+
+
+#: Entries of an array from which on it is large.
+_LARGE = 2**12
+
+
+def placed(array, mesh: Mesh | None):
+    """An array where a program looks for it that the cores of `mesh` share."""
+    wanted, there = layout(array.shape, mesh), getattr(array, "sharding", None)
+    if wanted is not None:
+        return array if there == wanted else jax.device_put(array, wanted)
+    # What is bound to other devices, or to all of these, is not typed as belonging to any so.
+    return np.asarray(array) if mesh is not None and there is not None and array.committed else array
+
+
+def shape_of(leaf, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    """What `placed` is known by before it is there."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout(leaf.shape, mesh))
 
 
 def gathered(tree):

@@ -22,11 +22,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from .._version import SOURCE, source_on_disk
 from ..errors import is_concrete
-from .cores import PART, cores, shared, sharing
+from .cores import cores, layout, placed, shape_of, shared, sharing
 from .progress import anyone, tell
 
 #: How the names of this package's modules begin.
@@ -60,28 +60,6 @@ def platform(arrays: Iterable[Any] = ()) -> str:
     device = next(iter(bound[0].devices())) if bound else config.jax_default_device
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return jax.export.default_export_platform() if name == jax.default_backend() else name
-
-
-def _layout(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
-    """Where cores that share a program keep an array of that shape: large ones are known of every part of the nodes,
-    and each core keeps those of its parts; all have the others. (Any layout will do: it decides what has to be moved.)
-    """
-    if mesh is None or len(shape) < 2 or np.prod(shape) < _LARGE or shape[0] % mesh.size:
-        return None
-    return NamedSharding(mesh, PartitionSpec(PART))
-
-
-#: Entries of an array from which on it is large.
-_LARGE = 2**12
-
-
-def _placed(array, mesh: Mesh | None):
-    """An array where a program looks for it that the cores of `mesh` share."""
-    wanted, there = _layout(array.shape, mesh), getattr(array, "sharding", None)
-    if wanted is not None:
-        return array if there == wanted else jax.device_put(array, wanted)
-    # What is bound to other devices, or to all of these, is not typed as belonging to any so.
-    return np.asarray(array) if mesh is not None and there is not None and array.committed else array
 
 
 #: What a user may ask of JAX for programs of his own is not asked of these: what is undefined is NaN, and arrays of
@@ -127,7 +105,7 @@ class Program:
                 with sharing(None):
                     return self._inner(*args)
             leaves, treedef = jax.tree_util.tree_flatten(args)
-            leaves = [_placed(leaf, shared()) if eqx.is_array(leaf) else leaf for leaf in leaves]
+            leaves = [placed(leaf, shared()) if eqx.is_array(leaf) else leaf for leaf in leaves]
             arrays = [leaf for leaf in leaves if eqx.is_array(leaf)]
             if anyone():
                 self._announce(args, treedef, [a.shape for a in arrays])
@@ -150,7 +128,7 @@ class Program:
             leaves, treedef = jax.tree_util.tree_flatten(args)
             mesh = shared()
             if mesh is not None:
-                leaves = [_shape(leaf, mesh) if _is_array(leaf) else leaf for leaf in leaves]
+                leaves = [shape_of(leaf, mesh) if _is_array(leaf) else leaf for leaf in leaves]
             if anyone():
                 self._announce(args, treedef, [a.shape for a in filter(_is_array, leaves)])
             key, made = self._prepared(args, leaves, treedef)
@@ -226,14 +204,14 @@ class Program:
             outcomes[:] = [jax.tree_util.tree_unflatten(out_def, places)]
             # Weak types do not survive on disk, nor in shapes: what they are handed to would be made once more.
             arrays = [jax.lax.convert_element_type(leaf, leaf.dtype) for leaf in out if eqx.is_array(leaf)]
-            layouts = [_layout(a.shape, mesh) for a in arrays]
+            layouts = [layout(a.shape, mesh) for a in arrays]
             return [jax.lax.with_sharding_constraint(a, at) if at else a for a, at in zip(arrays, layouts, strict=True)]
 
         return flat, outcomes
 
     def _export(self, backend: str, leaves: list, treedef):
         flat, outcomes = self._flat(leaves, treedef)
-        given = [_shape(leaf, shared()) for leaf in leaves if _is_array(leaf)]
+        given = [shape_of(leaf, shared()) for leaf in leaves if _is_array(leaf)]
         exported = jax.export.export(jax.jit(flat), platforms=[backend])(*given)
         return exported, outcomes[-1]
 
@@ -248,10 +226,6 @@ def _own_rules():
 
 def _is_array(leaf) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _shape(leaf, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_layout(leaf.shape, mesh))
 
 
 @functools.cache
