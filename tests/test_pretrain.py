@@ -314,8 +314,8 @@ def test_above_the_interpolation_threshold_the_response_is_finite():
 def test_second_wells_looked_for_at_some_nodes_first(fields, monkeypatch):
     """Without any (first) there is one well to be found from anywhere; where there are some (second; 0.8 % of the
     nodes) the search begins once more."""
-    numerics = ls.Numerics(nodes=4096, replicas=4)  # parts of 1024
-    pre = ls.Pretraining(alpha=0.1, tokens=2, **fields)
+    numerics = ls.Numerics(nodes=2048, replicas=4)
+    pre = ls.Pretraining(alpha=0.1, **fields)
     found = ls.pretrain(pre, numerics)
     assert float(found.values["V"]) * float(pre.activation.beta) ** 2 < pt._STIFF
     monkeypatch.setattr(pt, "_STIFF", 0.0)

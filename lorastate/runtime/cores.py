@@ -94,6 +94,12 @@ def placed(array, mesh: Mesh | None):
     return np.asarray(array) if mesh is not None and there is not None and array.committed else array
 
 
+def left_there(arrays: list, mesh: Mesh | None) -> list:
+    """The results of a program, where the next one looks for them."""
+    places = [layout(a.shape, mesh) for a in arrays]
+    return [jax.lax.with_sharding_constraint(a, at) if at else a for a, at in zip(arrays, places, strict=True)]
+
+
 def shape_of(leaf, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     """What `placed` is known by before it is there."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout(leaf.shape, mesh))

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from .._version import SOURCE, source_on_disk
 from ..errors import is_concrete
-from .cores import cores, layout, placed, shape_of, shared, sharing
+from .cores import cores, left_there, placed, shape_of, shared, sharing
 from .progress import anyone, tell
 
 #: How the names of this package's modules begin.
@@ -126,8 +126,7 @@ class Program:
         meanwhile in another thread."""
         with _own_rules():
             leaves, treedef = jax.tree_util.tree_flatten(args)
-            mesh = shared()
-            if mesh is not None:
+            if mesh := shared():
                 leaves = [shape_of(leaf, mesh) if _is_array(leaf) else leaf for leaf in leaves]
             if anyone():
                 self._announce(args, treedef, [a.shape for a in filter(_is_array, leaves)])
@@ -174,11 +173,10 @@ class Program:
         still = [None if _is_array(leaf) else leaf for leaf in leaves]
         words = f"{treedef} {still}"
         plain = all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in still)
-        mesh = shared()
-        known = mesh or all(len(a.devices()) == 1 for a in leaves if isinstance(a, jax.Array))
-        if not (plain and known) or "0x" in words or "<" in words:
+        at_home = shared() or all(len(a.devices()) == 1 for a in leaves if isinstance(a, jax.Array))
+        if not (plain and at_home) or "0x" in words or "<" in words:
             return None
-        name = f"{self._f.__module__}.{self._f.__qualname__} {mesh and mesh.size}"
+        name = f"{self._f.__module__}.{self._f.__qualname__} {shared()}"
         path = folder / hashlib.sha256(f"{_version()} {name} {backend} {words} {shapes}".encode()).hexdigest()
         try:
             exported, outcome = _read(path)
@@ -188,8 +186,7 @@ class Program:
                 exported, outcome = _read(path)  # what a later start will see
             except Exception:  # a folder that cannot be written, a program that cannot be exported
                 return None
-        options = _options(backend, self._quick, mesh)
-        return _Made(jax.jit(exported.call, compiler_options=options), [outcome], True)
+        return _Made(jax.jit(exported.call, compiler_options=_options(backend, self._quick, shared())), [outcome], True)
 
     def _flat(self, leaves: list, treedef) -> tuple[Callable, list]:
         """The function of the arrays among `leaves` alone, and where the trees of its results will be."""
@@ -203,9 +200,7 @@ class Program:
             places = [_Place() if eqx.is_array(leaf) else leaf for leaf in out]
             outcomes[:] = [jax.tree_util.tree_unflatten(out_def, places)]
             # Weak types do not survive on disk, nor in shapes: what they are handed to would be made once more.
-            arrays = [jax.lax.convert_element_type(leaf, leaf.dtype) for leaf in out if eqx.is_array(leaf)]
-            layouts = [layout(a.shape, mesh) for a in arrays]
-            return [jax.lax.with_sharding_constraint(a, at) if at else a for a, at in zip(arrays, layouts, strict=True)]
+            return left_there([jax.lax.convert_element_type(a, a.dtype) for a in out if eqx.is_array(a)], mesh)
 
         return flat, outcomes
 
