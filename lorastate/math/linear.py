@@ -77,6 +77,21 @@ def spectral_bounds(jac: Float[Array, "n n"]) -> tuple[Float[Array, ""], Float[A
     return radius, 16 * scale * _log_norm_of_power(total, 18)
 
 
+def _eliminate(low: list[list[Any]], inverted: Any) -> tuple[list[Any], list[Any]]:
+    """Unrolled L D L^T of the lower rows of a symmetric matrix, which become those of L; the inverses of its pivots
+    (as `inverted` makes them), and the pivots."""
+    inverse: list[Any] = []
+    for k in range(len(low)):
+        inverse.append(inverted(low[k][k]))
+        for i in range(k + 1, len(low)):
+            raw = low[i][k]
+            for j in range(k + 1, i):
+                low[i][j] = low[i][j] - raw * low[j][k]
+            low[i][k] = raw * inverse[k]
+            low[i][i] = low[i][i] - raw * low[i][k]
+    return inverse, [row[k] for k, row in enumerate(low)]
+
+
 @jax.jit
 def ldl_solve(
     h: Float[Array, "n n N"], g: Float[Array, "n N"], shift: Any = 0.0, floor: Any = 0.0
@@ -91,17 +106,7 @@ def ldl_solve(
         return _ldl_loops(h, g, shift, floor)
     n = h.shape[0]
     low = [[h[i, j] + shift if i == j else h[i, j] for j in range(i + 1)] for i in range(n)]
-    inverse, original = [], []
-    for k in range(n):
-        d = low[k][k]
-        original.append(d)
-        inverse.append(1.0 / jnp.maximum(jnp.abs(d), floor))
-        for i in range(k + 1, n):
-            raw = low[i][k]
-            for j in range(k + 1, i):
-                low[i][j] = low[i][j] - raw * low[j][k]
-            low[i][k] = raw * inverse[k]
-            low[i][i] = low[i][i] - raw * low[i][k]
+    inverse, original = _eliminate(low, lambda d: 1.0 / jnp.maximum(jnp.abs(d), floor))
     x = [g[i] for i in range(n)]
     for i in range(n):
         for k in range(i):
@@ -123,15 +128,7 @@ def symmetric_inverse(h: Float[Array, "n n N"]) -> list[list[Float[Array, " N"]]
     """
     n = h.shape[0]
     low = [[h[i, j] for j in range(i + 1)] for i in range(n)]
-    pivots: list[Any] = []
-    for k in range(n):
-        pivots.append(1.0 / low[k][k])
-        for i in range(k + 1, n):
-            raw = low[i][k]
-            for j in range(k + 1, i):
-                low[i][j] = low[i][j] - raw * low[j][k]
-            low[i][k] = raw * pivots[k]
-            low[i][i] = low[i][i] - raw * low[i][k]
+    pivots, _ = _eliminate(low, lambda d: 1.0 / d)
     m: list[list[Any]] = [[1.0 if i == j else None for j in range(n)] for i in range(n)]  # L^{-1}
     for j in range(n):
         for i in range(j + 1, n):

@@ -220,7 +220,7 @@ def predict(setting: Setting, throw: bool = True) -> Solution:
     problem = Problem.of(setting)
     known = problem.known
     values, errors, status, branches = (
-        solve_alone(problem, answered(problem)).answer() if known else traced_answer(problem)
+        gathered(solve_alone(problem, answered(problem)).answer()) if known else traced_answer(problem)
     )
     if setting is not asked:
         errors["finetuning"]["recalibration"] = jnp.asarray(jnp.nan)  # of the search: not known

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..errors import Code, SolveError, succeeded
 from ..math.implicit import nan_slope
-from ..runtime.cores import cores, gathered
+from ..runtime.cores import cores
 from ..setting.stages import Pretraining
 from .finetuning import Answer, SecondStage, answer
 from .lanes import Lanes
@@ -32,7 +32,7 @@ class Solves(NamedTuple):
 
     def answer(self) -> Answer:
         """Every prediction (see `lorastate.solution.finetuning.answer`)."""
-        return gathered(self.run(*answered(self.problem)))
+        return self.run(*answered(self.problem))
 
     def run(self, f: Callable, nodes: int, *more):
         """`f(problem, first, second, *more)` of every lane (see `Lanes.run`)."""
