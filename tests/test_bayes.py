@@ -118,8 +118,9 @@ def test_limits_and_noiseless_recovery():
     assert int(exact.code) == 0 and float(exact.Q) == 1.5
     few = bayes_optimal_pretraining(pre(alpha=0.03, delta=0.0, kappa0=2.0))
     assert int(few.code) == 0 and 0 < float(few.Q) < 3.0
-    near = bayes_optimal_pretraining(pre(alpha=0.3, delta=1e-6, kappa0=0.5))
-    assert int(near.code) == 0 and float(near.Q) == pytest.approx(1.5, abs=1e-4)
+    for delta in (1e-6, 1e-9, 1e-12):  # log delta^2 may lie 28 below where the search begins
+        near = bayes_optimal_pretraining(pre(alpha=0.3, delta=delta, kappa0=0.5))
+        assert int(near.code) == 0 and float(near.Q) == pytest.approx(1.5, abs=100 * delta)
 
 
 def test_a_solve_that_failed_has_no_number():
@@ -147,7 +148,7 @@ def test_derivative():
 # ---------------------------------------------------------------- fine-tuning
 
 
-SAMPLED = jax.jit(posterior.averages, static_argnums=(5, 6))
+SAMPLED = jax.jit(lambda *given: posterior.averages(*given)[:2], static_argnums=(5, 6))
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -288,7 +289,7 @@ def test_stages_and_noises_that_are_none_are_refused():
 def test_without_solution_there_is_an_error(monkeypatch):
     # Averages that hide the recovery at small s: nothing is bracketed, and that is no q = 0.
     def lost(log_s, noise, nodes, tokens, shift, count):
-        return np.full(8, 1e9 if float(log_s) > -1 else 1e9 * 2), np.zeros(8)
+        return np.full(32, 1e9 if float(log_s) > -1 else 1e9 * 2), np.zeros(32), np.zeros(32)
 
     monkeypatch.setattr(finetuning, "response", lost)
     with pytest.raises(ls.SolveError, match="no q solves"):

@@ -25,7 +25,10 @@ from ..model.activation import Activation, Custom
 from ..setting.stages import Finetuning
 from .posterior import REPLICAS, posterior_nodes, response
 
-_CLEAR = 0.3  # distance of log s from its image from which on one replica tells the sign
+#: A few parts of the nodes tell the sign of the distance of log s from its image if that is so large, near q = 0 so
+#: large a part of log s, and so many standard errors.
+_CLEAR, _ERRORS = 0.3, 6
+_SAME = 1e-5  # log s so near to each other share their averages; the next secant step is the square of this
 _NOISELESS = 1e-12  # Delta_eff below which q no longer depends on it
 
 
@@ -63,33 +66,55 @@ class _Equation:
 
     def __init__(self, fine: Finetuning, alpha: float, noise: float):
         t, shift = fine.tokens, known_shift(fine.activation)
+        nodes = posterior_nodes(t, shift)
         self.alpha, self.noise, self.tokens = alpha, noise, t
-        self._given = jnp.asarray(noise), posterior_nodes(t, shift), t, shift
+        self._given = jnp.asarray(noise), nodes, t, shift
+        self._mass = nodes.weight.sum(1)
+        self.parts = len(self._mass)  # of all replicas
+        self.rough = self.parts // REPLICAS  # those of one
         self._kept: dict[tuple[float, int], list[np.ndarray]] = {}
 
-    def respond(self, log_s: float, count: int = REPLICAS):
-        """(q'/alpha', E log Z) of every replica, NaN from replica `count` on."""
+    def respond(self, log_s: float, count: int):
+        """(q'/alpha', E log Z, variance of the first) of every part, NaN from part `count` on."""
         return response(jnp.asarray(log_s), *self._given, jnp.asarray(count))
 
-    def averages(self, log_s: float, count: int = REPLICAS) -> list[np.ndarray]:
-        """(q'/alpha', E log Z) of the first `count` replicas, (count,) each."""
+    def averages(self, log_s: float, count: int) -> list[np.ndarray]:
+        """(q'/alpha', E log Z, variance of the first) of the first `count` parts, (count,) each."""
         if (log_s, count) not in self._kept:
             self._kept[log_s, count] = [np.asarray(v)[:count] for v in self.respond(log_s, count)]
         return self._kept[log_s, count]
 
-    def excess(self, log_s: float, count: int = REPLICAS) -> float:
-        """Distance of log s to its image, log s = -log(1 + q')."""
-        return -float(np.log1p(self.alpha * np.mean(self.averages(float(log_s), count)[0]))) - float(log_s)
+    def replicas(self, log_s: float) -> tuple[np.ndarray, np.ndarray]:
+        """(q'/alpha', E log Z) of every replica, (R,) each, where all were last evaluated near this log s."""
+        near = min((x for x, count in self._kept if count == self.parts), key=lambda x: abs(x - log_s), default=log_s)
+        if abs(near - log_s) > _SAME:
+            near = log_s
+        size, log, _ = (v.reshape(REPLICAS, -1).mean(1) for v in self.averages(near, self.parts))
+        return size, log
+
+    def _image(self, log_s: float, count: int) -> tuple[float, float]:
+        """Distance of log s to its image, log s = -log(1 + q'), and an error of it that is not too small."""
+        size, _, square = self.averages(float(log_s), count)
+        mass = np.sum(self._mass[:count])
+        mean, error = self.alpha * np.sum(size) / mass, self.alpha * np.sqrt(np.sum(square)) / mass
+        return -float(np.log1p(mean)) - float(log_s), float(error / (1 + mean))
+
+    def excess(self, log_s: float, count: int | None = None) -> float:
+        """Distance of log s to its image by `count` parts of the nodes, by default all."""
+        return self._image(log_s, self.parts if count is None else count)[0]
 
     def height(self, log_s: float) -> float:
-        """`excess`, of one replica where that tells its sign."""
-        rough = self.excess(log_s, 1)
-        return rough if abs(rough) > _CLEAR else self.excess(log_s)
+        """`excess`, of as few parts as tell its sign."""
+        for count in sorted({1, self.rough}):
+            rough, error = self._image(log_s, count)
+            if abs(rough) > max(_CLEAR * min(1.0, -log_s), _ERRORS * error):
+                return rough
+        return self.excess(log_s)
 
     def entropy(self, log_s: float) -> float:
         """The free entropy at a solution, where r = q' and log(1 + r) = -log s."""
         q = -np.expm1(log_s)
-        return (q + log_s) / 2 + self.alpha * float(np.mean(self.averages(log_s)[1]))
+        return (q + log_s) / 2 + self.alpha * float(np.mean(self.replicas(log_s)[1]))
 
     def solutions(self) -> list[float]:
         """Every stable one: there the new s passes s from above; q = 0 is one if it does so at the end."""
@@ -97,41 +122,40 @@ class _Equation:
         low = -np.log1p(self.alpha * self.tokens * (self.tokens + 1) / self.noise) - 0.5
         ends = np.log1p(-np.array([0.5, 0.3, 0.15, 0.05, 0.01, 1e-3]))
         grid = np.concatenate([np.linspace(low, ends[0], max(10, round(ends[0] - low)), endpoint=False), ends])
-        heights = [self.height(x) for x in grid[:-1]] + [self.excess(grid[-1])]
+        heights = [self.height(x) for x in grid]
         found = [
-            _closed_in(self.excess, float(a), float(b))
+            self._closed_in(float(a), float(b))
             for a, b, up, down in zip(grid, grid[1:], heights, heights[1:], strict=False)
             if up > 0 >= down
         ]
         return [*found, 0.0] if heights[-1] > 0 else found
 
+    def _closed_in(self, a: float, b: float) -> float:
+        """Root of `excess` between a and b: that of one replica first, from there a few secant steps with all."""
+
+        def rough(x):
+            return self.excess(x, self.rough)
+
+        if rough(a) > 0 >= rough(b):
+            x = root_between(rough, a, b, 1e-4)
+            f, slope = self.excess(x), (rough(x + 1e-3) - rough(x - 1e-3)) / 2e-3
+            for _ in range(6):
+                step = -f / slope
+                if not a <= x + step <= b:
+                    break
+                x, before = x + step, f
+                if abs(step) < _SAME:
+                    return x
+                f = self.excess(x)
+                slope = (f - before) / step if f != before else slope
+        return root_between(self.excess, a, b)
+
     def spread(self, log_s: float) -> float:
         """Standard error of log s at a solution, from the replicas."""
         h = 1e-3
-        slope = (self.excess(log_s + h, 1) - self.excess(log_s - h, 1)) / (2 * h)
-        images = np.log1p(self.alpha * self.averages(log_s)[0])
+        slope = (self.excess(log_s + h, self.rough) - self.excess(log_s - h, self.rough)) / (2 * h)
+        images = np.log1p(self.alpha * self.replicas(log_s)[0])
         return float(np.std(images, ddof=1) / np.sqrt(REPLICAS)) / abs(slope)
-
-
-def _closed_in(excess, a: float, b: float) -> float:
-    """Root of `excess(x)` between a and b: that of one replica first, from there a few secant steps with all."""
-
-    def rough(x):
-        return excess(x, 1)
-
-    if rough(a) > 0 >= rough(b):
-        x = root_between(rough, a, b, 1e-6)
-        f, slope = excess(x), (rough(x + 1e-3) - rough(x - 1e-3)) / 2e-3
-        for _ in range(6):
-            step = -f / slope
-            if not a <= x + step <= b:
-                break
-            x, before = x + step, f
-            if abs(step) < 1e-10:
-                return x
-            f = excess(x)
-            slope = (f - before) / step if f != before else slope
-    return root_between(excess, a, b)
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------
@@ -174,4 +198,4 @@ def bayes_optimal_threshold(fine: Finetuning, effective_noise: float) -> float:
     q' is proportional to alpha' at given q, so that alpha'_c = lim q / (q'/alpha') as q -> 0; no search is needed.
     """
     q, equation = 1e-3, _Equation(fine, 1.0, max(_checked(fine, effective_noise), _NOISELESS))
-    return q / float(jnp.mean(equation.respond(np.log1p(-q))[0]))
+    return q / float(np.mean(equation.replicas(float(np.log1p(-q)))[0]))

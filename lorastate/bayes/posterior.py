@@ -10,6 +10,8 @@ and is sampled from three laws: the prior, and Gaussians around its peak and aro
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,11 +22,13 @@ from ..runtime.program import Program
 
 REPLICAS = 8
 _OUTER = 2**13  # nodes of all replicas
+_PART = 256  # nodes of a part, which tell what is far from a solution
 _PAIRS = 16  # pairs of opposite samples from each of three laws, in each of two independent sets
 
 
 def averages(s, noise, normal, weight, key, tokens: int, shift: bool):
-    """(E |<chi> - omega|^2 / s^2, E log Z) for one replica of nodes: omega, g (T each), then the label noise.
+    """(E |<chi> - omega|^2 / s^2, E log Z) for some nodes: omega, g (T each), then the label noise; and the variance of
+    the first, at most, were the nodes drawn at random.
 
     The square is the product of two independent estimates of <chi>, without the bias of a squared mean.
     """
@@ -41,7 +45,7 @@ def averages(s, noise, normal, weight, key, tokens: int, shift: bool):
         return mean[0] @ mean[1] / s, jax.nn.logsumexp(log) - jnp.log(2.0)
 
     size, log = jax.lax.map(one, (each, omega.T, g.T, jnp.moveaxis(n, -1, 0)), batch_size=256)
-    return jnp.sum(weight * size), jnp.sum(weight * log)
+    return jnp.sum(weight * size), jnp.sum(weight * log), jnp.sum((weight * size) ** 2)
 
 
 def _peak(s, noise, omega, g, n, shift: bool):
@@ -99,20 +103,20 @@ def _posterior_mean(s, noise, omega, g, n, peak, low, xi, shift: bool):
     return jax.nn.softmax(log) @ y, jax.nn.logsumexp(log) - jnp.log(len(y))
 
 
-@Program
+@functools.partial(Program, quick=True)
 def response(log_s, noise, nodes: Nodes, tokens: int, shift: bool, count):
-    """`averages` of each replica, (R,) each; NaN from replica `count` on."""
+    """`averages` of each part of the nodes, (P,) each; NaN from part `count` on."""
     normal, weight = jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)
 
-    def one(r, out):
-        key = jax.random.fold_in(jax.random.key(0), r)
-        found = averages(jnp.exp(log_s), noise, normal[r], weight[r], key, tokens, shift)
-        return tuple(a.at[r].set(v) for a, v in zip(out, found, strict=True))
+    def one(k, out):
+        key = jax.random.fold_in(jax.random.key(0), k)
+        found = averages(jnp.exp(log_s), noise, normal[k], weight[k], key, tokens, shift)
+        return tuple(a.at[k].set(v) for a, v in zip(out, found, strict=True))
 
     none = jnp.full(len(weight), jnp.nan)
-    return jax.lax.fori_loop(0, count, one, (none, none))
+    return jax.lax.fori_loop(0, count, one, (none,) * 3)
 
 
 def posterior_nodes(tokens: int, shift: bool) -> Nodes:
-    """Nodes of (omega, g, label noise)."""
-    return gaussian_nodes(2 * tokens + len(complement(tokens, shift)), _OUTER, REPLICAS, 0)
+    """Nodes of (omega, g, label noise), in parts of a replica."""
+    return gaussian_nodes(2 * tokens + len(complement(tokens, shift)), _OUTER, REPLICAS, 0, part=_PART)

@@ -12,18 +12,22 @@ a spectral quadrature on each band.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
-import equinox as eqx
+import jax
 import jax.numpy as jnp
 
-from ..errors import require_float64, succeeded
-from ..math.fixed_point import Method, fixed_point
+from ..errors import Code, require_float64, succeeded
+from ..math.implicit import attach
+from ..math.roots import falling_root
 from ..model.activation import revealed
 from ..model.spectra.base import BaseLaw
 from ..model.spectra.laws import Wishart
+from ..runtime.program import Program
 from ..setting.stages import Pretraining
 
+_TOLERANCE = 1e-11  # of log delta^2
 _SMALL = 1e-8  # delta^2 at which the noiseless problem is tested for perfect recovery
 
 
@@ -53,7 +57,7 @@ def _step(x, args, _):
     return jnp.log((delta / 2 + mmse(s, law)) / (alpha * n_eff))[None]
 
 
-@eqx.filter_jit
+@functools.partial(Program, quick=True)
 def _solved(pre: Pretraining, n_eff) -> BayesPretraining:
     s, code = _solve(pre.law, pre.delta, pre.alpha, n_eff)
     s = jnp.where(succeeded(code), s, jnp.nan)
@@ -67,10 +71,14 @@ def _solve(law, delta, alpha, n_eff):
     # the map then is a translation of log s without a fixed point, and nothing is solved.
     perfect = (delta == 0) & (mmse(jnp.asarray(_SMALL), law) / _SMALL < alpha * n_eff)
     noise = jnp.where(perfect, 1.0, delta)
-    start = jnp.log((noise / 2 + law.second_moment) / (alpha * n_eff))[None]
-    method = Method(tolerance=1e-11, burn_in=3, require_stable=False)
-    sol = fixed_point(_step, method, start, (law, noise, alpha, n_eff))
-    return jnp.where(perfect, 0.0, jnp.exp(sol.x[0])), sol.code
+    # MMSE lies between zero and the second moment.
+    args = law, noise, alpha, n_eff
+    high = jnp.log((noise / 2 + law.second_moment) / (alpha * n_eff))
+    low = jnp.where(noise > 0, jnp.log(noise / 2 / (alpha * n_eff)), jnp.log(_SMALL))
+    still, *ends = jax.lax.stop_gradient((args, low, high))
+    x, rest = falling_root(lambda x: _step(x[None], still, None)[0] - x, *ends, _TOLERANCE)
+    code = jnp.where(jnp.abs(rest) <= _TOLERANCE, int(Code.ok), int(Code.stalled))
+    return jnp.where(perfect, 0.0, jnp.exp(attach(_step, 0, x[None], args)[0])), code
 
 
 def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:
