@@ -51,7 +51,7 @@ class Case:
     def error(self, u, found):
         problem, (of_map, second) = self.at(u), found
         first = describe_pretraining(problem, of_map)
-        return describe_finetuning(problem, first, second)["test_error"]
+        return describe_finetuning(problem, first, second).values["test_error"]
 
     def value(self, u):
         return float(self.described(u, self.solve(u)))

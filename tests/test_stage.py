@@ -10,7 +10,7 @@ jax.config.update("jax_enable_x64", True)
 from lorastate.errors import Code  # noqa: E402
 from lorastate.math.fixed_point import FixedPoint  # noqa: E402
 from lorastate.math.quadrature import Nodes  # noqa: E402
-from lorastate.solution.stage import Bars, Solved, Stage, error_bars, final_status  # noqa: E402
+from lorastate.solution.stage import Solved, Stage, described, final_status  # noqa: E402
 
 A = jnp.array([[0.5, 0.2], [-0.1, 0.3]])
 B = jnp.array([0.5, -1.0])
@@ -41,8 +41,8 @@ class Linear(Stage):
         return {"first": x[0], "second": x[1], "error": errors}
 
 
-def bars_of(offset: float | np.ndarray = 0.0, shifts=None):
-    """Bars of the toy whose point is `offset` away from the solution, with the solutions of the replicas."""
+def described_toy(offset: float | np.ndarray = 0.0, shifts=None):
+    """Description of the toy whose point is `offset` away from the solution, with the solutions of the replicas."""
     rng = np.random.default_rng(0)
     normal, weight = rng.normal(size=(2 * REPLICAS, 2, 16)), np.full((2 * REPLICAS, 16), 1 / 16)
     nodes = Nodes(jnp.asarray(normal), jnp.asarray(weight))  # two parts of every replica
@@ -53,28 +53,29 @@ def bars_of(offset: float | np.ndarray = 0.0, shifts=None):
     x = own.mean(0) + offset
     zero = jnp.zeros(())
     point = FixedPoint(jnp.asarray(x), jnp.array(0), zero, zero, zero, zero, jnp.asarray(own.mean(0) - x), zero)
-    values = {"first": x[0], "second": x[1], "error": means[:, 1].mean() + x[0]}
-    given = (Linear, Solved(point, A, jnp.zeros((2 * REPLICAS, 16))), nodes, nodes, REPLICAS, values)
-    bars, xs = error_bars(*given, jnp.asarray(upstream))
-    return bars, xs, {"first": own[:, 0], "second": own[:, 1], "error": means[:, 1] + own[:, 0]}
+    solved = Solved(point, A, jnp.zeros((2 * REPLICAS, 16)))
+    given = (Linear, solved, jnp.asarray(x), nodes, nodes, REPLICAS)
+    found = described(*given, (jnp.asarray(upstream.mean(0)),), (jnp.asarray(upstream),))
+    return found, {"first": own[:, 0], "second": own[:, 1], "error": means[:, 1] + own[:, 0]}
 
 
 @pytest.mark.parametrize("upstream", [False, True])
 def test_every_replica_is_carried_to_its_own_solution(upstream):
     shifts = 0.1 * np.random.default_rng(1).normal(size=(REPLICAS, 2)) if upstream else None
-    bars, xs, own = bars_of(shifts=shifts)
-    np.testing.assert_allclose(xs, np.stack([own["first"], own["second"]], 1), rtol=1e-12)
+    found, own = described_toy(shifts=shifts)
+    np.testing.assert_allclose(found.xs, np.stack([own["first"], own["second"]], 1), rtol=1e-12)
     for name, values in own.items():
-        assert float(bars.errors[name]) == pytest.approx(np.std(values, ddof=1) / np.sqrt(REPLICAS), rel=1e-9)
-    assert float(bars.shift) < 1e-9
+        assert float(found.values[name]) == pytest.approx(values.mean(), rel=1e-12)
+        assert float(found.errors[name]) == pytest.approx(np.std(values, ddof=1) / np.sqrt(REPLICAS), rel=1e-9)
+    assert float(found.shift) < 1e-9
 
 
 def test_what_a_solve_has_left_undone_is_part_of_the_bars():
     offset = np.array([0.3, 0.0])
-    bars, _, own = bars_of(offset)
+    found, own = described_toy(offset)
     spread = np.std(own["first"], ddof=1) / np.sqrt(REPLICAS)
-    assert float(bars.errors["first"]) == pytest.approx(np.hypot(spread, 0.3), rel=1e-9)
-    assert float(bars.shift) == pytest.approx(0.3 / (spread + 5e-4), rel=1e-9)
+    assert float(found.errors["first"]) == pytest.approx(np.hypot(spread, 0.3), rel=1e-9)
+    assert float(found.shift) == pytest.approx(0.3 / (spread + 5e-4), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -92,5 +93,5 @@ def test_what_a_solve_has_left_undone_is_part_of_the_bars():
 def test_a_stop_at_a_jump_counts_inside_the_error_bars_only(code, shift, want):
     status = {"code": jnp.array(int(code)), "residual": jnp.array(1e-4)}
     for transform in (lambda f: f, jax.jit):
-        found = transform(lambda status, shift: final_status(status, Bars({}, shift)))(status, jnp.array(shift))
+        found = transform(lambda status, shift: final_status(status, {}, shift))(status, jnp.array(shift))
         assert Code(int(found["code"])) is want and float(found["residual"]) == 1e-4

@@ -75,10 +75,10 @@ def _solve(law, delta, alpha, n_eff):
     args = law, noise, alpha, n_eff
     high = jnp.log((noise / 2 + law.second_moment) / (alpha * n_eff))
     low = jnp.where(noise > 0, jnp.log(noise / 2 / (alpha * n_eff)), jnp.log(_SMALL))
-    still, *ends = jax.lax.stop_gradient((args, low, high))
-    x, rest = falling_root(lambda x: _step(x[None], still, None)[0] - x, *ends, _TOLERANCE)
+    still, low, high = jax.lax.stop_gradient((args, low, high))
+    x, rest = falling_root(lambda x: _step(x[None], still, None)[0] - x, low, high, _TOLERANCE)
     code = jnp.where(jnp.abs(rest) <= _TOLERANCE, int(Code.ok), int(Code.stalled))
-    return jnp.where(perfect, 0.0, jnp.exp(attach(_step, 0, x[None], args)[0])), code
+    return jnp.where(perfect, 0.0, jnp.exp(attach(_step, 0, x[None], args, None)[0])), code
 
 
 def bayes_optimal_pretraining(pre: Pretraining) -> BayesPretraining:

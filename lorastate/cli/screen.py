@@ -14,7 +14,6 @@ _WORDS = {
     "solve_symmetric": "search of fine-tuning",
     "solve_broken": "search with broken symmetry",
     "answer": "predictions and error bars",
-    "map_errors": "error bars of pre-training",
     "value_and_slopes": "derivatives",
 }
 _EVERY = 0.25

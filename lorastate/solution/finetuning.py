@@ -12,14 +12,14 @@ from ..errors import succeeded
 from ..evolution import finetuning as ft
 from ..evolution.order import SPREAD_FLOOR, Order, directions, from_norm
 from ..math.implicit import nan_slope
-from ..math.quadrature import in_blocks, mean
+from ..math.quadrature import in_blocks
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.stages import Finetuning
 from .adapted import LIVE, STENCIL, AdaptedLayer, errors_at, minimum, near_minimum
-from .pretraining import FirstStage, map_errors
+from .pretraining import FirstStage
 from .problem import Problem
-from .stage import Solved, Stage, attached, averages, error_bars, final_status, response_gap, status_of, test_errors
+from .stage import Described, Solved, Stage, attached, described, final_status, response_gap, status_of
 
 
 class LoraStage(Stage):
@@ -208,38 +208,31 @@ class Answer(NamedTuple):
     branches: Branches
 
 
-def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage) -> dict[str, Any]:
+def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage) -> Described:
     """Predictions of fine-tuning on the branch that was taken, with their derivatives."""
-    solved = second.solved
-    frozen, nodes = problem.frozen(first.x), problem.nodes
+    solved, nodes = second.solved, problem.nodes
     at = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse)
-    best = near_minimum(AdaptedLayer(*problem.stages, frozen, ft.order_at(problem.fine, at)), nodes.finetuning_test)
-    stage = LoraStage(problem.fine, frozen, problem.pre, best)
-    const = problem.nodes_at(solved.point.x, second.found, second.control), solved.inner
-    x = attached(stage, solved, const, at)
-    values = stage.predictions(x, mean(averages(stage, x, *const)), test_errors(stage, x, nodes.tests))
-    return {k: nan_slope(v, succeeded(solved.point.code)) for k, v in values.items()}
-
-
-def quadrature_errors(problem: Problem, first: FirstStage, second: SecondStage, values: dict[str, Any]):
-    """`Bars` of both stages, from the spread over replicas (see `error_bars`)."""
-    stages, first, second, values = jax.lax.stop_gradient((problem.stages, first, second, values))
-    problem, solved = problem.at(stages), second.solved
-    of_map, map_x = map_errors(problem, first)
+    layer = AdaptedLayer(*problem.stages, problem.frozen(first.x), ft.order_at(problem.fine, at))
+    best = near_minimum(layer, nodes.finetuning_test)
 
     def make(map_x):
-        return LoraStage(problem.fine, problem.frozen(map_x), problem.pre, values["best_adapter_factor"])
+        return LoraStage(problem.fine, problem.frozen(map_x), problem.pre, best)
 
-    nodes, test = problem.nodes_at(solved.point.x, second.found, second.control), problem.nodes.tests
-    of_lora, _ = error_bars(make, solved, nodes, test, problem.numerics.replicas, values, map_x)
-    return of_map, of_lora
+    prepared = problem.nodes_at(solved.point.x, second.found, second.control)
+    x = attached(make(first.x), solved, (prepared, solved.inner), at)
+    replicas = problem.numerics.replicas
+    found = described(make, solved, x, prepared, nodes.tests, replicas, (first.x,), (jax.lax.stop_gradient(first.xs),))
+    good = succeeded(solved.point.code)
+    return found._replace(values={k: nan_slope(v, good) for k, v in found.values.items()})
 
 
 def answer(problem: Problem, first: FirstStage, second: SecondStage) -> Answer:
     """Every prediction with its error bar, and the codes that error bars decide."""
     lora = describe_finetuning(problem, first, second)
-    values = {"pretraining": first.values, "finetuning": lora}
-    status = {"pretraining": first.status, "finetuning": status_of(second.solved.point)}
-    bars = dict(zip(values, quadrature_errors(problem, first, second, lora), strict=True))
-    status = {stage: final_status(status[stage], bars[stage]) for stage in bars}
-    return Answer(values, {stage: b.errors for stage, b in bars.items()}, status, second.branches)
+    status = final_status(status_of(second.solved.point), lora.errors, lora.shift)
+    return Answer(
+        {"pretraining": first.values, "finetuning": lora.values},
+        {"pretraining": first.errors, "finetuning": lora.errors},
+        {"pretraining": first.status, "finetuning": status},
+        second.branches,
+    )

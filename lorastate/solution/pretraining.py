@@ -15,13 +15,13 @@ from ..evolution.test_errors import pretraining_error
 from ..math.fixed_point import Method, Rules, iterate, plain_map
 from ..math.implicit import nan_slope
 from ..math.places import row
-from ..math.quadrature import Slots, in_blocks, mean
+from ..math.quadrature import Slots, in_blocks
 from ..math.symmetric import dimension
 from ..model import wells
 from ..setting.numerics import Numerics
 from ..setting.stages import Pretraining
 from .problem import Problem
-from .stage import FEW, Bars, Solved, Stage, attached, averages, error_bars, response_gap, status_of, test_errors
+from .stage import FEW, Described, Solved, Stage, attached, described, final_status, response_gap, status_of
 
 
 class MapStage(Stage):
@@ -223,10 +223,12 @@ def stacked(trees):
 
 
 class FirstStage(NamedTuple):
-    """Output of `describe_pretraining`."""
+    """Output of `describe_pretraining`: every prediction and its quadrature error."""
 
     values: dict[str, Any]
+    errors: dict[str, Any]
     x: Any  # order parameters in the solver's coordinates, with their derivative
+    xs: Any  # those of every replica, (R, n)
     status: dict[str, Any]
     solved: Solved
 
@@ -247,33 +249,29 @@ def drowned(pre: Pretraining, x, values):
 
 def describe_pretraining(problem: Problem, solved: Solved) -> FirstStage:
     """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
-    pre, nodes = problem.pre, problem.nodes
-    stage, found = MapStage(pre), solved.inner
-    const = None if nodes.pretraining is None else (nodes.pretraining, found)
-    lost = 0.0 if nodes.pretraining is None else wells.lost(found)
+    pre, nodes, replicas = problem.pre, problem.nodes, problem.numerics.replicas
+    stage, of_map, found = MapStage(pre), nodes.pretraining, solved.inner
+    const = None if of_map is None else (of_map, found)
+    lost = 0.0 if of_map is None else wells.lost(found)
     code = jnp.where(lost > 1e-3, int(Code.stalled), solved.point.code)
     x = nan_slope(attached(stage, solved, const), succeeded(solved.point.code))
-    a = stage.closed_form(x) if const is None else mean(averages(stage, x, *const))
-    values = stage.predictions(x, a, test_errors(stage, x, nodes.pretraining_test))
+    if of_map is None:
+        values = stage.predictions(x, stage.closed_form(x), stage.test_errors(x, nodes.pretraining_test))
+        exact = {k: 0.0 * jax.lax.stop_gradient(v) for k, v in values.items()}
+        made = Described(values, exact, jnp.zeros(()), jnp.broadcast_to(x, (replicas, len(x))))
+    else:
+        made = described(lambda: stage, solved, x, of_map, nodes.pretraining_test, replicas)
+    values = made.values
     rank = values["rank_fraction"]
     # A student that is zero has no rank: a solve that ended on the floor of V with one has been misled.
     misled = (values["V"] == 0) & (rank > 0)
     code = jnp.where(succeeded(code) & (misled | drowned(pre, x, values)), int(Code.stalled), code)
     narrow = rank > pre.kappa * (1 + 1e-9)
     code = jnp.where(succeeded(code) & narrow, int(Code.too_narrow), code)
-    return FirstStage(values, x, status_of(solved.point._replace(code=code)), solved)
+    status = final_status(status_of(solved.point._replace(code=code)), made.errors, made.shift)
+    return FirstStage(values, made.errors, x, made.xs, status, solved)
 
 
 def solve_pretraining(problem: Problem) -> FirstStage:
     """The first stage of a problem, with the derivatives of its predictions."""
     return describe_pretraining(problem, search_pretraining(problem))
-
-
-def map_errors(problem: Problem, first: FirstStage) -> tuple[Bars, Any]:
-    """`Bars` of pre-training, and the order parameters (R, n) of every replica."""
-    nodes, replicas, values, solved = problem.nodes, problem.numerics.replicas, first.values, first.solved
-    if nodes.pretraining is None or nodes.pretraining_test is None:
-        xs = jnp.broadcast_to(solved.point.x, (replicas, len(solved.point.x)))
-        return Bars({k: 0.0 * v for k, v in values.items()}, jnp.zeros(())), xs
-    stage = MapStage(problem.pre)
-    return error_bars(lambda: stage, solved, nodes.pretraining, nodes.pretraining_test, replicas, values)

@@ -22,10 +22,9 @@ from ..setting.stages import Finetuning, Pretraining, Setting
 from .finetuning import Branches
 from .gradients import searches_scale, with_best_scale
 from .lanes import Lanes
-from .pretraining import map_errors, symmetry_of
+from .pretraining import symmetry_of
 from .problem import Problem, frozen_at
 from .solve import answered, failure, or_nan, pretrained, solve_alone, traced_answer, unbroken
-from .stage import final_status
 
 
 class Solution(eqx.Module):
@@ -296,16 +295,12 @@ def pretrain(pretraining: Pretraining, numerics: Numerics | None = None, throw: 
     """
     require_float64()
     problem = Problem.of_pretraining(pretraining, Numerics() if numerics is None else numerics)
-    lane = Lanes(problem)
-    first = pretrained(lane)
-    bars, _ = lane.run(map_errors, 0, first)
-    first, bars = gathered((first._replace(solved=None), bars))
-    status = final_status(first.status, bars)
-    values, x = first.values, first.x
+    first = gathered(pretrained(Lanes(problem))._replace(solved=None))
+    values, x, status = first.values, first.x, first.status
     known = all(map(is_concrete, jax.tree_util.tree_leaves((values, status))))
     if not known:
         values, x = or_nan((values, x), succeeded(status["code"]))
-    solution = PretrainingSolution(pretraining, values, bars.errors, status, x)
+    solution = PretrainingSolution(pretraining, values, first.errors, status, x)
     if throw and known:
         solution.require_ok()
     return solution

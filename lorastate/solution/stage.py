@@ -79,11 +79,6 @@ def _step(x, stage: Stage, const):
     return stage.step(x, const)
 
 
-def averages(stage: Stage, x, nodes: Nodes, inner):
-    """`Stage.part` of every part, stacked."""
-    return over_replicas(lambda n, w: stage.part(x, n, w), nodes, inner)
-
-
 def test_errors(stage: Stage, x, nodes: Any):
     """`Stage.test_errors`, the mean over replicas."""
     return averaged(lambda n: stage.test_errors(x, n), nodes)
@@ -124,94 +119,114 @@ def status_of(point: FixedPoint) -> dict[str, Any]:
     return {name: getattr(point, name) for name in ("code", "residual", "rate", "growth", "steps")}
 
 
-# ---- error bars ------------------------------------------------------------------------------------------------
+# ---- description -----------------------------------------------------------------------------------------------
 
 
-class Bars(NamedTuple):
-    """Standard errors of the predictions of a stage, and how far its solve is off, in those of its order parameters
-    (`FixedPoint.offset`; the largest)."""
+class Described(NamedTuple):
+    """Predictions of a stage and their standard errors; how far its solve is off, in those of its order parameters
+    (`FixedPoint.offset`; the largest); and the order parameters (R, n) of every replica."""
 
+    values: dict[str, Any]
     errors: dict[str, Any]
     shift: Any
+    xs: Any
 
 
-def error_bars(make, solved: Solved, nodes: Nodes, test: Any, replicas: int, values: dict[str, Any], *upstream):
-    """`Bars` of a stage from the spread over replicas, and the order parameters (R, n) of each.
+class _Pass(NamedTuple):
+    """An evaluation on all nodes: order parameters (R, n) upstream, the steps that bring inner minimisers up to date,
+    whether replicas go to their solutions after it, and whether it has test errors."""
+
+    upstream: tuple
+    steps: Any
+    moves: Any
+    tests: Any
+
+
+def described(make, solved: Solved, x, nodes: Nodes, test: Any, replicas: int, upstream: tuple = (), own: tuple = ()):
+    """`Described`: predictions at the fixed point `x`, and error bars from the spread over replicas.
 
     Replica r would solve x = F_r(x). One step with the Jacobian of all replicas takes it there to first order,
     x_r = x + (I - J)^{-1} (F_r(x) - x), and its predictions are evaluated at x_r with its own nodes: no second
-    solve. `make(*upstream)` is the stage after the `upstream` order parameters (R, n) of a replica, so that what
-    pre-training does to fine-tuning is carried along. The distance of the mean over replicas from the prediction is
-    added in quadrature: what the solve has left undone, and the bias of so few nodes.
+    solve. `make(*upstream)` is the stage after the order parameters `upstream`, (n,) each, or those that every replica
+    has of its `own`, (R, n), so that what pre-training does to fine-tuning is carried along. The distance of the mean
+    over replicas from the prediction is added in quadrature: what the solve has left undone, and the bias of so few
+    nodes.
+
+    One compiled evaluation serves all: of x, of what replicas see of their `own` there, and of x_r. `x` and `make` may
+    have derivatives; those of the error bars mean nothing.
     """
-    xs, a = _own_solutions(make, solved, nodes, replicas, *upstream)
+    each = jax.tree_util.tree_map
+    common = each(lambda u: jnp.broadcast_to(u, (replicas, *u.shape)), upstream)
+    passes = [
+        _Pass(common, 0, not own, True),
+        *([_Pass(own, 1, True, False)] if own else []),
+        _Pass(own, 2, False, True),
+    ]
 
-    def errors_at(n, x, *upstream):
-        return make(*upstream).test_errors(x, n)
-
-    if not (sets := _some(test)):
-        errors = jax.vmap(lambda *given: errors_at(test, *given))(xs, *upstream)
-    else:
-        of_parts = over_replicas(errors_at, test, *for_parts((xs, *upstream), sets[0]))
-        errors = by_replica(of_parts, replicas)
-
-    def predictions(x, a, e, *upstream):
-        return make(*upstream).predictions(x, a, e)
-
-    of_replicas = jax.vmap(predictions)(xs, a, errors, *upstream)
-    stage = make(*(u[0] for u in upstream))
-    return _bars(of_replicas, values, xs, solved, stage.judged), xs
-
-
-def _own_solutions(make, solved: Solved, nodes: Nodes, replicas: int, *upstream):
-    """Order parameters (R, n) and averages of every replica at its own fixed point, to first order.
-
-    The first pass makes one step with the common Jacobian (cut to 1, and towards a maximum to `_UPHILL`, with which the
-    bars are as wide as the scatter of independent nodes), the second evaluates there: one compiled copy serves both.
-    """
-    upstream_of_parts = for_parts(upstream, nodes)
-
-    def one_pass(carry, steps):
+    def one_pass(carry, here: _Pass):
         xs, inner = carry
 
         def at(n, x, inner, *upstream):
             stage = make(*upstream)
-            n, inner = stage.refreshed(x, n, inner, steps)
+            still, *given = jax.lax.stop_gradient((stage, x, n, inner))
+            n, inner = still.refreshed(*given, here.steps)
             return stage.part(x, n, inner), inner
 
-        def shifted(a, x, *upstream):
+        def moved(a, x, *upstream):
             stage = make(*upstream)
-            return uphill_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), _UPHILL)
+            step = uphill_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), _UPHILL)
+            return x + jax.lax.stop_gradient(jnp.where(here.moves, jnp.clip(step, -1.0, 1.0), 0.0))
 
-        found, inner = over_replicas(at, nodes, for_parts(xs, nodes), inner, *upstream_of_parts)
+        def errors():
+            return _errors_of(make, test, replicas, xs, *here.upstream)
+
+        found, inner = over_replicas(at, nodes, for_parts(xs, nodes), inner, *for_parts(here.upstream, nodes))
         found = by_replica(found, replicas)
-        shift = jax.vmap(shifted)(found, xs, *upstream)
-        return (xs + jnp.clip(shift, -1.0, 1.0), inner), (xs, found)
+        none = each(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(errors))
+        tested = jax.lax.cond(here.tests, errors, lambda: none)
+        return (jax.vmap(moved)(found, xs, *here.upstream), inner), (xs, found, tested)
 
-    start = jnp.broadcast_to(solved.point.x, (replicas, len(solved.jacobian))), solved.inner
-    # What pre-training does to the first pass of fine-tuning moves the minimisers there too.
-    steps = jnp.array([1 if upstream else 0, 2])
-    _, passes = jax.lax.scan(one_pass, start, steps)
-    return jax.tree_util.tree_map(lambda v: v[-1], passes)
+    start = jnp.broadcast_to(x, (replicas, *x.shape)), solved.inner
+    _, made = jax.lax.scan(one_pass, start, each(lambda *a: jnp.stack(a), *passes))
+    # First all replicas together, at x, then each of them.
+    first = x, *each(lambda v: v[0].mean(0), made[1:]), *upstream
+    rows = each(
+        lambda v, of_replicas: jnp.concatenate([v[None], of_replicas]), first, (*each(lambda v: v[-1], made), *own)
+    )
+    table = jax.vmap(lambda x, a, e, *upstream: make(*upstream).predictions(x, a, e))(*rows)
+    values, of_replicas = ({k: v[part] for k, v in table.items()} for part in (0, slice(1, None)))
+    return Described(values, *_bars(of_replicas, values, made[0][-1], solved, make(*upstream).judged), made[0][-1])
 
 
-#: Longest step of a replica towards the maximum in log y, where that is flat.
+def _errors_of(make, test: Any, replicas: int, xs, *upstream):
+    """Test errors of every replica."""
+
+    def at(n, x, *upstream):
+        return make(*upstream).test_errors(x, n)
+
+    if not (sets := _some(test)):
+        return jax.vmap(lambda *given: at(test, *given))(xs, *upstream)
+    return by_replica(over_replicas(at, test, *for_parts((xs, *upstream), sets[0])), replicas)
+
+
+#: Longest step of a replica towards the maximum in log y, where that is flat. (The step is cut to that, and to 1 in
+#: other coordinates: with these the bars are as wide as the scatter of independent nodes.)
 _UPHILL = 0.5
 
 
-def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved, numbers) -> Bars:
-    """`numbers(x)`: what the distance from the solution is judged by."""
+def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solved, numbers) -> tuple[dict, Any]:
+    """(errors, shift) of `Described`; `numbers(x)`: what the distance from the solution is judged by."""
 
     def error(v):
         return jnp.std(v, axis=0, ddof=1) / np.sqrt(len(v))
 
-    table = jnp.stack([jnp.asarray(v) for v in of_replicas.values()], 1)
-    bias = jnp.mean(table, 0) - jnp.stack([jnp.asarray(values[k]) for k in of_replicas])
-    errors = dict(zip(of_replicas, jnp.hypot(error(table), bias), strict=True))
+    rows = jnp.stack([jnp.asarray(v) for v in of_replicas.values()], 1)
+    bias = jnp.mean(rows, 0) - jnp.stack([values[k] for k in of_replicas])
+    errors = dict(zip(of_replicas, jnp.hypot(error(rows), bias), strict=True))
     x = solved.point.x
     off = jnp.abs(numbers(x + solved.point.offset) - numbers(x))
     known = jnp.minimum(error(jax.vmap(numbers)(xs)), _COARSE)
-    return Bars(errors, jnp.max(off / (known + _FINE)))
+    return errors, jnp.max(off / (known + _FINE))
 
 
 #: Distance from the solution at which a stop at a jump (`Code.floor`) is not good enough, in quadrature errors; those
@@ -220,11 +235,11 @@ def _bars(of_replicas: dict[str, Any], values: dict[str, Any], xs, solved: Solve
 _FLOOR_SHARE, _FINE, _COARSE = 2.0, 5e-4, 0.1
 
 
-def final_status(status: dict[str, Any], bars: Bars) -> dict[str, Any]:
+def final_status(status: dict[str, Any], errors: dict[str, Any], shift: Any) -> dict[str, Any]:
     """The status of a stage once its quadrature errors are known: a solve that stopped at a jump is one if it is inside
     the error of every order parameter. (By how much it is off is part of the bars.) What has no error bar is
     not known."""
-    near = bars.shift <= _FLOOR_SHARE
+    near = shift <= _FLOOR_SHARE
     code = jnp.where(status["code"] == Code.floor, jnp.where(near, int(Code.ok), int(Code.stalled)), status["code"])
-    unknown = succeeded(code) & ~jnp.isfinite(bars.errors.get("test_error", 0.0))
+    unknown = succeeded(code) & ~jnp.isfinite(errors.get("test_error", 0.0))
     return status | {"code": jnp.where(unknown, int(Code.stalled), code)}
