@@ -33,13 +33,12 @@ import lorastate as ls  # noqa: E402
 from lorastate.diagnosis.cross_check import map_image  # noqa: E402
 from lorastate.evolution import finetuning as ft  # noqa: E402
 from lorastate.evolution import finetuning_map  # noqa: E402
-from lorastate.math.quadrature import mean  # noqa: E402
+from lorastate.math.quadrature import mean, over_replicas  # noqa: E402
 from lorastate.setting.files import setting_from_dict  # noqa: E402
 from lorastate.solution.finetuning import LoraStage  # noqa: E402
 from lorastate.solution.gradients import searches_scale, with_best_scale  # noqa: E402
 from lorastate.solution.problem import Problem  # noqa: E402
 from lorastate.solution.solve import answered, solve_alone  # noqa: E402
-from lorastate.solution.stage import averages  # noqa: E402
 
 NUMERICS = {"nodes": 1024, "finetuning_nodes": 2048, "replicas": 4}
 #: What fine-tuning does with inputs, beside its sample size.
@@ -117,7 +116,7 @@ def lora_residual(problem: Problem, map_x: Any, x: Any, found: Any, control: Any
         lambda part: finetuning_map.locate_inner(fine, frozen, order, *part), (nodes._replace(control=None), none)
     )
     stage = LoraStage(fine, frozen)
-    image = stage.image(mean(averages(stage, x, nodes, inner)), x)
+    image = stage.image(mean(over_replicas(lambda *part: stage.part(x, *part), nodes, inner)), x)
     return stage.judged(image) - stage.judged(x)
 
 

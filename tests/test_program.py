@@ -29,7 +29,7 @@ from lorastate.solution import solve as solving
 from lorastate.solution.pretraining import search_pretraining, solve_pretraining
 from lorastate.solution.problem import Problem, frozen_at
 from lorastate.solution.search import solve_broken, solve_symmetric
-from lorastate.solution.stage import Bars
+from lorastate.solution.stage import Described
 
 NUMERICS = ls.Numerics(512, 1024, 2)
 
@@ -162,7 +162,7 @@ def test_a_changed_byte_is_seen(folder):
 
 def test_trees_survive(folder):
     pre = ls.Pretraining(0.1, 0.1, tokens=2, task={"a": 1.0, "c": 0.2})
-    tree = {"b": (pre, [None, 1, 2.5, "words", True]), "a": Bars({"x": 1.0}, None), "": ()}
+    tree = {"b": (pre, [None, 1, 2.5, "words", True]), "a": Described({"x": 1.0}, {}, None, None), "": ()}
     assert jax.tree_util.tree_structure(tree) == jax.tree_util.tree_structure(
         program._tree(
             program._words(jax.tree_util.tree_map(lambda x: program._Place() if eqx.is_array(x) else x, tree))
