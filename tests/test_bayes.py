@@ -205,7 +205,7 @@ def test_bayes_optimal_identity_error():
     # Two draws from the posterior differ by what the closed form says.
     sigma, noise, q, norm = ls.Identity(), 0.4, 0.7, 1.3
     nodes = gaussian_nodes(18, 2**15, 8, 2)
-    got = np.asarray(_posterior_error(sigma, norm, noise, q, nodes, 3, True))
+    got = np.asarray(_posterior_error(sigma, norm, noise, q, nodes, 3, True, 8))
     want, _ = _error(sigma, 3, norm, noise, q)
     assert np.mean(got) == pytest.approx(want, abs=5 * float(np.std(got)) / 8**0.5)
     assert want == pytest.approx(4 / 3 * (noise + 1 - q**2))

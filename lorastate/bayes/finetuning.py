@@ -131,23 +131,30 @@ class _Equation:
         return [*found, 0.0] if heights[-1] > 0 else found
 
     def _closed_in(self, a: float, b: float) -> float:
-        """Root of `excess` between a and b: that of one replica first, from there a few secant steps with all."""
+        """Root of `excess` between a and b by a few secant steps: from where the ends say that it is, or if not all
+        nodes have been asked there, from that of one replica."""
 
         def rough(x):
             return self.excess(x, self.rough)
 
-        if rough(a) > 0 >= rough(b):
+        if {(a, self.parts), (b, self.parts)} <= self._kept.keys():
+            slope = (self.excess(b) - self.excess(a)) / (b - a)
+            x = a - self.excess(a) / slope
+        elif rough(a) > 0 >= rough(b):
             x = root_between(rough, a, b, 1e-4)
-            f, slope = self.excess(x), (rough(x + 1e-3) - rough(x - 1e-3)) / 2e-3
-            for _ in range(6):
-                step = -f / slope
-                if not a <= x + step <= b:
-                    break
-                x, before = x + step, f
-                if abs(step) < _SAME:
-                    return x
-                f = self.excess(x)
-                slope = (f - before) / step if f != before else slope
+            slope = (rough(x + 1e-3) - rough(x - 1e-3)) / 2e-3
+        else:
+            return root_between(self.excess, a, b)
+        f = self.excess(x)
+        for _ in range(6):
+            step = -f / slope
+            if not a <= x + step <= b:
+                break
+            x, before = x + step, f
+            if abs(step) < _SAME:
+                return x
+            f = self.excess(x)
+            slope = (f - before) / step if f != before else slope
         return root_between(self.excess, a, b)
 
     def spread(self, log_s: float) -> float:

@@ -25,30 +25,42 @@ from .pretraining import bayes_optimal_pretraining
 
 
 @functools.partial(Program, quick=True)
-def _posterior_error(activation: Activation, norm, noise, q, nodes: Nodes, tokens: int, lora: bool):
-    """E || sigma(Y1) - sigma(Y2) ||^2 / 2 of every replica: Y = Z + sqrt(noise) GOE + chi chi^T given Z and omega."""
+def _posterior_error(activation: Activation, norm, noise, q, nodes: Nodes, tokens: int, lora: bool, count):
+    """E || sigma(Y1) - sigma(Y2) ||^2 / 2 of every replica, NaN from replica `count` on: Y = Z + sqrt(noise) GOE +
+    chi chi^T given Z and omega."""
     fields = (norm + noise, norm, norm + noise)
 
-    def one(n):
-        x, weight = n
+    normal, weights = jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)
+
+    def one(r, out):
+        x, weight = normal[r], weights[r]
         none = jnp.zeros_like(weight)
         chi, other = (x[0], q * x[0] + jnp.sqrt(jnp.maximum(1 - q**2, 0.0)) * x[1]) if lora else (none, none)
         sizes = (chi**2, other**2)
-        return row_error(activation, tokens, fields, (sizes[0], q * chi * other, sizes[1]), sizes, x[2:], weight) / 2
+        products = sizes[0], q * chi * other, sizes[1]
+        return out.at[r].set(row_error(activation, tokens, fields, products, sizes, x[2:], weight) / 2)
 
-    return jax.lax.map(one, (jnp.asarray(nodes.normal), jnp.asarray(nodes.weight)))
+    return jax.lax.fori_loop(0, count, one, jnp.full(len(weights), jnp.nan))
 
 
-def _error(activation, tokens, norm, noise, q=None) -> tuple[float, float]:
-    """(error, its standard error) for a map of size `norm`; `q` of fine-tuning, None for pre-training."""
+def _error(activation, tokens, norm, noise, q=None, q_stderr: float = 0.0) -> tuple[float, float]:
+    """(error, its standard error, with what that of q does to it) for a map of size `norm`; `q` of fine-tuning, None
+    for pre-training."""
+
+    def exact(q):
+        return (1 + 1 / tokens) * (noise + (0.0 if q is None else 1 - q**2))
+
+    def at(q, count):
+        given = (jnp.asarray(v) for v in (norm, noise, q if lora else 0.0))
+        return np.asarray(_posterior_error(activation, *given, nodes, tokens, lora, jnp.asarray(count)))[:count]
+
+    lora, lower = q is not None, None if q is None else max(q - q_stderr, 0.0)
     if isinstance(activation, Identity):
-        lora = 0.0 if q is None else 1 - q**2
-        return (1 + 1 / tokens) * (noise + lora), 0.0
-    lora = q is not None
+        return exact(q), abs(exact(lower) - exact(q))
     nodes = gaussian_nodes(node_dimension(activation, tokens), 2**17, REPLICAS, 2)
-    given = (jnp.asarray(v) for v in (norm, noise, q if lora else 0.0))
-    values = np.asarray(_posterior_error(activation, *given, nodes, tokens, lora))
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(REPLICAS))
+    values = at(q, REPLICAS)
+    moved = float(at(lower, 1)[0] - values[0]) if q_stderr else 0.0
+    return float(values.mean()), float(np.hypot(values.std(ddof=1) / np.sqrt(REPLICAS), moved))
 
 
 class BayesLimits(NamedTuple):
@@ -74,7 +86,7 @@ def bayes_optimal(setting: Setting) -> BayesLimits:
     require_rank_one(fine)
     for stage in (pre, fine):
         known_shift(stage.activation)
-    best = bayes_optimal_pretraining(pre)
+    best = jax.device_get(bayes_optimal_pretraining(pre))
     if not succeeded(best.code):
         raise SolveError("bayes_optimal", Code(int(best.code)))
     Q, Q0 = float(best.Q), float(pre.Q0)
@@ -82,10 +94,7 @@ def bayes_optimal(setting: Setting) -> BayesLimits:
     down = float(best.Q_down)
     noise = float(fine.delta) / 2 + float(pre.downstream_Q0) - down
     lora = bayes_optimal_finetuning(fine, noise)
-    below, lora_bar = _error(fine.activation, fine.tokens, down, max(noise, 0.0), lora.q)
-    if lora.q_stderr:  # what the error of q does to E'
-        shifted, _ = _error(fine.activation, fine.tokens, down, noise, lora.q - min(lora.q_stderr, lora.q))
-        lora_bar = float(np.hypot(lora_bar, shifted - below))
+    below, lora_bar = _error(fine.activation, fine.tokens, down, max(noise, 0.0), lora.q, lora.q_stderr)
     return BayesLimits(
         {"Q": Q, "overlap": float(best.overlap), "test_error": error},
         {"q": lora.q, "overlap": lora.overlap, "test_error": below, "effective_noise": noise},

@@ -87,22 +87,22 @@ class Predict:
         from ..runtime.progress import listening
         from ..solution import solution
 
-        pool, under_way, seen = ThreadPoolExecutor(2), {}, set()
+        pool, seen = ThreadPoolExecutor(2), set()
+        # What else is asked for is made beside it, the replica-symmetric solution by the programs that it compiles.
+        under_way = {limits_of: pool.submit(limits_of, setting)}
 
         def begin(name: str, _: bool = False) -> None:
-            # Beside the last program: until all others are being compiled it would be in the way.
             seen.add(name)
-            if name == "answer":
-                wanted = (limits_of, solution.symmetric_solution) if "solve_broken" in seen else (limits_of,)
-                under_way.update({f: pool.submit(f, setting) for f in wanted if f not in under_way})
+            if name == "answer" and "solve_broken" in seen and solution.symmetric_solution not in under_way:
+                under_way[solution.symmetric_solution] = pool.submit(solution.symmetric_solution, setting)
 
         try:
             with listening(begin):
                 found = solution.predict(setting, throw=False)
-            begin("answer")
-            limits = under_way[limits_of].result()
-            summary = found.summary()
+            limits, summary = under_way[limits_of].result(), found.summary()
             broken = summary["symmetry"] == "one-step broken"
+            if broken:
+                begin("answer")
             summary["rs"] = under_way[solution.symmetric_solution].result() if broken else None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

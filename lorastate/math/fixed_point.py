@@ -59,6 +59,12 @@ class FixedPoint(NamedTuple):
     offset: Float[Array, " n"]
     steps: Int[Array, ""]
 
+    @staticmethod
+    def nowhere(n: int) -> FixedPoint:
+        """What a loop over solves of n unknowns begins with."""
+        none, zero = jnp.zeros(n), jnp.zeros(())
+        return FixedPoint(none, jnp.array(0), zero, zero, zero, zero, none, jnp.array(0))
+
 
 class Map(NamedTuple):
     """A fixed-point map for `iterate`, in two functions without derivatives.

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from scipy.special import ndtri
 
 from ..runtime.cores import PART, shared
 from ..runtime.program import kept_arrays, platform
@@ -64,7 +63,7 @@ def gaussian_nodes(
     def make():
         return _replicas(dimension, points, replicas, seed, flip, order, images)
 
-    # Those of the first seeds are kept for the next start: SciPy's sequences take a second to import.
+    # Those of the first seeds are kept for the next start: SciPy takes half a second to import.
     words = f"nodes {(dimension, nodes, replicas, seed, mirror, order)} scipy {version('scipy')}"
     normal, weight = kept_arrays(words, make) if seed % 10**6 < 3 else make()
     found = Nodes(normal, weight)
@@ -73,6 +72,7 @@ def gaussian_nodes(
 
 def _replicas(dimension, points, replicas, seed, flip, order, images):
     """Nodes (R, dimension, n) and weights (R, n) of `gaussian_nodes`, from as many points of the sequence."""
+    from scipy.special import ndtri
     from scipy.stats import qmc
 
     blocks, weights = [], []
@@ -117,6 +117,7 @@ def nested_nodes(
     r, n = outer.weight.shape
 
     def make():
+        from scipy.special import ndtri
         from scipy.stats import qmc
 
         rng = np.random.default_rng([seed, inner, 1])
@@ -222,6 +223,7 @@ def _sum(f, nodes: Any, memory: Slots, count, write: bool):
     """The sum of `value` over the first `count` parts, and what is remembered then (see `sweep`)."""
     each = jax.tree_util.tree_map
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for its shape and in the loop
     def at(r, data):
         return f(row(nodes, r), row(data, memory.here, r))
 
@@ -232,7 +234,7 @@ def _sum(f, nodes: Any, memory: Slots, count, write: bool):
             data = put(data, new, memory.there, r)
         return each(jnp.add, total, value), data
 
-    shape = jax.eval_shape(lambda: at(0, memory.data)[0])
+    shape, _ = jax.eval_shape(at, jnp.asarray(count), memory.data)
     zero = each(lambda v: jnp.zeros(v.shape, v.dtype), shape)
     total, data = jax.lax.fori_loop(0, count, one, (zero, memory.data if write else None))
     return total, memory.data if data is None else data
@@ -263,15 +265,17 @@ def in_blocks(f, nodes: Nodes, inner):
         parts = a.reshape(*a.shape[:-1], -1, half)
         return jax.lax.dynamic_slice_in_dim(parts, k * size, size, -1).reshape(*a.shape[:-1], -1)
 
+    @functools.partial(jax.jit, inline=True)
     def at(k):
         return f(*jax.tree_util.tree_map(lambda a: cut(a, k), (nodes, inner)))
 
     def one(total, k):
         return jax.tree_util.tree_map(jnp.add, total, at(k)), None
 
-    shape = jax.eval_shape(at, 0)
+    steps = jnp.arange(count)
+    shape = jax.eval_shape(at, steps[0])
     zero = jax.tree_util.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), shape)
-    return jax.lax.scan(one, zero, jnp.arange(count))[0]
+    return jax.lax.scan(one, zero, steps)[0]
 
 
 def mean(tree):

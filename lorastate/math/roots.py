@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from scipy.optimize import brentq
 
 
 def root_between(f: Callable[[float], Any], a: float, b: float, xtol: float = 1e-10) -> float:
     """Root of a function that changes sign between a and b (Brent's method); one of the points it was evaluated at."""
+    from scipy.optimize import brentq  # which takes a while, and few need it
+
     found: Any = brentq(f, a, b, xtol=xtol)
     return float(found)
 

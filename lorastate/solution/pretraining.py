@@ -12,7 +12,7 @@ from ..errors import Code, succeeded
 from ..evolution import pretraining as pt
 from ..evolution.order import RESPONSE_FLOOR, Order, decode
 from ..evolution.test_errors import pretraining_error
-from ..math.fixed_point import Method, Rules, iterate, plain_map
+from ..math.fixed_point import FixedPoint, Method, Rules, iterate, plain_map
 from ..math.implicit import nan_slope
 from ..math.places import row
 from ..math.quadrature import Slots, in_blocks
@@ -176,9 +176,7 @@ def search_pretraining(problem: Problem) -> Solved:
         return (state.stage < count) & wanted
 
     jacobian, no = jnp.zeros((len(usual), len(usual))), jnp.array(False)
-    nothing = jax.eval_shape(lambda: iterate(fmap, rules[0], True, usual, jacobian, memory).point)
-    nothing = jax.tree_util.tree_map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
-    begin = _Progress(jnp.array(0), nothing, jacobian, memory, no, no)
+    begin = _Progress(jnp.array(0), FixedPoint.nowhere(len(usual)), jacobian, memory, no, no)
     end = jax.lax.while_loop(unfinished, stage, begin)
     return Solved(end.point, end.jacobian, end.memory.read())
 
