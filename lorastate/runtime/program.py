@@ -132,7 +132,7 @@ class Program:
                 self._announce(args, treedef, [a.shape for a in filter(_is_array, leaves)])
             key, made = self._prepared(args, leaves, treedef)
             lowered = made.run.lower(*filter(_is_array, leaves))
-            self._under_way[key] = _compilers().submit(lowered.compile)
+            self._under_way[key] = _compilers(self._quick).submit(lowered.compile)
             out = lowered.out_info
             if made.kept and mesh is None:  # whose results are bound to their device
                 here = jnp.zeros(()).sharding
@@ -224,12 +224,12 @@ def _is_array(leaf) -> bool:
 
 
 @functools.cache
-def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(cores(), 2))
+def _compilers(quick: bool) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(cores(), 2) if quick else 1)  # of the others each needs half a gigabyte
 
 
 def _known(tree) -> bool:
-    """Whether every node of the tree is of a class of Python or of this package, whose source is part of `_version`."""
+    """Whether all nodes of the tree are of classes of Python or of this package, whose source is part of `_version`."""
     if tree is None or jax.tree_util.all_leaves([tree]):
         return True
     module = type(tree).__module__
