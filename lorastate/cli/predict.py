@@ -57,9 +57,11 @@ class Predict:
         return {"both": self._both, "pretraining": self._pretraining, "limits": self._limits}[self.only](setting)
 
     def _pretraining(self, setting: Setting) -> int:
+        import jax
+
         from ..solution.solution import pretrain
 
-        found = pretrain(setting.pretraining, setting.numerics, throw=False)
+        found = jax.device_get(pretrain(setting.pretraining, setting.numerics, throw=False))
         summary = found.summary()
         if self.json:
             print_json(with_setting(summary, setting))
@@ -83,6 +85,8 @@ class Predict:
         return 0
 
     def _both(self, setting: Setting) -> int:
+        import jax
+
         from ..diagnosis import second_step
         from ..runtime.progress import listening
         from ..solution import solution
@@ -98,7 +102,7 @@ class Predict:
 
         try:
             with listening(begin):
-                found = solution.predict(setting, throw=False)
+                found = jax.device_get(solution.predict(setting, throw=False))  # operations on arrays are compiled
             limits, summary = under_way[limits_of].result(), found.summary()
             broken = summary["symmetry"] == "one-step broken"
             if broken:
