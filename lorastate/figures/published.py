@@ -14,6 +14,7 @@ from ..bayes.limits import bayes_optimal
 from ..design.optimize import optimize
 from ..errors import SolveError
 from ..predictions import axis_label
+from ..runtime.cores import together
 from ..setting.files import setting_to_dict
 from ..setting.paths import replace
 from ..setting.stages import Finetuning, Pretraining, Setting
@@ -39,15 +40,17 @@ def figure1(out: Path | str, training: Training | None = None, progress: bool = 
     lowest minima found by training fine-tuning alone, where the first stage has no finite D.
     """
     figure, panels = side_by_side(2, 11, 5.2)
-    inset_points = max(15, points // 2)
-    bar = tqdm(total=2 * (2 * points + inset_points), desc="theory", unit="solve", disable=not progress)
-    data: dict[str, Any] = {"figure": 1, "panels": []}
-    for axes, delta in zip(panels, (0.5, 2.0), strict=True):
-        setting = Setting(Pretraining(alpha=0.1, lam=0.01, delta=delta), Finetuning(alpha=3.0, lam=0.2), NUMERICS)
-        panel: dict[str, Any] = {"delta": delta, "setting": setting_to_dict(setting)}
-        panel |= _against_ridge(axes, setting, np.geomspace(5e-3, 0.3, points), bar)
-        inset = axes.inset_axes((0.14, 0.64, 0.36, 0.33))
-        panel |= _inset(inset, setting, np.geomspace(0.01, 3, inset_points), bar)
+    grids = np.geomspace(5e-3, 0.3, points), np.geomspace(0.01, 3, max(15, points // 2))
+    bar = tqdm(total=2 * (2 * len(grids[0]) + len(grids[1])), desc="theory", unit="solve", disable=not progress)
+    settings = [Setting(Pretraining(0.1, 0.01, delta=d), Finetuning(alpha=3.0, lam=0.2), NUMERICS) for d in (0.5, 2.0)]
+    predict(settings[0], throw=False)  # compiles what both panels share
+    # While one of them descends to its optimum, or compiles for itself, the other has the cores.
+    found = list(together(lambda s: _panel(s, *grids, bar), settings, alone=False))
+    bar.close()
+    for axes, setting, panel in zip(panels, settings, found, strict=True):
+        delta = panel["delta"]
+        _draw_against_ridge(axes, panel)
+        _draw_inset(axes.inset_axes((0.14, 0.64, 0.36, 0.33)), panel["inset"])
         if training is not None:
             panel["simulation"] = _squares(axes, setting, training, progress)
         axes.set(
@@ -58,30 +61,54 @@ def figure1(out: Path | str, training: Training | None = None, progress: bool = 
         axes.title.set_fontsize(9)
         low, high = axes.get_ylim()
         axes.set_ylim(low, low + (high - low) / _BELOW_INSET)
-        data["panels"].append(panel)
-    bar.close()
     legend_below(figure, panels)
-    return save(figure, Path(out), "figure1", data)
+    return save(figure, Path(out), "figure1", {"figure": 1, "panels": found})
 
 
-def _against_ridge(axes, setting: Setting, grid, bar) -> dict[str, Any]:
-    """The curves of one panel of figure 1 and its two levels; returns its data."""
-    path, curves, rows = "pretraining.lam", {}, []
+def _panel(setting: Setting, grid, inset_grid, bar) -> dict[str, Any]:
+    """The numbers of one panel of figure 1: its curves and two levels, and the curve of its inset."""
+    # First what one core does alone, then what keeps all of them busy.
+    path, best, limits = "pretraining.lam", optimize(setting), bayes_optimal(setting)
+    curves = {
+        f"{ridge:g}": scan(
+            replace(setting, "finetuning.lam", ridge), path, grid, ("test_error", "test_error_frozen"), bar,
+            symmetric=True,
+        )
+        for ridge in _RIDGES if ridge is not None
+    }  # fmt: skip
+    level, error = limits.finetuning["test_error"], limits.errors["finetuning"]["test_error"]
+    return {
+        "delta": float(setting.pretraining.delta),
+        "setting": setting_to_dict(setting),
+        "curves": curves,
+        "best_for_E": _best_map(setting, grid[0], grid[-1]),
+        "bayes_optimal": {"test_error": level, "test_error_stderr": error},
+        "optimum": {"converged": best.converged, **best.path[-1]},
+        "inset": scan(best.setting, "finetuning.lam", inset_grid, ("test_error",), bar, symmetric=True),
+    }
+
+
+def _draw_against_ridge(axes, panel: dict[str, Any]) -> None:
+    """E' against lambda for every lambda'; at lambda' = infinity w is zero, whatever the other ridges are."""
+    path, top = "pretraining.lam", _BELOW_INSET
     for ridge, color in _RIDGES.items():
         if ridge is not None:
-            here = replace(setting, "finetuning.lam", ridge)
-            rows = scan(here, path, grid, ("test_error", "test_error_frozen"), bar, symmetric=True)
-            curves[f"{ridge:g}"] = rows
-            draw_line(axes, rows, path, "test_error", color, rf"$\lambda'={ridge:g}$", top=_BELOW_INSET)
-        else:  # w = 0, whatever the last ridge was
-            draw_line(axes, rows, path, "test_error_frozen", color, r"$\lambda'=\infty$", top=_BELOW_INSET)
-    best = _best_map(setting, grid[0], grid[-1])
-    if best is not None:
-        axes.axvline(best, ymax=_BELOW_INSET, color="k", ls="--", lw=1.0, label=r"$\lambda$ best for $E$")
-    limits = bayes_optimal(setting)
-    level, error = limits.finetuning["test_error"], limits.errors["finetuning"]["test_error"]
-    axes.axhline(level, color="0.3", ls="-.", lw=1.0, label="Bayes-optimal $E'$")
-    return {"curves": curves, "best_for_E": best, "bayes_optimal": {"test_error": level, "test_error_stderr": error}}
+            rows, label = panel["curves"][f"{ridge:g}"], rf"$\lambda'={ridge:g}$"
+            draw_line(axes, rows, path, "test_error", color, label, top=top)
+        else:
+            draw_line(axes, rows, path, "test_error_frozen", color, r"$\lambda'=\infty$", top=top)
+    if (best := panel["best_for_E"]) is not None:
+        axes.axvline(best, ymax=top, color="k", ls="--", lw=1.0, label=r"$\lambda$ best for $E$")
+    axes.axhline(panel["bayes_optimal"]["test_error"], color="0.3", ls="-.", lw=1.0, label="Bayes-optimal $E'$")
+
+
+def _draw_inset(inset, rows) -> None:
+    """E' against lambda' at the lambda that is best for E'."""
+    draw_line(inset, rows, "finetuning.lam", "test_error", "k")
+    inset.set(xscale="log")
+    inset.set_xlabel(r"$\lambda'$", fontsize=8, labelpad=0)
+    inset.set_ylabel(axis_label("test_error"), fontsize=8, labelpad=0)
+    inset.tick_params(labelsize=7)
 
 
 def _best_map(setting: Setting, low: float, high: float) -> float | None:
@@ -95,18 +122,6 @@ def _best_map(setting: Setting, low: float, high: float) -> float | None:
     found = minimize_scalar(error, bounds=ends, method="bounded", options={"xatol": 1e-3})
     inside = np.isfinite(found.fun) and found.fun < min(map(error, ends))
     return float(np.exp(found.x)) if inside else None
-
-
-def _inset(inset, setting: Setting, grid, bar) -> dict[str, Any]:
-    """E' against lambda' at the lambda that is best for E'; returns its data."""
-    best = optimize(setting)
-    rows = scan(best.setting, "finetuning.lam", grid, ("test_error",), bar, symmetric=True)
-    draw_line(inset, rows, "finetuning.lam", "test_error", "k")
-    inset.set(xscale="log")
-    inset.set_xlabel(r"$\lambda'$", fontsize=8, labelpad=0)
-    inset.set_ylabel(axis_label("test_error"), fontsize=8, labelpad=0)
-    inset.tick_params(labelsize=7)
-    return {"optimum": {"converged": best.converged, **best.path[-1]}, "inset": rows}
 
 
 def _squares(axes, setting: Setting, training: Training, progress: bool) -> list[dict[str, Any]]:

@@ -115,13 +115,14 @@ def gathered(tree):
     return jax.tree_util.tree_map(one, tree)
 
 
-def together(f: Callable, values: Iterable[Any]) -> Iterator[Any]:
+def together(f: Callable, values: Iterable[Any], alone: bool = True) -> Iterator[Any]:
     """`f` of every value, in their order, on up to four cores: a solve that shares none keeps one of them busy.
 
-    The first call is made alone, since it may compile what the others share.
+    The first call is made `alone`, where it may compile what the others share.
     """
-    first, *others = values
-    yield f(first)
+    others = list(values)
+    if alone:
+        yield f(others.pop(0))
     config: Any = jax.config
     device = config.jax_default_device
 
