@@ -22,7 +22,7 @@ import lorastate as ls
 from lorastate import _version
 from lorastate.evolution.pretraining import start
 from lorastate.math.quadrature import gaussian_nodes
-from lorastate.runtime import cores, program
+from lorastate.runtime import cores, program, room
 from lorastate.runtime.program import Program
 from lorastate.solution import lanes
 from lorastate.solution import solve as solving
@@ -227,7 +227,7 @@ def test_source_is_read_before_it_is_imported(tmp_path):
         assert lorastate.__file__.startswith({str(tmp_path)!r}) and SOURCE == source_on_disk()
         with open({str(copy / "solution" / "stage.py")!r}, "a") as file:
             file.write("# edited")
-        from lorastate.runtime import cores, program
+        from lorastate.runtime import cores, program, room
         assert SOURCE in program._version() and source_on_disk() not in (SOURCE, "")
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
@@ -315,6 +315,21 @@ def test_strict_promotion_is_not_for_these_programs():
         assert (float(ls.predict(setting).test_error), *ls.gradient(setting)) == (want, want, slopes)
         with pytest.raises(ValueError, match="promotion"):
             jnp.add(jnp.ones(3, jnp.int32), jnp.ones(3, jnp.float32))
+
+
+@pytest.mark.skipif(not room._MAPS.exists(), reason="Linux only")
+def test_programs_make_room_for_others(monkeypatch):
+    traced = []
+
+    def twice(x):
+        traced.append(x.shape)
+        return 2 * x
+
+    program, one = Program(twice), jnp.ones(())
+    assert float(program(one)) == float(program(one)) == 2.0 and traced == [()]
+    monkeypatch.setattr(room, "_FULL", 0.0)
+    program(jnp.ones(3))
+    assert float(program(one)) == 2.0 and traced == [(), (3,), ()]
 
 
 def first_of_two(pre, x):

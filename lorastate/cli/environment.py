@@ -69,7 +69,8 @@ def share_cores(count: int) -> None:
 
 def cache() -> str | None:
     """The user's folder for what is compiled; None, and a warning, where nothing can be kept safely."""
-    from ..runtime.program import alone, make_room
+    from ..runtime.program import alone
+    from ..runtime.room import make_room
 
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

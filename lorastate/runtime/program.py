@@ -28,6 +28,7 @@ from .._version import SOURCE, source_on_disk
 from ..errors import is_concrete
 from .cores import cores, left_there, placed, shape_of, shared, sharing
 from .progress import anyone, tell
+from .room import drop_if_full, make_room
 
 #: How the names of this package's modules begin.
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -152,6 +153,7 @@ class Program:
         still = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
         key = (treedef, shapes, still, backend, folder, _version(), shared())
         if key not in self._made:
+            drop_if_full()
             made = None
             if folder is not None and self._ours() and all(map(_known, args)):
                 made = self._keep(folder, backend, leaves, treedef, shapes)
@@ -383,18 +385,3 @@ def _store(path: Path, data: bytes) -> None:
         file.write(hashlib.sha256(data).digest() + data)
     os.replace(part, path)
     make_room(path.parent, _MOST)
-
-
-def make_room(folder: Path, most: int) -> None:
-    """Removes the oldest files of a folder, so that the others have no more bytes than `most`."""
-    found = []
-    for file in folder.iterdir():
-        with contextlib.suppress(OSError):  # another process has made room
-            status = file.stat()
-            if file.is_file():
-                found.append((-status.st_mtime, status.st_size, file))
-    size = 0
-    for _, bytes_, file in sorted(found):
-        size += bytes_
-        if size > most:
-            file.unlink(missing_ok=True)

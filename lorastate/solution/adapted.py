@@ -76,7 +76,7 @@ def minimum(factor, values):
     for _ in range(4):  # Newton's steps
         slope, curvature = b + t * (2 * c + t * (3 * d + t * 4 * e)), 2 * c + t * (6 * d + t * 12 * e)
         t = t - slope / curvature
-    good = (jnp.abs(t) < _REACH) & (curvature > 0)
+    good = (jnp.abs(t) < _REACH) & (curvature > 0) & jnp.isfinite(factor)
     lowest = a + t * (b + t * (c + t * (d + t * e)))
     return jnp.where(good, factor * (1 + t), jnp.nan), jnp.where(good, lowest, jnp.nan)
 

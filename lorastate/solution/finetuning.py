@@ -67,7 +67,8 @@ class LoraStage(Stage):
         layer, (of_lora, of_map) = AdaptedLayer(self.pre, self.fine, self.frozen, ft.order_at(self.fine, x)), nodes
         c = jnp.asarray(self.fine.adapter_factor)
         factors = jnp.stack([c, jnp.zeros(())])  # at w = 0 as well
-        best = self.best_factor * (1 + STENCIL)
+        # Where there is none, NaN would spoil the derivatives of the others in reverse mode.
+        best = jnp.where(jnp.isfinite(self.best_factor), self.best_factor, 1.0) * (1 + STENCIL)
         return {
             "test_error": errors_at(layer, of_lora, jnp.concatenate([factors, best])),
             "forgetting_error": jax.vmap(lambda c: layer.forgetting_error(of_map, c))(factors),

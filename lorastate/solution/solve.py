@@ -166,22 +166,21 @@ def traced_answer(problem: Problem) -> Answer:
     nobody can look at the code."""
     lane, symmetry = Lanes(problem.with_broken()), problem.numerics.symmetry
     first = pretrained(lane)
-    second = _symmetric(lane, first, symmetry != "rs")
+    second = _symmetric(lane, first, True)
 
-    def broken() -> Answer:
+    def symmetric() -> Answer:
+        return Solves(lane, first, second).answer()
+
+    def again() -> Answer:
+        if symmetry == "rs":
+            return Solves(lane, first, _symmetric(lane, first, False)).answer()
         found = _broken(lane, first, second.coarse)
         point = found.solved.point
         code = jnp.where(found.rough & succeeded(point.code), int(Code.deep_glass), point.code)
         found = found._replace(solved=found.solved._replace(point=point._replace(code=code)))
         return Solves(lane, first, found).answer()
 
-    def symmetric() -> Answer:
-        return Solves(lane, first, second).answer()
-
-    if symmetry == "auto":
-        out = jax.lax.cond(second.rough, broken, symmetric)
-    else:
-        out = symmetric() if symmetry == "rs" else broken()
+    out = again() if symmetry == "1rsb" else jax.lax.cond(second.rough, again, symmetric)
     good = {stage: succeeded(out.status[stage]["code"]) for stage in out.status}
     return out._replace(values={stage: or_nan(v, good[stage]) for stage, v in out.values.items()})
 
