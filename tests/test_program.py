@@ -328,8 +328,13 @@ def test_programs_make_room_for_others(monkeypatch):
     program, one = Program(twice), jnp.ones(())
     assert float(program(one)) == float(program(one)) == 2.0 and traced == [()]
     monkeypatch.setattr(room, "_FULL", 0.0)
+    monkeypatch.setattr(room, "_left", [0])
+    monkeypatch.setattr(room, "_STEP", 0.0)
     program(jnp.ones(3))
     assert float(program(one)) == 2.0 and traced == [(), (3,), ()]
+    monkeypatch.setattr(room, "_STEP", 1.0)  # what is left is not to be had
+    program(jnp.ones(4))
+    assert float(program(one)) == 2.0 and traced == [(), (3,), (), (4,)]
 
 
 def first_of_two(pre, x):

@@ -9,8 +9,10 @@ from pathlib import Path
 import jax
 
 _MAPS, _LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
-#: Share of the mappings of memory that a process may have, above which programs are dropped.
-_FULL = 0.6
+#: Share of the mappings of memory that a process may have, above which programs are dropped; and by which they have to
+#: grow before that is tried again: what the user holds on to cannot be dropped.
+_FULL, _STEP = 0.6, 0.1
+_left = [0]  # mappings after the last time
 
 
 def drop_if_full() -> None:
@@ -20,12 +22,17 @@ def drop_if_full() -> None:
     them, and the compiler that gets none ends the process. What is needed again is compiled again, or read from disk.
     """
     try:
-        limit, used = int(_LIMIT.read_text()), _MAPS.read_bytes().count(b"\n")
+        limit, used = int(_LIMIT.read_text()), _mappings()
     except (OSError, ValueError):  # another system
         return
-    if used > _FULL * limit:
+    if used > max(_FULL * limit, _left[0] + _STEP * limit):
         jax.clear_caches()
         gc.collect()
+        _left[0] = _mappings()
+
+
+def _mappings() -> int:
+    return _MAPS.read_bytes().count(b"\n")
 
 
 def make_room(folder: Path, most: int) -> None:
