@@ -42,7 +42,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax  # noqa: E402
 
-from lorastate.runtime import program  # noqa: E402
+from lorastate.runtime import program, room  # noqa: E402
 from lorastate.solution import lanes, solve  # noqa: E402
 
 # The package's own options come before these: they are for what is run on an eighth as many nodes as usual, and faster
@@ -58,14 +58,6 @@ gc.set_threshold(50_000, 10, 10)
 _finished = itertools.count(1)
 
 
-def _memory_maps() -> int:
-    try:
-        with open("/proc/self/maps") as file:
-            return sum(1 for _ in file)
-    except OSError:  # not Linux
-        return 0
-
-
 def _resident() -> int:
     """Bytes of memory that this process holds."""
     try:
@@ -76,11 +68,11 @@ def _resident() -> int:
 
 @pytest.fixture(autouse=True)
 def _few_programs_at_a_time():
-    """Compiled programs hold memory maps, of which Linux lets a process have 65530: a worker that keeps those of half
-    of the suite is killed."""
+    """Those that tests compile by themselves count too: a worker that keeps the programs of half of the suite is
+    killed (see `room`)."""
     yield
-    if next(_finished) % 8 == 0 and _memory_maps() > 30_000:
-        jax.clear_caches()
+    if next(_finished) % 4 == 0:
+        room.drop_if_full()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -74,14 +74,11 @@ class _Equation:
         self.rough = self.parts // REPLICAS  # those of one
         self._kept: dict[tuple[float, int], list[np.ndarray]] = {}
 
-    def respond(self, log_s: float, count: int):
-        """(q'/alpha', E log Z, variance of the first) of every part, NaN from part `count` on."""
-        return response(jnp.asarray(log_s), *self._given, jnp.asarray(count))
-
     def averages(self, log_s: float, count: int) -> list[np.ndarray]:
         """(q'/alpha', E log Z, variance of the first) of the first `count` parts, (count,) each."""
         if (log_s, count) not in self._kept:
-            self._kept[log_s, count] = [np.asarray(v)[:count] for v in self.respond(log_s, count)]
+            found = response(jnp.asarray(log_s), *self._given, jnp.asarray(count))
+            self._kept[log_s, count] = [np.asarray(v)[:count] for v in found]
         return self._kept[log_s, count]
 
     def replicas(self, log_s: float) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ def averages(s, noise, normal, weight, key, tokens: int, shift: bool):
         mean, log = jax.vmap(lambda xi: _posterior_mean(s, noise, omega, g, n, y, low, xi, shift))(xi)
         return mean[0] @ mean[1] / s, jax.nn.logsumexp(log) - jnp.log(2.0)
 
-    size, log = jax.lax.map(one, (each, omega.T, g.T, jnp.moveaxis(n, -1, 0)), batch_size=256)
+    size, log = jax.lax.map(one, (each, omega.T, g.T, jnp.moveaxis(n, -1, 0)), batch_size=_PART)
     return jnp.sum(weight * size), jnp.sum(weight * log), jnp.sum((weight * size) ** 2)
 
 

@@ -105,8 +105,6 @@ class Predict:
                 found = jax.device_get(solution.predict(setting, throw=False))  # operations on arrays are compiled
             limits, summary = under_way[limits_of].result(), found.summary()
             broken = summary["symmetry"] == "one-step broken"
-            if broken:
-                begin("answer")
             summary["rs"] = under_way[solution.symmetric_solution].result() if broken else None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -134,6 +134,10 @@ def nested_nodes(
     return outer._replace(inner=kept_arrays(words, make) if seed < 3 else make())
 
 
+#: A function whose shape is asked for before it is called: both are one trace.
+traced_once = functools.partial(jax.jit, inline=True)
+
+
 def by_replica(tree, replicas: int):
     """What is known of every part, (R k, ...), averaged over the k parts of each of R replicas, (R, ...)."""
     return jax.tree_util.tree_map(lambda a: a.reshape(replicas, -1, *a.shape[1:]).mean(1), tree)
@@ -223,7 +227,7 @@ def _sum(f, nodes: Any, memory: Slots, count, write: bool):
     """The sum of `value` over the first `count` parts, and what is remembered then (see `sweep`)."""
     each = jax.tree_util.tree_map
 
-    @functools.partial(jax.jit, inline=True)  # traced once, for its shape and in the loop
+    @traced_once
     def at(r, data):
         return f(row(nodes, r), row(data, memory.here, r))
 
@@ -265,7 +269,7 @@ def in_blocks(f, nodes: Nodes, inner):
         parts = a.reshape(*a.shape[:-1], -1, half)
         return jax.lax.dynamic_slice_in_dim(parts, k * size, size, -1).reshape(*a.shape[:-1], -1)
 
-    @functools.partial(jax.jit, inline=True)
+    @traced_once
     def at(k):
         return f(*jax.tree_util.tree_map(lambda a: cut(a, k), (nodes, inner)))
 

@@ -19,7 +19,7 @@ from ..math.fixed_point import FixedPoint
 from ..math.implicit import attach
 from ..math.linear import UNROLLED, ldl_solve, symmetric_inverse
 from ..math.maximum import uphill_step
-from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas
+from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas, traced_once
 
 #: Share of nodes with two wells up to which symmetry counts as unbroken.
 FEW = 1e-3
@@ -177,6 +177,7 @@ def described(make, solved: Solved, x, nodes: Nodes, test: Any, replicas: int, u
             step = uphill_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), _UPHILL)
             return x + jax.lax.stop_gradient(jnp.where(here.moves, jnp.clip(step, -1.0, 1.0), 0.0))
 
+        @traced_once
         def errors():
             return _errors_of(make, test, replicas, xs, *here.upstream)
 
