@@ -28,8 +28,9 @@ from . import finetuning as ft
 from .finetuning_map import locate_inner, no_memory
 from .order import Order
 
-#: o_w at least at which S is taken: E g_0 . chi* is odd in m, and what is added to it goes as m.
-_SOME_OVERLAP = 0.05
+#: o_w at least at which S is taken: E g_0 . chi* is odd in m, and what is added to it goes as m. Noise at least, in
+#: sqrt(q): E <div g> is an average divided by that, and spare directions of different minima may have nothing in common.
+_SOME_OVERLAP, _SOME_NOISE = 0.05, 0.05
 
 
 def one_minimum(order: Order) -> Order:
@@ -38,8 +39,9 @@ def one_minimum(order: Order) -> Order:
     for spread, y in zip(order.spread, order.breaking, strict=True):
         response = response + y * spread**2
     along = 1.0 if jnp.ndim(order.overlap) == 0 else np.array([1.0, 0.0])
-    least = _SOME_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE))
-    return Order(response, along * jnp.maximum(jnp.abs(order.overlap), least), order.noise)
+    size = jnp.sqrt(order.norm(ft.TEACHER_SIZE))
+    overlap = along * jnp.maximum(jnp.abs(order.overlap), _SOME_OVERLAP * size)
+    return Order(response, overlap, jnp.maximum(order.noise, _SOME_NOISE * size))
 
 
 def _averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> ft.Averages:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..math.fixed_point import Map
+from ..math.fixed_point import ANEW, COLD, Map
+from ..math.places import row
 from ..math.quadrature import Nodes, Slots, over_replicas, sweep
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
@@ -28,9 +29,9 @@ class Memory(NamedTuple):
     anchored: Any
 
 
-#: How far the order parameters move until wells are looked for again that were not among the lowest two, and until
-#: there may be others than those that are known.
-_LOOK, _ANEW = 0.01, 0.3
+#: How far the order parameters move until wells are looked for again that were not among the lowest two, until there may
+#: be others than those that are known, and until that must be known before a point is judged.
+_LOOK, _ANEW, _AFAR = 0.01, 0.3, 1.0
 #: Size of an update, in sqrt(q), whose moves matter no more.
 _SMALL = 1e-2
 
@@ -86,11 +87,11 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
         spread = tuple(jnp.where(h, SPREAD_FLOOR, s) for h, s in zip(together, new.spread, strict=True))
         return new._replace(spread=spread).encode()
 
-    def image(x, memory, cold, count):
-        order = ft.order_at(fine, x)
+    def image(x, memory, how, count):
+        order, cold = ft.order_at(fine, x), how == COLD
 
         def one(n, previous):
-            anew = cold | (_moved(fine, previous.anchored, order) > _ANEW)
+            anew = (how >= ANEW) | (_moved(fine, previous.anchored, order) > _AFAR)
             look = anew | (_moved(fine, previous.at, order) > _LOOK)
             found = locate_inner(fine, frozen, order, n, previous.found, cold, look, anew)
             a = ft.averages_of(fine, frozen, order, n, found)
@@ -112,4 +113,9 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
 
         return jax.jacfwd(plain)(x)
 
-    return Map(image, jacobian, Slots.commit, levels)
+    def stale(x, memory):
+        if memory.data.found.u.shape[2] == 1:  # of nodes that have one well nothing more is looked for
+            return jnp.array(False)
+        return _moved(fine, row(memory.data.anchored, memory.here, 0), ft.order_at(fine, x)) > _ANEW
+
+    return Map(image, jacobian, Slots.commit, levels, stale)

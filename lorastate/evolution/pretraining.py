@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..math.fixed_point import Map
+from ..math.fixed_point import COLD, Map
 from ..math.quadrature import Nodes, Slots, in_blocks, mean, over_replicas, sweep
 from ..math.symmetric import dimension, to_coordinates
 from ..model import wells
@@ -227,8 +227,8 @@ def step(x, pre: Pretraining, const: tuple[Nodes, Wells] | None):
 def state_evolution(pre: Pretraining, nodes: Nodes) -> Map:
     """The same sweep for the solver: finds the inner minimisers and remembers them from step to step."""
 
-    def image(x, memory, cold, count):
-        order = decode(x)
+    def image(x, memory, how, count):
+        order, cold = decode(x), how == COLD
 
         def one(part, previous):
             n, thorough = part

@@ -69,9 +69,11 @@ class FixedPoint(NamedTuple):
 class Map(NamedTuple):
     """A fixed-point map for `iterate`, in two functions without derivatives.
 
-    `image(x, memory, cold, index) -> (F(x), memory)`: `memory` (any pytree) carries what makes the next evaluation
-    cheaper, such as inner minimisers; `cold` asks not to rely on it. `commit(memory, accept)` makes that evaluation
-    count or keeps the memory of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts.
+    `image(x, memory, how, index) -> (F(x), memory)`: `memory` (any pytree) carries what makes the next evaluation
+    cheaper, such as inner minimisers; `how` far it may be relied on is `WARM`, `ANEW` (what it holds is a beginning, and
+    there may be more) or `COLD` (not at all). `commit(memory, accept)` makes that evaluation count or keeps the memory
+    of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts. `stale(x, memory)`: whether what
+    is known there comes from too far away, so that F has to be evaluated anew before another point is compared with x.
 
     The last `outer` coordinates are those of a maximum that the others adjust to: there F(x) - x rises and falls as the
     slope of what is maximal. `iterate` leaves them where they are; `lorastate.math.maximum.climb` goes uphill.
@@ -81,6 +83,11 @@ class Map(NamedTuple):
     jacobian: Callable
     commit: Callable = lambda memory, accept: memory
     outer: int = 0
+    stale: Callable = lambda x, memory: jnp.array(False)
+
+
+#: How far an evaluation of a `Map` may rely on what is remembered.
+WARM, ANEW, COLD = range(3)
 
 
 #: Residual below which a Jacobian serves to the end of a stage that is not `exact`: it is off by about as much.
@@ -106,6 +113,7 @@ class _State(NamedTuple):
     known: Any  # the last Jacobian that has been computed, where jac may be updated from it
     exact: Any  # whether jac is the Jacobian at x, and not one carried over
     near: Any  # whether jac has been computed since the residual was below `_NEAR`
+    stale: Any  # whether F is to be evaluated at x anew
     length: Any  # trial length of the next Newton step; 0 asks for a Picard step
     step: Any
     code: Any
@@ -181,17 +189,20 @@ def _advanced(fmap: Map, rules: Rules, warm: Any, s: _State) -> _State:
     """One pass: propose, evaluate, accept or not, renew the Jacobian, judge."""
     first, exact = s.step < 0, jnp.asarray(rules.exact)
     trial, picard = _proposed(fmap, rules, s)
-    image, memory = fmap.image(trial, s.memory, first & ~warm, rules.index)
+    trial = jnp.where(s.stale, s.x, trial)
+    how = jnp.where(first & ~warm, COLD, jnp.where(s.stale, ANEW, WARM))
+    image, memory = fmap.image(trial, s.memory, how, rules.index)
     finite = jnp.all(jnp.isfinite(image))
     residual, size = _size(_residual(fmap, image, trial)), _size(_residual(fmap, s.image, s.x))
     less = residual < (1.0 - 1e-3 * s.length) * size
-    accept = first | picard | (finite & less)
-    done = accept & finite & (residual <= rules.tolerance)
+    accept = first | s.stale | picard | (finite & less)
     # A rejected step with an old Jacobian says nothing yet about the length: try again with a new one.
     renew = ~accept & ~s.exact
     length = jnp.where(accept, jnp.where(picard, 1.0, jnp.minimum(1.0, 4.0 * s.length)), s.length / 4)
-    length = jnp.where(first | renew, s.length, length)
+    length = jnp.where(first | s.stale | renew, s.length, length)
     x, memory = jnp.where(accept, trial, s.x), fmap.commit(memory, accept)
+    stale = accept & ~s.stale & fmap.stale(x, memory)
+    done = accept & finite & ~stale & (residual <= rules.tolerance)
     jac = broyden(s.jac, trial - s.x, image - s.image, accept & ~first & finite)
     close = ~exact & (residual < _NEAR)
     newton_next = ~_early(rules, s.step + 1, residual) & (exact | (close & ~s.near))
@@ -213,7 +224,7 @@ def _advanced(fmap: Map, rules: Rules, warm: Any, s: _State) -> _State:
     done = done & finite
     return _State(
         x, jnp.where(accept, image, s.image), memory, jac, jnp.where(wanted, jac, s.known),
-        wanted | (~accept & s.exact), s.near | (wanted & close), length, s.step + 1, jnp.where(done, Code.ok, code),
+        wanted | (~accept & s.exact), s.near | (wanted & close), stale, length, s.step + 1, jnp.where(done, Code.ok, code),
         done, best, since, jnp.where(accept, s.before, s.previous), jnp.where(accept, s.x, s.before),
     )  # fmt: skip
 
@@ -234,10 +245,11 @@ def iterate(
     """Solves x = F(x) by the rules of one stage. If `warm` the memory is that of a point not far from x0, if `near`
     the Jacobian serves to the end."""
     n, dtype = x0.shape[0], x0.dtype
+    jac0 = jnp.where(jnp.all(jnp.isfinite(jac0)), jac0, 0.0)  # a stage that failed may have left anything
     inf, no, zero = jnp.full_like(x0, jnp.inf), jnp.array(False), jnp.array(0)
     begin = jnp.where(jnp.all(jnp.isfinite(x0)), int(Code.ok), int(Code.nonfinite))
     start = _State(
-        x0, x0, memory, jac0, jac0, no, jnp.array(near), jnp.ones((), dtype), jnp.array(-1), begin, no,
+        x0, x0, memory, jac0, jac0, no, jnp.array(near), no, jnp.ones((), dtype), jnp.array(-1), begin, no,
         jnp.array(jnp.inf, dtype), zero, inf, inf,
     )  # fmt: skip
     s = jax.lax.while_loop(
