@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 jax.config.update("jax_enable_x64", True)
 
 from lorastate.errors import Code, succeeded  # noqa: E402
-from lorastate.math.fixed_point import Method, fixed_point  # noqa: E402
+from lorastate.math.fixed_point import (  # noqa: E402
+    ANEW,
+    Map,
+    Method,
+    Rules,
+    fixed_point,
+    iterate,
+    plain_map,
+)
 from lorastate.math.linear import (  # noqa: E402
     cholesky,
     small_solve,
@@ -188,6 +196,43 @@ def test_floor(transform):
         1.5,
     )
     assert Code(int(repelling.code)) is Code.unstable and 1e-10 < float(repelling.residual) < 1e-3
+
+
+class Places(NamedTuple):
+    """Where something was last searched for, at the point that counts and at the last trial."""
+
+    here: Any
+    there: Any
+
+
+def searched(x, memory, how, _):
+    """1 + x/2; more than 0.3 from where it was last searched for something is missed, and 1/2 is added."""
+    at = jnp.where(how >= ANEW, x[0], memory.here)
+    return 1 + x / 2 + jnp.where(jnp.abs(x[0] - at) > 0.3, 0.5, 0.0), Places(memory.here, at)
+
+
+def test_points_are_compared_by_what_is_known_at_both():
+    def solve(stale):
+        fmap = Map(
+            searched,
+            lambda *_: jnp.array([[0.5]]),
+            lambda memory, accept: Places(jnp.where(accept, memory.there, memory.here), memory.there),
+            0,
+            stale,
+        )
+        memory = Places(jnp.zeros(()), jnp.zeros(()))
+        return iterate(fmap, Rules.of(Method()), True, jnp.array([0.3]), jnp.zeros((1, 1)), memory)
+
+    found = solve(lambda x, memory: jnp.abs(x[0] - memory.here) > 0.3)
+    assert int(found.point.code) == Code.ok and float(found.point.x[0]) == pytest.approx(2.0)
+    assert int(found.point.steps) < 15 and abs(float(found.memory.here) - 2.0) < 0.3
+    assert float(solve(lambda x, memory: jnp.array(False)).point.x[0]) == pytest.approx(3.0)  # else this tests nothing
+
+
+def test_a_jacobian_that_a_failed_stage_has_left_harms_nothing():
+    fmap = plain_map(affine, 0.5)
+    found = iterate(fmap, Rules.of(Method(), exact=False), True, jnp.array([0.3]), jnp.full((1, 1), jnp.nan), None)
+    assert int(found.point.code) == Code.ok and float(found.point.x[0]) == pytest.approx(2.0)
 
 
 # ---- derivatives

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorastate.errors import Code
-from lorastate.math.fixed_point import Map, Method, Rules, newton_step
+from lorastate.math.fixed_point import COLD, WARM, Map, Method, Rules, newton_step
 from lorastate.math.implicit import CURVED, attach, implicit
 from lorastate.math.maximum import climb, curvature, uphill_step
 
@@ -80,13 +80,13 @@ def test_slope_of_a_maximum():
 def climbed(slope, start, tries=30, edge=np.inf, level=0.0):
     """A climb in y of something with this slope, where x = cos(x)/2 + y follows; beyond the `edge` x has no value."""
 
-    def image(z, memory, cold, _):
+    def image(z, memory, how, _):
         x, y = z
         out = jnp.stack([jnp.where(y < edge, 0.5 * jnp.cos(x) + y, jnp.nan), y + slope(x, y)])
-        return out, memory.at[0].add(1).at[1].add(jnp.where(cold, 1, 0))
+        return out, memory.at[0].add(1).at[1].add(jnp.where(how == COLD, 1, 0))
 
     def jacobian(z, *_):
-        return jax.jacfwd(lambda z: image(z, jnp.zeros(2, int), False, 0)[0])(z)
+        return jax.jacfwd(lambda z: image(z, jnp.zeros(2, int), WARM, 0)[0])(z)
 
     rules = Rules.of(Method(tolerance=1e-6, max_steps=60), exact=False)
     fmap, begin = Map(image, jacobian, outer=1), jnp.array([0.0, start])
@@ -142,7 +142,7 @@ def test_a_climb_comes_back_from_where_nothing_is_found():
 def test_a_climb_leaves_what_repels():
     """x = 0 solves x = tanh(2 y x) for all y, and repels where y > 1/2; the slope is that of the maximum at x^2."""
 
-    def image(z, memory, cold, _):
+    def image(z, memory, how, _):
         x, y = z
         return jnp.stack([jnp.tanh(2 * y * x), y + 0.3 * (0.4 + x**2 - y)]), memory
 

@@ -99,6 +99,33 @@ def test_the_search_finds_the_global_minimum():
     assert 0.01 < np.mean(found.two) < 0.7
 
 
+def test_descents_do_not_creep_along_valleys():
+    """The identity and a weak pull: the loss of chi is that of chi R, and Newton steps in that valley are short."""
+    rng, t, n = np.random.default_rng(3), 3, 400
+    zw, target, omega = fields(rng, t, n), 2 * fields(rng, t, n), jnp.asarray(rng.standard_normal((3 * t, n)))
+    problem = VectorProblem(Identity(), zw, omega, target, jnp.array(40.0))
+    u = jnp.asarray(rng.standard_normal((3 * t, n)))
+
+    def distance(u):
+        return jnp.sum((u - omega) ** 2, 0)
+
+    near, far = problem.aligned(u), problem.terms(u)[0]
+    loss = [problem.terms(x)[0] - distance(x) / 80 for x in (near, u)]
+    np.testing.assert_allclose(*loss, rtol=1e-12)
+    assert np.all(distance(near) < distance(u)) and np.all(problem.terms(near)[0] < far)
+    for _ in range(6):
+        near = problem.aligned(near)
+    for seed in range(20):  # proper rotations: none brings the columns nearer
+        o = rotation(seed, 3)
+        assert np.all(distance(turned(near, o * np.linalg.det(o), t)) >= distance(near) - 1e-9)
+    found, _, ok = prox.locate(problem, omega, 60)
+    assert np.all(ok)
+    np.testing.assert_allclose(problem.aligned(found), found, atol=1e-6)
+    # Columns of different responses stay where they are.
+    v = jnp.repeat(jnp.array([40.0, 40.0, 10.0]), t)[:, None]
+    np.testing.assert_array_equal(problem._replace(v=v).aligned(u)[2 * t :], u[2 * t :])
+
+
 # ---- E'
 
 
@@ -289,6 +316,15 @@ def test_spare_directions_from_few_samples_to_many(alpha):
     solution = ls.predict(setting(2, 1, alpha=alpha), throw=False)
     assert ls.Code(int(solution.branches.code[0])) is ls.Code.ok
     assert solution.symmetry == "one-step broken"
+
+
+def test_minima_that_share_nothing_along_spare_directions():
+    """Weak ridge: minima agree about w*, and fit noise with the spare direction in ways that have nothing in common."""
+    found = ls.predict(setting(2, 1, alpha=1.8, lam=0.015))
+    f = found.finetuning
+    assert found.ok and float(f["p_spare"]) < 1e-3 and float(f["q_spare"]) > 0.4
+    assert 0.8 * float(f["q"]) < float(f["p"]) < float(f["q"])
+    assert float(f["overlap"]) > 0.9
 
 
 @pytest.mark.parametrize(("alpha", "taken"), [(3.0, False), (100.0, True)])

@@ -29,7 +29,7 @@ from .finetuning_map import locate_inner, no_memory
 from .order import Order
 
 #: o_w at least at which S is taken: E g_0 . chi* is odd in m, and what is added to it goes as m. Noise at least, in
-#: sqrt(q): E <div g> is an average divided by that, and spare directions of different minima may have nothing in common.
+#: sqrt(q): E <div g> is an average divided by that, and minima may have nothing in common along spare directions.
 _SOME_OVERLAP, _SOME_NOISE = 0.05, 0.05
 
 

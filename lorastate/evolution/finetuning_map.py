@@ -29,8 +29,8 @@ class Memory(NamedTuple):
     anchored: Any
 
 
-#: How far the order parameters move until wells are looked for again that were not among the lowest two, until there may
-#: be others than those that are known, and until that must be known before a point is judged.
+#: How far the order parameters move until wells are looked for again that were not among the lowest two, until there
+#: may be others than those that are known, and until that must be known before a point is judged.
 _LOOK, _ANEW, _AFAR = 0.01, 0.3, 1.0
 #: Size of an update, in sqrt(q), whose moves matter no more.
 _SMALL = 1e-2

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ..errors import Code, succeeded
@@ -55,7 +56,7 @@ _BACK = 2
 
 def climb(
     fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any,
-    tries: Any, level: Any = 0.0, away: Callable = lambda x: x, warm: Any = False,
+    tries: Any, level: Any = 0.0, away: Callable = lambda x: x, warm: Any = False, most: Any = np.inf,
 ) -> tuple[Iterated, Any]:  # fmt: skip
     """`iterate`, then up to `tries` steps of the outer coordinates towards the next maximum uphill, each followed by
     `iterate`; and whether a maximum was reached.
@@ -63,7 +64,8 @@ def climb(
     A step is a Newton step with secant Jacobian, uphill even where the slope grows, and at most half as long as the
     last one once a maximum was passed. Where a pass ends at what repels, another one starts `away` from it; where it
     fails, the one before it is made again, and then a shorter step. A slope of at most `level` cannot be told from
-    zero: where it is that small and falls no further there is the maximum. If `warm` the memory is that of x0.
+    zero: where it is that small and falls no further there is the maximum. If `warm` the memory is that of x0. No pass
+    begins after `most` steps in all.
     """
     if not fmap.outer:
         return iterate(fmap, rules, require_stable, x0, jac0, memory), jnp.array(False)
@@ -106,7 +108,11 @@ def climb(
     blank = FixedPoint(x0, count, zero, zero, zero, zero, x0, count)
     start = Iterated(blank, x0, jac0, memory)
     begin = _Climb(start, x0, no, jnp.where(warm, _WARM, _COLD), none, none + _STRIDE, count, count, no)
-    s = jax.lax.while_loop(lambda s: ~s.done & (s.passes <= tries + jnp.where(s.way == _WARM, 0, _BACK)), one, begin)
+
+    def goes_on(s: _Climb):
+        return ~s.done & (s.passes <= tries + jnp.where(s.way == _WARM, 0, _BACK)) & (s.steps < most)
+
+    s = jax.lax.while_loop(goes_on, one, begin)
     g = s.at.image - s.at.point.x
     offset = jnp.abs(uphill_step(s.at.jacobian, g, fmap.outer, _STRIDE))
     point = s.at.point._replace(offset=offset, steps=s.steps)

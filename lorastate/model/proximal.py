@@ -5,8 +5,8 @@ Both stages minimise, node by node, a smooth function of a few unknowns u in R^n
     pre-training   u = coordinates of Z in Sym_T :  ||sigma(Z) - t||^2 + ||Z - Omega||_F^2 / (4 V)
     fine-tuning    u = chi in R^{T x r}          :  ||sigma(Z_W + chi chi^T) - t||^2 + ||chi - omega||^2 / (2 v)
 
-A problem is a pytree with a method `terms(u) -> (f, g, H)`; arrays are node-last. The search (`locate`) and the
-derivative of what it finds (`attach_minimum`) are kept apart: searches need loops, derivatives do not.
+A problem is a pytree with methods `terms(u) -> (f, g, H)` and `aligned(u)`; arrays are node-last. The search (`locate`)
+and the derivative of what it finds (`attach_minimum`) are kept apart: searches need loops, derivatives do not.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class MapProblem(NamedTuple):
     def stiffness(self):
         """Curvature of the pull to Omega: no minimum of the whole is much flatter."""
         return 1 / (2 * self.V)
+
+    def aligned(self, u):
+        """u itself: nothing leaves the loss as it is."""
+        return u
 
     @jax.jit
     def terms(self, u: Float[Array, "n N"]) -> tuple[Float[Array, " N"], Float[Array, "n N"], Float[Array, "n n N"]]:
@@ -86,6 +90,28 @@ class VectorProblem(NamedTuple):
     def rank(self) -> int:
         """r, the number of columns of chi."""
         return len(self.omega) // len(self.zw)
+
+    def aligned(self, u: Float[Array, "n N"]) -> Float[Array, "n N"]:
+        """chi R, with a rotation R of columns of the same v that brings them nearest to omega, pair by pair.
+
+        The loss of chi R is that of chi: where the pull to omega is weak these are valleys, in which Newton steps are
+        short. A minimum is aligned.
+        """
+        t, r = len(self.zw), self.rank
+        if r == 1:
+            return u
+        chi, omega = columns(u, t), columns(self.omega, t)
+        v = jnp.broadcast_to(jnp.reshape(self.v, (-1, 1)), (len(u), 1))[::t]
+        for k in range(r):
+            for l in range(k):
+                along = jnp.sum(chi[k] * omega[k] + chi[l] * omega[l], 0)
+                across = jnp.sum(chi[l] * omega[k] - chi[k] * omega[l], 0)
+                length = jnp.sqrt(along**2 + across**2)
+                turns = (v[k] == v[l]) & (length > 0)
+                length = jnp.where(turns, length, 1.0)
+                c, s = jnp.where(turns, along / length, 1.0), jnp.where(turns, across / length, 0.0)
+                chi[k], chi[l] = c * chi[k] + s * chi[l], c * chi[l] - s * chi[k]
+        return jnp.concatenate(chi)
 
     @jax.jit
     def terms(self, u: Float[Array, "n N"]) -> tuple[Float[Array, " N"], Float[Array, "n N"], Float[Array, "n n N"]]:
@@ -145,7 +171,7 @@ def _newton(problem, start, limit, over, last_step):
 
     def body(s):
         move = s.cut[None] * s.x
-        trial = s.u - move
+        trial = problem.aligned(s.u - move)
         f, g, h = problem.terms(trial)
         good = ((f <= s.f + _rounding(f)) | (_length(move, s.u) < 1e-10)) & ~s.done
         scale = jnp.max(jnp.abs(jnp.stack([h[i, i] for i in range(len(trial))])), 0)

@@ -234,7 +234,7 @@ def search_finetuning(
         fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels, held)
         (point, _, jac, memory), placed = climb(
             fmap, rules, True, x0, mine.jacobian, memory, job.tries, job.level, lambda x: pushed(fine, x),
-            kind == _AGAIN,
+            kind == _AGAIN, numerics.max_steps,
         )  # fmt: skip
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
