@@ -48,6 +48,15 @@ def broken_start(fine: Finetuning, x, informative: bool = True, size: Any = 1.0)
     return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (0.25 / scale,)).encode()
 
 
+def parted(fine: Finetuning, x):
+    """A start with one step of breaking next to the replica-symmetric point `x`: minima differ by a tenth of what they
+    have beside the teacher, and y as in `broken_start`. There the equations have values where they have them at x."""
+    order = order_at(fine, x)
+    spread, noise = jnp.sqrt(0.1) * order.noise, jnp.sqrt(0.9) * order.noise
+    scale = jnp.sqrt(jnp.sum(spread**2 * order.norm(TEACHER_SIZE) / order.response**2) / fine.alpha)
+    return order._replace(noise=noise, spread=(spread,), breaking=(0.25 / scale,)).encode()
+
+
 def pushed(fine: Finetuning, x):
     """Away from a solution x that repels, at the same response and norms. Where it knows little of the teacher: half of
     the largest overlap, and with one step of breaking minima that share half of their norm at least. Where it knows

@@ -71,9 +71,10 @@ class Map(NamedTuple):
 
     `image(x, memory, how, index) -> (F(x), memory)`: `memory` (any pytree) carries what makes the next evaluation
     cheaper, such as inner minimisers; `how` far it may be relied on is `WARM`, `ANEW` (what it holds is a beginning,
-    and there may be more) or `COLD` (not at all). `commit(memory, accept)` makes that evaluation count or keeps the memory
-    of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts. `stale(x, memory)`: whether what
-    is known there comes from too far away, so that F has to be evaluated anew before another point is compared with x.
+    and there may be more) or `COLD` (not at all). `commit(memory, accept)` makes that evaluation count or keeps the
+    memory of the one before. `jacobian(x, memory, index)` is dF/dx at the last x that counts. `stale(x, memory)`:
+    whether what is known there comes from too far away, so that F has to be evaluated anew before another point is
+    compared with x.
 
     The last `outer` coordinates are those of a maximum that the others adjust to: there F(x) - x rises and falls as the
     slope of what is maximal. `iterate` leaves them where they are; `lorastate.math.maximum.climb` goes uphill.
@@ -225,7 +226,8 @@ def _advanced(fmap: Map, rules: Rules, warm: Any, s: _State) -> _State:
     return _State(
         x, jnp.where(accept, image, s.image), memory, jac, jnp.where(wanted, jac, s.known),
         wanted | (~accept & s.exact), s.near | (wanted & close), stale, length, s.step + 1,
-        jnp.where(done, Code.ok, code), done, best, since, jnp.where(accept, s.before, s.previous), jnp.where(accept, s.x, s.before),
+        jnp.where(done, Code.ok, code), done, best, since, jnp.where(accept, s.before, s.previous),
+        jnp.where(accept, s.x, s.before),
     )  # fmt: skip
 
 

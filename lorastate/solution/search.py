@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ..errors import Code, succeeded
 from ..evolution import control, finetuning_map
 from ..evolution import finetuning as ft
-from ..evolution.starts import apart, broken_start, fitted, pushed, start
+from ..evolution.starts import apart, broken_start, fitted, parted, pushed, start
 from ..math.fixed_point import FixedPoint
 from ..math.maximum import climb
 from ..math.places import put, row
@@ -26,76 +26,24 @@ from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning
 from .finetuning import Branches, LoraStage, SecondStage, replicon
 from .nodes import DEEP
-from .pretraining import FirstStage, rules_of, stacked
+from .pretraining import FirstStage, stacked
 from .problem import Problem
+from .schedule import AFRESH, AGAIN, ALWAYS, CHECK, CLIMB, ESCAPE, LAST, Job, schedule
 from .stage import FEW, Solved
 
 
 class Search(NamedTuple):
     """What differs between the searches of fine-tuning: steps of breaking, whether every node is taken to have one
-    well, the starts (informative and small), and whether minima are held together."""
+    well, the starts (informative and small), whether minima are held together, and, with breaking, the start `instead`
+    of one where the equations have no value."""
 
     levels: int
     alone: bool
     starts: Any
     held: Any = False
+    instead: Any = None
 
 
-_ALWAYS, _ESCAPE, _CLIMB, _LAST, _AFRESH, _CHECK, _AGAIN = range(7)
-
-
-class _Job(NamedTuple):
-    """A stage of a search: rules, its kind, the branch that it serves, how many steps y may make, how many parts of the
-    nodes the stage before it was made on (0: none that a control variate could go by), and the `level` up to which its
-    nodes cannot tell a slope in y from zero."""
-
-    rules: Any
-    kind: Any
-    branch: Any
-    tries: Any
-    before: Any
-    level: Any
-
-
-def _jobs(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> _Job:
-    """All stages, stacked: both starts on a part of the nodes, there once more from a cold search, both on all of the
-    nodes, and away from a solution that repels. With breaking y climbs to the maximum of phi on the first nodes, then
-    on all, with a control variate; what that ends in is solved once more from a cold search, which may find wells that
-    were lost on the way (it was no solution then), and once from where it is: neighbours lie on smooth curves so."""
-    # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
-    parts, size = nodes.weight.shape
-    coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
-    few = min(4, parts)
-    first, few, some = (min(2, parts), few, max(parts // 4, few)) if levels else (1, 1, 1)
-    coarse = coarse._replace(index=first)
-    if levels:
-        coarse = coarse._replace(settle=0.1, burn_in=8, damping=0.4, max_steps=40)
-        refined = refined._replace(tolerance=max(numerics.tolerance, 1e-4), floor=1e-2)
-    if ft.spare(fine):
-        # The response of spare directions overshoots, and the more so the more samples there are.
-        coarse, refined = (rule._replace(damping=0.7) for rule in (coarse, refined))
-    again = coarse._replace(burn_in=0, index=few)
-    # What is a solution on the first nodes may be out of the domain, or none at all, on all of them.
-    afresh = coarse._replace(tolerance=refined.tolerance, floor=refined.floor, index=parts)
-    climbing = again._replace(index=some)
-    stages = [(coarse, _ALWAYS, 0, 0), (again, _ALWAYS, 0, first)]
-    if levels:
-        stages += [(again, _ESCAPE, 0, 0), (climbing, _CLIMB, _TRIES, few)]
-    stages.append((refined, _LAST, _TRIES if levels else 0, some))
-    if levels:
-        stages.append((afresh, _AFRESH, _TRIES, 0))
-    stages.append((refined._replace(settle=0.0), _ESCAPE, _TRIES if levels else 0, 0))
-    if levels:
-        stages += [(refined, kind, _TRIES, parts) for kind in (_CHECK, _AGAIN)]
-    both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == _ESCAPE else (0, 1))]
-    branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
-    level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
-    kind, branch, tries, before = map(jnp.array, (kind, branch, tries, before))
-    return _Job(stacked(rules), kind, branch, tries, before, level)
-
-
-#: Steps in which y has to find its place; relative error of the slope of phi in y, times the root of the nodes.
-_TRIES, _NOISE = 14, 2.5
 #: Steps in log y back from where a quarter of the nodes has it: far above its place the slope may be small once more.
 _BACK = 0.4
 #: Distance in (m, q) below which two solutions on the first nodes are one, without and with breaking (y is flat there);
@@ -112,18 +60,22 @@ def _averaged(memory: Slots, count):
     return jax.tree_util.tree_map(first, row(memory.data.averages, memory.here))
 
 
-def _where_from(fine: Finetuning, search: Search, x, job: _Job):
+def _where_from(fine: Finetuning, search: Search, x, job: Job, outside):
     """Where a stage begins after one that has ended at x: with w turned to the teacher's side, to which samples may
     have led or not. With breaking it knows some of w*: what few nodes take for m = 0, which Newton steps would not
-    leave, need not be that on more of them."""
+    leave, need not be that on more of them. `outside`: whether the equations had no value at the start."""
     kind, d = job.kind, 1 + ft.spare(fine)
-    y = jnp.where(kind == _AFRESH, row(search.starts, job.branch), jnp.where(kind == _ESCAPE, pushed(fine, x), x))
+    first = row(search.starts, job.branch)
+    if search.levels:
+        first = jnp.where(outside, search.instead, first)
+        x = jnp.where(outside & (kind == ALWAYS) & (job.before > 0), first, x)
+    y = jnp.where(kind == AFRESH, first, jnp.where(kind == ESCAPE, pushed(fine, x), x))
     order = ft.order_at(fine, y).along
     least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if search.levels else 0.0
     y = y.at[d].set(jnp.maximum(jnp.abs(order.overlap), least))
     if search.levels:
-        y = y.at[-1].add(jnp.where(kind == _LAST, -_BACK, 0.0))
-    return jnp.where(kind >= _CHECK, x, y)
+        y = y.at[-1].add(jnp.where(kind == LAST, -_BACK, 0.0))
+    return jnp.where(kind >= CHECK, x, y)
 
 
 #: o_w at least that a stage of a search with breaking begins with.
@@ -144,13 +96,14 @@ class _Found(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What is known between two stages of a search: `same`, whether both starts have found one solution, and `above`
-    (2,), which of them lies clearly above the other."""
+    """What is known between two stages of a search: `same`, whether both starts have found one solution, `above` (2,),
+    which of them lies clearly above the other, and `outside` (2,), at which starts the equations had no value."""
 
     found: _Found
     memory: Slots
     same: Any
     above: Any
+    outside: Any
 
 
 def _close(fine: Finetuning, search: Search, found: _Found):
@@ -167,9 +120,9 @@ def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progr
     """Both starts compared, before either is refined: whether they are one, before y climbs, and whether one lies
     above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above.
     Once both are refined they may still turn out to be one."""
-    found, last = s.found, (kind == _LAST) & (k == 0)
-    now = (kind == _CLIMB) & (k == 0) if search.levels else last
-    again = (kind >= _CHECK) & (k == 0)
+    found, last = s.found, (kind == LAST) & (k == 0)
+    now = (kind == CLIMB) & (k == 0) if search.levels else last
+    again = (kind >= CHECK) & (k == 0)
     same = jnp.where(now, _close(fine, search, found), s.same | (again & _solved_alike(fine, search, found)))
     gap = found.energy - found.energy[::-1]
     placed = (succeeded(found.code) & found.placed)[::-1]
@@ -179,7 +132,7 @@ def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progr
 
 def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     """Whether a stage is left out, and whether that is because its branch is not the lowest."""
-    found, refining = s.found, kind >= _CLIMB
+    found, refining = s.found, kind >= CLIMB
     # Where both starts have found the same solution the second is not refined again. Where nothing was found but a
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
@@ -187,12 +140,12 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     # A control variate that suits the solution itself moves it, and phi, by less than their errors; done twice, by so
     # little that neighbours lie on smooth curves, and both starts where they have found one solution end there.
     unsolved = ~(succeeded(mine.code) & mine.placed)
-    idle = ((kind == _AFRESH) & ~failed) | ((kind >= _CHECK) & unsolved)
-    skip = ((kind == _ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
+    idle = ((kind == AFRESH) & ~failed) | ((kind >= CHECK) & unsolved)
+    skip = ((kind == ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
     if search.levels:  # what repels leads to the other solution
         skip = skip | (refining & (mine.code == Code.unstable) & succeeded(row(found.code, 1 - k)))
     if search.alone:
-        skip = skip | ((kind != _ALWAYS) & _clearly_rough(s.memory, found.row))
+        skip = skip | ((kind != ALWAYS) & _clearly_rough(s.memory, found.row))
     return skip, refining & row(s.above, k)
 
 
@@ -207,7 +160,7 @@ def search_finetuning(
     """
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
 
-    def controlled(begin, memory: Slots, job: _Job, left_out):
+    def controlled(begin, memory: Slots, job: Job, left_out):
         """The nodes, with a control variate that suits a solution near `begin`, if there is something to go by."""
 
         def found():
@@ -218,39 +171,41 @@ def search_finetuning(
         wanted = (job.before > 0) & ~left_out
         return nodes._replace(control=jax.lax.cond(wanted, found, lambda: nothing))
 
-    def one(s: _Progress, job: _Job):
+    def one(s: _Progress, job: Job):
         rules, kind, k = job.rules, job.kind, job.branch
         s = _compared(fine, search, s, kind, k)
-        found, mine, escape = s.found, row(s.found, k), kind == _ESCAPE
+        found, mine, escape = s.found, row(s.found, k), kind == ESCAPE
         skip, higher = _needless(search, s, mine, kind, k)
         # The escape may fail: what it leaves must not be lost. The memory of the second start, which did, is free.
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], mine.row))
-        begin = _where_from(fine, search, mine.x, job)
+        begin = _where_from(fine, search, mine.x, job, row(s.outside, k))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
         here = controlled(begin, memory, job, skip | higher) if search.levels else nodes
         held = search.held
         if search.levels:  # how far minima part is known by then
-            held = held | ((kind == _AGAIN) & ft.all_one(ft.order_at(fine, x0)))
+            held = held | ((kind == AGAIN) & ft.all_one(ft.order_at(fine, x0)))
         fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels, held)
         (point, _, jac, memory), placed = climb(
             fmap, rules, True, x0, mine.jacobian, memory, job.tries, job.level, lambda x: pushed(fine, x),
-            kind == _AGAIN, numerics.max_steps,
+            kind == AGAIN, numerics.max_steps,
         )  # fmt: skip
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
-        kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == _CLIMB) & ~placed)
+        kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == CLIMB) & ~placed)
         # What was solved stays so where a last pass is not.
-        kept = kept | ((kind == _AGAIN) & ~((point.code == Code.ok) & placed))
+        kept = kept | ((kind == AGAIN) & ~((point.code == Code.ok) & placed))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
         new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
         rows = put(found.row, memory.here, jnp.where(escape, 1, k))
         rows = jnp.where(escape & ~kept, rows[::-1], rows)
-        repels = (kind == _CLIMB) & (point.code == Code.unstable)
+        repels = (kind == CLIMB) & (point.code == Code.unstable)
         new = jax.tree_util.tree_map(lambda old, new: jnp.where(kept, old, new), mine, new)
         new = new._replace(code=jnp.where(repels, point.code, new.code))
         found = put(found, new, k)._replace(row=rows)
-        return s._replace(found=found, memory=memory), (point, kept)
+        first = (kind == ALWAYS) & (job.before == 0) & (point.code == Code.nonfinite)
+        outside = put(s.outside, row(s.outside, k) | first, k)
+        return s._replace(found=found, memory=memory, outside=outside), (point, kept)
 
-    jobs, begin = _jobs(fine, numerics, nodes, search.levels), _begin(fine, nodes, search)
+    jobs, begin = schedule(fine, numerics, nodes, search.levels), _begin(fine, nodes, search)
     s, (points, kept) = jax.lax.scan(one, begin, jobs)
     same = s.same
     if search.levels:  # one solution has another control variate, and another phi, where it was found in another way
@@ -258,7 +213,7 @@ def search_finetuning(
     return _final(jobs, points, kept), s.found, s.memory, same, points.x[2]
 
 
-def _final(jobs: _Job, points: FixedPoint, kept) -> FixedPoint:
+def _final(jobs: Job, points: FixedPoint, kept) -> FixedPoint:
     """Of each start the last stage that was made, with the steps of all of them."""
     index, made = jnp.arange(len(jobs.branch)), [(jobs.branch == k) & ~kept for k in (0, 1)]
     last = [jnp.max(jnp.where(made[k], index, k)) for k in (0, 1)]
@@ -276,7 +231,7 @@ def _begin(fine: Finetuning, nodes: Nodes, search: Search) -> _Progress:
         variate = control.none(both, search.levels)
     codes = jnp.zeros(2, int)
     found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, variate)
-    return _Progress(found, memory, jnp.array(False), none > 0)
+    return _Progress(found, memory, jnp.array(False), none > 0, none > 0)
 
 
 def _rough(memory: Slots, row):
@@ -355,7 +310,7 @@ def solve_broken(problem: Problem, first: FirstStage, coarse, held: Any = False)
     fine = jax.lax.stop_gradient(problem.fine)
     size = fitted(fine, problem.frozen(jax.lax.stop_gradient(first.x)))
     starts = jnp.stack([broken_start(fine, coarse, informative, size) for informative in (True, False)])
-    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts, held))
+    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts, held, parted(fine, coarse)))
 
 
 def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> SecondStage:
