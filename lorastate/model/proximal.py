@@ -12,6 +12,7 @@ and the derivative of what it finds (`attach_minimum`) are kept apart: searches 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float
 
 from ..math.linear import ldl_solve
 from ..math.symmetric import hessian_to_coordinates, to_coordinates, to_matrix
+from ..math.turns import nearest_turn
 from ..runtime.program import platform
 from .activation import Activation
 
@@ -92,25 +94,17 @@ class VectorProblem(NamedTuple):
         return len(self.omega) // len(self.zw)
 
     def aligned(self, u: Float[Array, "n N"]) -> Float[Array, "n N"]:
-        """chi R, with a rotation R of columns of the same v that brings them nearest to omega, pair by pair.
+        """chi R, with a rotation R that brings its columns nearer to omega, pair by pair.
 
         The loss of chi R is that of chi: where the pull to omega is weak these are valleys, in which Newton steps are
         short. A minimum is aligned.
         """
-        t, r = len(self.zw), self.rank
-        if r == 1:
-            return u
-        chi, omega = columns(u, t), columns(self.omega, t)
-        v = jnp.broadcast_to(jnp.reshape(self.v, (-1, 1)), (len(u), 1))[::t]
-        for k in range(r):
-            for l in range(k):
-                along = jnp.sum(chi[k] * omega[k] + chi[l] * omega[l], 0)
-                across = jnp.sum(chi[l] * omega[k] - chi[k] * omega[l], 0)
-                length = jnp.sqrt(along**2 + across**2)
-                turns = (v[k] == v[l]) & (length > 0)
-                length = jnp.where(turns, length, 1.0)
-                c, s = jnp.where(turns, along / length, 1.0), jnp.where(turns, across / length, 0.0)
-                chi[k], chi[l] = c * chi[k] + s * chi[l], c * chi[l] - s * chi[k]
+        t, chi = len(self.zw), columns(u, len(self.zw))
+        pull = jnp.broadcast_to(jnp.reshape(1 / jnp.asarray(self.v), (-1, 1)), (len(u), 1))[::t]
+        for k, l in itertools.combinations(range(self.rank), 2):
+            fields = (self.omega[i * t : (i + 1) * t] for i in (k, l))
+            c, s = nearest_turn(chi[k], chi[l], *fields, pull[k], pull[l], jnp.ndim(self.v) == 0)
+            chi[k], chi[l] = c * chi[k] + s * chi[l], c * chi[l] - s * chi[k]
         return jnp.concatenate(chi)
 
     @jax.jit
