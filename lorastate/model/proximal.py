@@ -99,11 +99,12 @@ class VectorProblem(NamedTuple):
         The loss of chi R is that of chi: where the pull to omega is weak these are valleys, in which Newton steps are
         short. A minimum is aligned.
         """
-        t, chi = len(self.zw), columns(u, len(self.zw))
+        t = len(self.zw)
+        chi, omega = columns(u, t), columns(self.omega, t)
         pull = jnp.broadcast_to(jnp.reshape(1 / jnp.asarray(self.v), (-1, 1)), (len(u), 1))[::t]
         for k, l in itertools.combinations(range(self.rank), 2):
-            fields = (self.omega[i * t : (i + 1) * t] for i in (k, l))
-            c, s = nearest_turn(chi[k], chi[l], *fields, pull[k], pull[l], jnp.ndim(self.v) == 0)
+            alike = jnp.ndim(self.v) == 0
+            c, s = nearest_turn(chi[k], chi[l], omega[k], omega[l], pull[k], pull[l], alike)
             chi[k], chi[l] = c * chi[k] + s * chi[l], c * chi[l] - s * chi[k]
         return jnp.concatenate(chi)
 
