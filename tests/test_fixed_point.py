@@ -225,7 +225,7 @@ def test_points_are_compared_by_what_is_known_at_both():
 
     found = solve(lambda x, memory: jnp.abs(x[0] - memory.here) > 0.3)
     assert int(found.point.code) == Code.ok and float(found.point.x[0]) == pytest.approx(2.0)
-    assert int(found.point.steps) < 15 and abs(float(found.memory.here) - 2.0) < 0.3
+    assert int(found.point.steps) < 25 and abs(float(found.memory.here) - 2.0) < 0.3
     assert float(solve(lambda x, memory: jnp.array(False)).point.x[0]) == pytest.approx(3.0)  # else this tests nothing
 
 

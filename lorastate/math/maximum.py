@@ -54,6 +54,11 @@ _STRIDE, _NEAR, _JUMP = 0.5, 0.1, 0.2
 _BACK = 2
 
 
+def _passes(tries, way):
+    """After how many passes a climb ends, unless it has to get back to where it was."""
+    return tries + jnp.where(way == _WARM, 0, _BACK)
+
+
 def climb(
     fmap: Map, rules: Rules, require_stable: bool, x0: Float[Array, " n"], jac0: Float[Array, "n n"], memory: Any,
     tries: Any, level: Any = 0.0, away: Callable = lambda x: x, warm: Any = False, most: Any = np.inf,
@@ -108,11 +113,7 @@ def climb(
     blank = FixedPoint(x0, count, zero, zero, zero, zero, x0, count)
     start = Iterated(blank, x0, jac0, memory)
     begin = _Climb(start, x0, no, jnp.where(warm, _WARM, _COLD), none, none + _STRIDE, count, count, no)
-
-    def goes_on(s: _Climb):
-        return ~s.done & (s.passes <= tries + jnp.where(s.way == _WARM, 0, _BACK)) & (s.steps < most)
-
-    s = jax.lax.while_loop(goes_on, one, begin)
+    s = jax.lax.while_loop(lambda s: ~s.done & (s.steps < most) & (s.passes <= _passes(tries, s.way)), one, begin)
     g = s.at.image - s.at.point.x
     offset = jnp.abs(uphill_step(s.at.jacobian, g, fmap.outer, _STRIDE))
     point = s.at.point._replace(offset=offset, steps=s.steps)

@@ -130,6 +130,12 @@ def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progr
     return s._replace(same=same, above=jnp.where(last & (search.levels > 0), clearly, s.above))
 
 
+def _outside(s: _Progress, job: Job, code):
+    """`outside` after a stage that has ended with this code."""
+    first = (job.kind == ALWAYS) & (job.before == 0) & (code == Code.nonfinite)
+    return put(s.outside, row(s.outside, job.branch) | first, job.branch)
+
+
 def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     """Whether a stage is left out, and whether that is because its branch is not the lowest."""
     found, refining = s.found, kind >= CLIMB
@@ -201,9 +207,7 @@ def search_finetuning(
         new = jax.tree_util.tree_map(lambda old, new: jnp.where(kept, old, new), mine, new)
         new = new._replace(code=jnp.where(repels, point.code, new.code))
         found = put(found, new, k)._replace(row=rows)
-        first = (kind == ALWAYS) & (job.before == 0) & (point.code == Code.nonfinite)
-        outside = put(s.outside, row(s.outside, k) | first, k)
-        return s._replace(found=found, memory=memory, outside=outside), (point, kept)
+        return s._replace(found=found, memory=memory, outside=_outside(s, job, point.code)), (point, kept)
 
     jobs, begin = schedule(fine, numerics, nodes, search.levels), _begin(fine, nodes, search)
     s, (points, kept) = jax.lax.scan(one, begin, jobs)
