@@ -146,7 +146,7 @@ def test_a_climb_leaves_what_repels():
         x, y = z
         return jnp.stack([jnp.tanh(2 * y * x), y + 0.3 * (0.4 + x**2 - y)]), memory
 
-    fmap = Map(image, lambda z, *_: jax.jacfwd(lambda z: image(z, None, False, 0)[0])(z), outer=1)
+    fmap = Map(image, lambda z, *_: jax.jacfwd(lambda z: image(z, None, WARM, 0)[0])(z), outer=1)
     rules = Rules.of(Method(tolerance=1e-8, max_steps=60), exact=False)
 
     def found(low, away, fmap=fmap):

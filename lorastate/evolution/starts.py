@@ -43,18 +43,21 @@ def broken_start(fine: Finetuning, x, informative: bool = True, size: Any = 1.0)
     v, q = jnp.clip(order.response, 0.1 / size, most) * like, jnp.clip(order.norm(TEACHER_SIZE), 0.1, 2.0 * size) * like
     m = _along((0.85 if informative else 0.1) * jnp.sqrt(q))
     spread = jnp.sqrt(0.1 * q)
-    # |g|^2 is about q / (v^2 alpha').
-    scale = jnp.sqrt(jnp.sum(spread**2 * q / v**2) / fine.alpha)
-    return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (0.25 / scale,)).encode()
+    return Order(v, m, jnp.sqrt(0.9 * q - m**2), (spread,), (_first_breaking(fine, v, q, spread),)).encode()
 
 
-def parted(fine: Finetuning, x):
+def _first_breaking(fine: Finetuning, v, q, spread):
+    """The y where it begins to matter that minima differ: |g|^2 is about q / (v^2 alpha')."""
+    return 0.25 / jnp.sqrt(jnp.sum(spread**2 * q / v**2) / fine.alpha)
+
+
+def beside(fine: Finetuning, x):
     """A start with one step of breaking next to the replica-symmetric point `x`: minima differ by a tenth of what they
     have beside the teacher, and y as in `broken_start`. There the equations have values where they have them at x."""
     order = order_at(fine, x)
     spread, noise = jnp.sqrt(0.1) * order.noise, jnp.sqrt(0.9) * order.noise
-    scale = jnp.sqrt(jnp.sum(spread**2 * order.norm(TEACHER_SIZE) / order.response**2) / fine.alpha)
-    return order._replace(noise=noise, spread=(spread,), breaking=(0.25 / scale,)).encode()
+    y = _first_breaking(fine, order.response, order.norm(TEACHER_SIZE), spread)
+    return order._replace(noise=noise, spread=(spread,), breaking=(y,)).encode()
 
 
 def pushed(fine: Finetuning, x):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ..errors import Code, succeeded
 from ..evolution import control, finetuning_map
 from ..evolution import finetuning as ft
-from ..evolution.starts import apart, broken_start, fitted, parted, pushed, start
+from ..evolution.starts import apart, beside, broken_start, fitted, pushed, start
 from ..math.fixed_point import FixedPoint
 from ..math.maximum import climb
 from ..math.places import put, row
@@ -65,11 +65,10 @@ def _where_from(fine: Finetuning, search: Search, x, job: Job, outside):
     have led or not. With breaking it knows some of w*: what few nodes take for m = 0, which Newton steps would not
     leave, need not be that on more of them. `outside`: whether the equations had no value at the start."""
     kind, d = job.kind, 1 + ft.spare(fine)
-    first = row(search.starts, job.branch)
+    first, anew = row(search.starts, job.branch), kind == AFRESH
     if search.levels:
-        first = jnp.where(outside, search.instead, first)
-        x = jnp.where(outside & (kind == ALWAYS) & (job.before > 0), first, x)
-    y = jnp.where(kind == AFRESH, first, jnp.where(kind == ESCAPE, pushed(fine, x), x))
+        first, anew = jnp.where(outside, search.instead, first), anew | (outside & (kind == ALWAYS))
+    y = jnp.where(anew, first, jnp.where(kind == ESCAPE, pushed(fine, x), x))
     order = ft.order_at(fine, y).along
     least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if search.levels else 0.0
     y = y.at[d].set(jnp.maximum(jnp.abs(order.overlap), least))
@@ -314,7 +313,7 @@ def solve_broken(problem: Problem, first: FirstStage, coarse, held: Any = False)
     fine = jax.lax.stop_gradient(problem.fine)
     size = fitted(fine, problem.frozen(jax.lax.stop_gradient(first.x)))
     starts = jnp.stack([broken_start(fine, coarse, informative, size) for informative in (True, False)])
-    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts, held, parted(fine, coarse)))
+    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts, held, beside(fine, coarse)))
 
 
 def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> SecondStage:
