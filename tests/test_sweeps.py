@@ -92,11 +92,20 @@ def test_a_lane_is_the_setting_alone_and_a_failed_one_disturbs_nobody(swept):
     assert summary(swept)["codes"] == {"pretraining too_narrow": 2, "finetuning upstream": 2}
 
 
-def test_a_lane_with_wells_among_smooth_ones():
+def test_a_lane_with_wells_among_smooth_ones(monkeypatch):
     """Each is searched as it is alone: the one with wells a second time, with broken symmetry, where roundings decide
-    which samples jump on the last step."""
+    which samples jump on the last step. The others do not wait for it."""
+    groups, run = [], sweeps.run
+
+    def noted(*given):
+        for rows in run(*given):
+            groups.append(sorted(rows))
+            yield rows
+
+    monkeypatch.setattr(sweeps, "run", noted)
     base, alphas = ls.replace(setting(), "finetuning.lam", 0.5), [0.8, 6.0, 7.0, 8.0]
     found = ls.sweep(base, {"finetuning.alpha": alphas}, chunk=4)
+    assert groups == [[1, 2, 3], [0]]
     broken = []
     for alpha in alphas:
         lane = found.sel({"finetuning.alpha": alpha})
@@ -160,7 +169,7 @@ def solved(monkeypatch):
         if log.chunks == log.stop:
             raise KeyboardInterrupt
         log.extend(settings)
-        return [row(s) for s in settings]
+        yield from ({k: row(s)} for k, s in enumerate(settings))
 
     monkeypatch.setattr(sweeps, "run", run)
     return log
@@ -464,7 +473,7 @@ SHARED = f"""
     import test_sweeps as t
     def run(settings, *_):
         time.sleep(float(slow))
-        return [t.row(s) for s in settings]
+        return [{{k: t.row(s)}} for k, s in enumerate(settings)]
     sweeps.run = run
     if port != "0":
         jax.distributed.initialize(f"127.0.0.1:{{port}}", 2, int(process))

@@ -88,7 +88,12 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
 
 def slopes_at(found: Solves, objective: str):
     """`value_and_slopes` of every lane; compilation is most of their time."""
-    return found.run(value_and_slopes, 0, objective)
+    return found.run(*sloped(objective))
+
+
+def sloped(objective: str) -> tuple:
+    """What `slopes_at` runs, as `solve` is told of it."""
+    return value_and_slopes, 0, objective
 
 
 def check_objective(name: str) -> str:

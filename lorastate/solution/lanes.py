@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..math.quadrature import traced_once
 from ..runtime.cores import gathered, mesh_of, sharing
 from ..runtime.program import Program
 from .problem import Problem
@@ -26,26 +28,34 @@ def _programs(f: Callable) -> tuple[Program, Program]:
     return Program(f, quick=True), Program(f)
 
 
-def across(f: Callable, mesh: Mesh, problem: Problem, *given):
+def across(f: Callable, mesh: Mesh, wanted, problem: Problem, *given):
     """`f(problem, *given)` on every lane, shared out over the devices of the mesh: the stages of the problem and the
-    arrays in `given` are stacked, its nodes are those of every lane."""
+    arrays in `given` are stacked, its nodes are those of every lane. On a CPU, where a device takes its lanes one after
+    the other, nothing is done for those that are not `wanted`: zeros are what comes of them."""
     stacked, rest = eqx.partition((problem.stages, given), eqx.is_array)
 
-    def many(stacked, nodes):
+    def many(wanted, stacked, nodes):
         def one(lane):
             stages, given = eqx.combine(lane, rest)
             return f(problem._replace(nodes=nodes).at(stages), *given)
 
-        return jax.lax.map(one, stacked) if mesh.devices.flat[0].platform == "cpu" else jax.vmap(one)(stacked)
+        def if_wanted(wanted, lane):
+            do = traced_once(lambda: one(lane))
+            nothing = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(do))
+            return jax.lax.cond(wanted, do, lambda: nothing)
+
+        if mesh.devices.flat[0].platform == "cpu":
+            return jax.lax.map(lambda given: if_wanted(*given), (wanted, stacked))
+        return jax.vmap(one)(stacked)
 
     lane, every = PartitionSpec("lane"), PartitionSpec()
-    shared = jax.shard_map(many, mesh=mesh, in_specs=(lane, every), out_specs=lane, check_vma=False)
-    return shared(stacked, problem.nodes)
+    shared = jax.shard_map(many, mesh=mesh, in_specs=(lane, lane, every), out_specs=lane, check_vma=False)
+    return shared(wanted, stacked, problem.nodes)
 
 
 class Lanes(NamedTuple):
-    """A problem alone, or on a `mesh` the first `count` of those whose stages are stacked in `problem` (the others are
-    padding)."""
+    """A problem alone, or on a `mesh` `count` of those whose stages are stacked in `problem`, at `places`; the others
+    are padding."""
 
     problem: Problem
     count: int = 1
@@ -54,28 +64,56 @@ class Lanes(NamedTuple):
     @staticmethod
     def of(problems: Sequence[Problem], mesh: Mesh, width: int) -> Lanes:
         """Problems of one kind, stacked and padded to `width`."""
-        stages = [p.stages for p in problems]
-        stages += [stages[-1]] * (width - len(stages))
-        return Lanes(problems[0].at(jax.tree_util.tree_map(lambda *a: np.stack(a), *stages)), len(problems), mesh)
+        stages = jax.tree_util.tree_map(lambda *a: np.stack(a), *(p.stages for p in problems))
+        lanes = Lanes(problems[0], len(problems), mesh)
+        return lanes._replace(problem=problems[0].at(lanes._spread(range(len(problems)), width, stages)))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what every lane has one of: (width,), or ()."""
         return () if self.mesh is None else jax.tree_util.tree_leaves(self.problem.stages)[0].shape[:1]
 
+    @property
+    def places(self) -> list[int]:
+        """Where each lane is in arrays that have one row for every lane."""
+        return [0] if self.mesh is None else self._places(*self.shape)
+
+    def _places(self, width: int) -> list[int]:
+        """Devices have equal shares of the rows: one lane is given to each of them in turn."""
+        devices = np.size(self.mesh.devices)  # type: ignore[union-attr]
+        return [k % devices * (width // devices) + k // devices for k in range(self.count)]
+
+    def _spread(self, rows: Sequence[int], width: int, tree: Any) -> Any:
+        """These rows of a tree, each in the place of its lane, padded to `width`."""
+        order = np.full(width, rows[-1])
+        order[self._places(width)] = rows
+        return jax.tree_util.tree_map(lambda a: np.asarray(a)[order], tree)
+
     def run(self, f: Callable, nodes: int, *given):
         """`f(problem, *given)` of every lane, by a program that suits the work at so many nodes."""
         if self.mesh is not None:
-            return _programs(across)[nodes * _ON_MESH > _MUCH](f, self.mesh, self.problem, *given)
+            program, *given = self._on_mesh(f, nodes, *given)
+            return program(*given)
         program, mesh = self._alone(f, nodes)
         with sharing(mesh):
             return program(self.problem, *(given if mesh else gathered(given)))
 
     def ahead(self, f: Callable, nodes: int, *given):
-        """The shapes of `run(f, nodes, *given)` for a problem alone, whose program is compiled meanwhile."""
+        """The shapes of `run(f, nodes, *given)`, whose program is compiled meanwhile."""
+        if self.mesh is not None:
+            program, *given = self._on_mesh(f, nodes, *given)
+            here = NamedSharding(self.mesh, PartitionSpec("lane"))
+            return jax.tree_util.tree_map(
+                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), program.ahead(*given)
+            )
         program, mesh = self._alone(f, nodes)
         with sharing(mesh):
             return program.ahead(self.problem, *given)
+
+    def _on_mesh(self, f: Callable, nodes: int, *given) -> tuple:
+        """The program of lanes on a mesh, and what it is given."""
+        wanted = np.isin(np.arange(self.shape[0]), self.places)
+        return _programs(across)[nodes * _ON_MESH > _MUCH], f, self.mesh, wanted, self.problem, *given
 
     def _alone(self, f: Callable, nodes: int) -> tuple[Program, Mesh | None]:
         """The program of a problem alone, and the cores that share its work where a slower compilation pays."""
@@ -84,18 +122,16 @@ class Lanes(NamedTuple):
 
     def where(self, flags) -> list[int]:
         """The lanes whose flag is up."""
-        return np.atleast_1d(jax.device_get(flags))[: self.count].nonzero()[0].tolist()
+        return np.atleast_1d(jax.device_get(flags))[self.places].nonzero()[0].tolist()
 
     def take(self, index: Sequence[int], tree: Any) -> tuple[Lanes, Any]:
         """Some of the lanes, padded, and theirs of a tree."""
         if self.mesh is None:
             return self, tree
-        (width,) = self.shape
-        padded = np.array([*index, *[index[-1]] * (width - len(index))])
-        stages, tree = jax.tree_util.tree_map(
-            lambda a: np.asarray(a)[padded], jax.device_get((self.problem.stages, tree))
-        )
-        return self._replace(problem=self.problem.at(stages), count=len(index)), tree
+        given = jax.device_get((self.problem.stages, tree))
+        some, places = self._replace(count=len(index)), self.places
+        stages, tree = some._spread([places[k] for k in index], *self.shape, given)
+        return some._replace(problem=self.problem.at(stages)), tree
 
     def with_broken(self, deep: int) -> Lanes:
         return self._replace(problem=self.problem.with_broken(deep))

@@ -68,8 +68,8 @@ _AHEAD, _COMPILED = cores() > 1, set()
 
 def _needed(lanes: Lanes, then: tuple) -> bool:
     """Whether programs of this kind are still to be compiled, side by side, with what comes `then`."""
-    kind = jax.tree_util.tree_structure(lanes.problem), then
-    if lanes.mesh is not None or not _AHEAD or kind in _COMPILED:
+    kind = jax.tree_util.tree_structure(lanes.problem), lanes.shape, lanes.mesh, then
+    if not _AHEAD or kind in _COMPILED:
         return False
     _COMPILED.add(kind)
     return True
@@ -105,9 +105,10 @@ def _broken(lanes: Lanes, first: FirstStage, coarse, then: tuple = (), held: boo
     return lanes.run(*given)
 
 
-def solve(lanes: Lanes, then: tuple = ()) -> Iterator[tuple[list[int], Solves]]:
-    """Both stages of every lane, without derivatives: groups of lanes by number, with what was found. A lane that is in
-    several counts in the last one. `then`: see `solve_alone`.
+def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]:
+    """Both stages of every lane, without derivatives, as soon as they are found: {number of a lane: which of those in
+    `Solves` it is}. `then`: what will be run next, each with its `nodes` and what it is given beside both stages (see
+    `Lanes.run`).
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
     with one step of symmetry breaking, once more with more samples in a deep glass and where samples jump, and where
@@ -116,17 +117,19 @@ def solve(lanes: Lanes, then: tuple = ()) -> Iterator[tuple[list[int], Solves]]:
     there is nothing to look at inside.
     """
     index, near, rs = list(range(lanes.count)), [], lanes.problem.numerics.symmetry == "rs"
+    _compile_ahead(lanes, then)
     first = pretrained(lanes)
     second = _symmetric(lanes, first, True)
     coarse, begin = second.coarse, Solves(lanes, first, second)
     for deep in (0,) if rs else (0, 1, 2):
         again = lanes.where(second.rough if deep < 2 else ~succeeded(second.solved.point.code))
+        done = {number: k for k, number in enumerate(index) if k not in again}
         if deep == 2:
             marginal = begin.lanes.where(begin.second.marginal)
             near = [index[k] for k in again if index[k] in marginal]
             again = [k for k in again if index[k] not in marginal]
-        if len(again) < lanes.count:
-            yield index, Solves(lanes, first, second)
+        if done:
+            yield done, Solves(lanes, first, second)
         if not again:
             break
         index = [index[k] for k in again]
@@ -137,17 +140,15 @@ def solve(lanes: Lanes, then: tuple = ()) -> Iterator[tuple[list[int], Solves]]:
             lanes = lanes.with_broken(deep)
             second = _broken(lanes, first, coarse, then)
     else:
-        yield index, Solves(lanes, first, second)
+        yield {number: k for k, number in enumerate(index)}, Solves(lanes, first, second)
     if near:
         lanes, (first, second) = begin.lanes.take(near, (begin.first, begin.second))
-        yield near, Solves(lanes, first, second)
+        yield {number: k for k, number in enumerate(near)}, Solves(lanes, first, second)
 
 
 def solve_alone(problem: Problem, *then: tuple) -> Solves:
-    """`solve` for a lane of one. `then`: what will be run next, each with its `nodes` and what it is given beside both
-    stages (see `Lanes.run`)."""
-    _compile_ahead(Lanes(problem), then)
-    *_, (_, found) = solve(Lanes(problem), then)
+    """`solve` for a lane of one."""
+    ((_, found),) = solve(Lanes(problem), *then)
     return found
 
 

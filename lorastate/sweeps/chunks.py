@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from ..setting.stages import Setting
 from ..solution import gradients
 from ..solution.lanes import Lanes
 from ..solution.problem import Problem
-from ..solution.solve import Solves, solve
+from ..solution.solve import Solves, answered, solve
 
 #: Lanes that a device takes at once: a CPU runs them one by one, and few of them share out the work evenly.
 _LANES = {"cpu": 4}
@@ -55,8 +55,11 @@ def kind(setting: Setting) -> Any:
     return jax.tree_util.tree_structure((setting.pretraining, setting.finetuning_resolved, setting.numerics))
 
 
-def run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, width: int) -> list[dict[str, float]]:
-    """Rows of a chunk of settings of one kind, padded to the `width` that the programs were compiled for."""
+def run(
+    settings: Sequence[Setting], objective: str | None, mesh: Mesh, width: int
+) -> Iterator[dict[int, dict[str, float]]]:
+    """Rows of a chunk of settings of one kind by their numbers in it, as soon as they are known; the chunk is padded to
+    the `width` that the programs were compiled for."""
     plain, lost = [], {}
     for k, s in enumerate(settings):
         try:
@@ -64,34 +67,35 @@ def run(settings: Sequence[Setting], objective: str | None, mesh: Mesh, width: i
         except SolveError as error:  # what does not depend on b is there all the same
             plain.append(replace(s, "finetuning.recalibration", 1.0))
             lost[k] = error.code
-    rows: list[dict[str, float]] = [{} for _ in plain]
-    for index, found in solve(Lanes.of([Problem.of(s) for s in plain], mesh, width)):
-        for k, row in zip(index, _rows([plain[k] for k in index], found, objective), strict=True):
-            rows[k] = row
-    for s, row in zip(settings, rows, strict=True):
-        if gradients.searches_scale(s):
-            row["finetuning.recalibration_stderr"] = math.nan  # of the search: not known
-    for k, code in lost.items():
-        if succeeded(int(rows[k]["pretraining.code"])):
-            rows[k] |= dict.fromkeys((name for name in rows[k] if not name.startswith("pretraining.")), math.nan)
-            rows[k]["finetuning.code"] = float(code)
-    return rows
+    problems = [Problem.of(s) for s in plain]
+    then = answered(problems[0]), *([] if objective is None else [gradients.sloped(objective)])
+    for where, found in solve(Lanes.of(problems, mesh, width), *then):
+        rows = _rows({k: (plain[k], place) for k, place in where.items()}, found, objective)
+        for k, row in rows.items():
+            if gradients.searches_scale(settings[k]):
+                row["finetuning.recalibration_stderr"] = math.nan  # of the search: not known
+            if k in lost and succeeded(int(row["pretraining.code"])):
+                row |= dict.fromkeys((name for name in row if not name.startswith("pretraining.")), math.nan)
+                row["finetuning.code"] = float(lost[k])
+        yield rows
 
 
-def _rows(settings: Sequence[Setting], found: Solves, objective: str | None) -> list[dict[str, float]]:
-    """Every prediction of every setting with its error bar and status, and the slopes of the objective: NaN where a
-    stage was not solved."""
+def _rows(
+    settings: dict[int, tuple[Setting, int]], found: Solves, objective: str | None
+) -> dict[int, dict[str, float]]:
+    """Every prediction of every setting, of a lane each, with its error bar and status, and the slopes of the
+    objective: NaN where a stage was not solved."""
     answers = jax.device_get(found.answer())
     slopes = None if objective is None else jax.device_get(gradients.slopes_at(found, objective)[1])
-    rows = []
-    for k, setting in enumerate(settings):
-        answer, slope = jax.tree_util.tree_map(lambda a, k=k: a[k], (answers, slopes))
+    rows, places = {}, found.lanes.places
+    for k, (setting, lane) in settings.items():
+        answer, slope = jax.tree_util.tree_map(lambda a, place=places[lane]: a[place], (answers, slopes))
         row = columns_of(answer.values, answer.errors, answer.status)
         if objective is not None:
             solved = all(succeeded(int(row[f"{stage}.code"])) for stage in STAGES)
             sign = (-1.0 if objective == "overlap" else 1.0) if solved else math.nan
             row |= {GRADIENT + p: sign * s for p, s in gradients.total_slopes(setting, slope).items()}
-        rows.append(row)
+        rows[k] = row
     return rows
 
 

@@ -10,6 +10,7 @@ stopped in any way goes on where it was.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -161,12 +162,17 @@ class _Task(NamedTuple):
             for k in range(0, len(mine), lanes):
                 yield mine[k : k + lanes]
 
-    def found(self, indices: list[int], columns: list[str], rows, mesh: Mesh, lanes: int) -> list[dict[str, float]]:
-        """The rows of these points; `columns` and `rows` of those that are done."""
+    def found(
+        self, indices: list[int], columns: list[str], rows, mesh: Mesh, lanes: int
+    ) -> Iterator[dict[int, dict[str, float]]]:
+        """Their rows by number, as soon as they are known; `columns` and `rows` are of those that are done."""
         if self.descents is None:
-            return run([self.at(i) for i in indices], self.gradient, mesh, lanes)
-        near = (self.descents.neighbour(i, self.shape, columns, rows) for i in indices)
-        return [self.descents.row(self.at(i), fields) for i, fields in zip(indices, near, strict=True)]
+            for some in run([self.at(i) for i in indices], self.gradient, mesh, lanes):
+                yield {indices[k]: row for k, row in some.items()}
+            return
+        for i in indices:
+            near = self.descents.neighbour(i, self.shape, columns, rows)
+            yield {i: self.descents.row(self.at(i), near)}
 
 
 def _task(setting: Setting, axes: dict[str, list[Any]], gradient: str | None, descents: Descents | None) -> _Task:
@@ -224,15 +230,14 @@ def _finished(
     )
     with bar:
         try:
-            for indices in task.chunks(mine, lanes):
-                found = task.found(indices, columns, rows, mesh, lanes)
-                columns = columns or [*(c for c in found[0] if c not in task.more), *task.more]
-                values = (np.array([row.get(c, np.nan) for c in columns]) for row in found)
-                new = dict(zip(indices, values, strict=True))
+            chunks = task.chunks(mine, lanes)
+            for found in itertools.chain.from_iterable(task.found(i, columns, rows, mesh, lanes) for i in chunks):
+                columns = columns or [*(c for c in next(iter(found.values())) if c not in task.more), *task.more]
+                new = {i: np.array([row.get(c, np.nan) for c in columns]) for i, row in found.items()}
                 rows |= new
                 if journal:
                     journal.append(columns, new)
-                bar.update(len(indices))
+                bar.update(len(new))
             if journal and processes > 1:
                 columns, rows = journal.rows()
                 if process == 0 and len(rows) < total:
