@@ -138,6 +138,15 @@ def nested_nodes(
 traced_once = functools.partial(jax.jit, inline=True)
 
 
+def when(wanted, f):
+    """`f()` where it is `wanted` (a flag, may be traced), else zeros in its place."""
+    if wanted is True:
+        return f()
+    f = traced_once(f)
+    nothing = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f))
+    return jax.lax.cond(wanted, f, lambda: nothing)
+
+
 def by_replica(tree, replicas: int):
     """What is known of every part, (R k, ...), averaged over the k parts of each of R replicas, (R, ...)."""
     return jax.tree_util.tree_map(lambda a: a.reshape(replicas, -1, *a.shape[1:]).mean(1), tree)

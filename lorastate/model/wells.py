@@ -99,6 +99,17 @@ def descend(problem, starts, asked=None, count: Any = None, last: float = prox.L
     return jax.lax.fori_loop(0, len(starts) if count is None else count, one, first).wells()
 
 
+def _descend_together(problem, starts) -> Wells:
+    """`descend` from all starts at once: of a few nodes there are always some that would hold the others."""
+    count, m, n = starts.shape
+    many = tiled(problem, jnp.tile(problem.omega, (1, count)))
+    ends, f, ok = prox.locate(many, jnp.concatenate([*starts], -1))
+    each = jnp.moveaxis(ends.reshape(m, count, n), 1, 0), jnp.where(ok, f, jnp.inf).reshape(count, n)
+    none = jnp.full(n, jnp.inf)
+    first = _Pair(problem.omega, problem.omega, none, none)
+    return jax.lax.scan(lambda pair, end: (pair.meet(*end), None), first, each)[0].wells()
+
+
 def polish(problem, wells: Wells, steps: Any = 3) -> Wells:
     """Both wells after a very small change of the problem: a few Newton steps and no search."""
     u = jax.lax.map(lambda u: prox.polish(problem, u, steps), wells.u)
@@ -227,7 +238,7 @@ def locate_alone(problem, guess, previous: Wells, cold) -> Wells:
 
     def look():
         few = problem.at(lambda a: a[..., :some])
-        found = descend(few, _many_starts(few.omega, guess[:, :some]))
+        found = _descend_together(few, _many_starts(few.omega, guess[:, :some]))
         return jnp.concatenate([found.two, previous.two[some:]])
 
     return Wells(u[None], jax.lax.cond(cold, look, lambda: previous.two), ok)

@@ -94,7 +94,7 @@ def best_factor(layer: AdaptedLayer, nodes: Nodes | None):
 
 #: c q that are tried, between `_LOW` and `_HIGH`: `_POINTS` of them in steps that shrink to a quarter `_ROUNDS` times,
 #: with so many nodes that the stencil reaches the minimum.
-_LOW, _HIGH, _POINTS, _ROUNDS, _NODES = 1e-3, 8.0, 17, 4, 2**14
+_LOW, _HIGH, _POINTS, _ROUNDS, _NODES = 1e-3, 8.0, 17, 4, 2**13
 
 
 def near_minimum(layer: AdaptedLayer, nodes: Nodes | None):

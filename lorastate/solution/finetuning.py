@@ -12,7 +12,7 @@ from ..errors import succeeded
 from ..evolution import finetuning as ft
 from ..evolution.order import SPREAD_FLOOR, Order, directions, from_norm
 from ..math.implicit import nan_slope
-from ..math.quadrature import in_blocks
+from ..math.quadrature import in_blocks, when
 from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.stages import Finetuning
@@ -37,7 +37,7 @@ class LoraStage(Stage):
     def step(self, x, const):
         return ft.step(x, (self.fine, self.frozen), const)
 
-    def part(self, x, nodes, inner):
+    def part(self, x, nodes, inner, gap=True):
         """Without breaking only; with it, where minimisers jump, the second average has no finite value. (2, 2) where
         some directions are spare."""
         fine, order = self.fine, ft.order_at(self.fine, x)
@@ -48,12 +48,16 @@ class LoraStage(Stage):
             if order.levels:
                 return a, jnp.full((2, 2) if ft.spare(fine) else (), jnp.nan)
             problem = ft.inner_problem(fine, order, d)
-            low = wells.lowest(problem, found)
-            gap = response_gap(problem.terms(low.pick(low.u))[2], problem.v, len(d.teacher))
-            return a, jnp.sum(d.weight * gap, -1)
 
-        a, gap = in_blocks(block, nodes._replace(control=None), inner)
-        return ft.controlled(a, order, nodes), gap
+            def squares():
+                low = wells.lowest(problem, found)
+                square = response_gap(problem.terms(low.pick(low.u))[2], problem.v, len(d.teacher))
+                return jnp.sum(d.weight * square, -1)
+
+            return a, when(gap, squares)
+
+        a, square = in_blocks(block, nodes._replace(control=None), inner)
+        return ft.controlled(a, order, nodes), square
 
     def image(self, averages, x):
         return ft.order_parameters(self.fine, ft.order_at(self.fine, x), averages[0]).encode()

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..math.quadrature import traced_once
+from ..math.quadrature import when
 from ..runtime.cores import gathered, mesh_of, sharing
 from ..runtime.program import Program
 from .problem import Problem
@@ -39,13 +38,8 @@ def across(f: Callable, mesh: Mesh, wanted, problem: Problem, *given):
             stages, given = eqx.combine(lane, rest)
             return f(problem._replace(nodes=nodes).at(stages), *given)
 
-        def if_wanted(wanted, lane):
-            do = traced_once(lambda: one(lane))
-            nothing = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(do))
-            return jax.lax.cond(wanted, do, lambda: nothing)
-
         if mesh.devices.flat[0].platform == "cpu":
-            return jax.lax.map(lambda given: if_wanted(*given), (wanted, stacked))
+            return jax.lax.map(lambda given: when(given[0], lambda: one(given[1])), (wanted, stacked))
         return jax.vmap(one)(stacked)
 
     lane, every = PartitionSpec("lane"), PartitionSpec()
@@ -76,7 +70,7 @@ class Lanes(NamedTuple):
     @property
     def places(self) -> list[int]:
         """Where each lane is in arrays that have one row for every lane."""
-        return [0] if self.mesh is None else self._places(*self.shape)
+        return [0] if self.mesh is None else self._places(self.shape[0])
 
     def _places(self, width: int) -> list[int]:
         """Devices have equal shares of the rows: one lane is given to each of them in turn."""
@@ -130,7 +124,7 @@ class Lanes(NamedTuple):
             return self, tree
         given = jax.device_get((self.problem.stages, tree))
         some, places = self._replace(count=len(index)), self.places
-        stages, tree = some._spread([places[k] for k in index], *self.shape, given)
+        stages, tree = some._spread([places[k] for k in index], self.shape[0], given)
         return some._replace(problem=self.problem.at(stages)), tree
 
     def with_broken(self, deep: int) -> Lanes:

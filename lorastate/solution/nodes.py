@@ -14,7 +14,7 @@ from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning, Pretraining
 
 #: Nodes that are averaged over together, and of which the first ones lead a search to the neighbourhood of a solution.
-_MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 4096
+_MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 1024
 #: Nodes of a replica from which on it is cut into parts, and those without images (of pre-training and test errors) and
 #: coordinates that alternate (of fine-tuning) give smaller errors.
 _PLAIN, _LORA = 2048, 4096

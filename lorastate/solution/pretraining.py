@@ -15,7 +15,7 @@ from ..evolution.test_errors import pretraining_error
 from ..math.fixed_point import FixedPoint, Method, Rules, iterate, plain_map
 from ..math.implicit import nan_slope
 from ..math.places import row
-from ..math.quadrature import Slots, in_blocks
+from ..math.quadrature import Slots, in_blocks, when
 from ..math.symmetric import dimension
 from ..model import wells
 from ..setting.numerics import Numerics
@@ -32,15 +32,18 @@ class MapStage(Stage):
     def step(self, x, const):
         return pt.step(x, self.pre, const)
 
-    def part(self, x, nodes, inner):
+    def part(self, x, nodes, inner, gap=True):
         pre, order = self.pre, decode(x)
 
         def block(nodes, found):
             problem = pt.inner_problem(pre, order, nodes)
-            low = wells.lowest(problem, found)
-            u = low.pick(low.u)
-            gap = response_gap(problem.terms(u)[2], 2 * order.response, len(u))
-            return pt.averages(pre, order, nodes, found), jnp.sum(nodes.weight * gap)
+
+            def squares():
+                low = wells.lowest(problem, found)
+                u = low.pick(low.u)
+                return jnp.sum(nodes.weight * response_gap(problem.terms(u)[2], 2 * order.response, len(u)))
+
+            return pt.averages(pre, order, nodes, found), when(gap, squares)
 
         return in_blocks(block, nodes, inner)
 

@@ -19,7 +19,7 @@ from ..math.fixed_point import FixedPoint
 from ..math.implicit import attach
 from ..math.linear import UNROLLED, ldl_solve, symmetric_inverse
 from ..math.maximum import uphill_step
-from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas, traced_once
+from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas, when
 
 #: Share of nodes with two wells up to which symmetry counts as unbroken.
 FEW = 1e-3
@@ -37,8 +37,8 @@ class Stage(eqx.Module):
         """One sweep of state evolution; `const`: nodes and the inner minimisers at x."""
 
     @abc.abstractmethod
-    def part(self, x, nodes: Nodes, inner):
-        """(averages, E ||d(minimiser - field)/d field||^2) over one part of the nodes."""
+    def part(self, x, nodes: Nodes, inner, gap: Any = True):
+        """(averages, E ||d(minimiser - field)/d field||^2 where a `gap` is asked for) over one part of the nodes."""
 
     @abc.abstractmethod
     def image(self, averages, x):
@@ -134,12 +134,12 @@ class Described(NamedTuple):
 
 class _Pass(NamedTuple):
     """An evaluation on all nodes: order parameters (R, n) upstream, the steps that bring inner minimisers up to date,
-    whether replicas go to their solutions after it, and whether it has test errors."""
+    whether replicas go to their solutions after it, and whether it is `whole`: predictions are made of it."""
 
     upstream: tuple
     steps: Any
     moves: Any
-    tests: Any
+    whole: Any
 
 
 def described(make, solved: Solved, x, nodes: Nodes, test: Any, replicas: int, upstream: tuple = (), own: tuple = ()):
@@ -170,21 +170,16 @@ def described(make, solved: Solved, x, nodes: Nodes, test: Any, replicas: int, u
             stage = make(*upstream)
             still, *given = jax.lax.stop_gradient((stage, x, n, inner))
             n, inner = still.refreshed(*given, here.steps)
-            return stage.part(x, n, inner), inner
+            return stage.part(x, n, inner, here.whole), inner
 
         def moved(a, x, *upstream):
             stage = make(*upstream)
             step = uphill_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), _UPHILL)
             return x + jax.lax.stop_gradient(jnp.where(here.moves, jnp.clip(step, -1.0, 1.0), 0.0))
 
-        @traced_once
-        def errors():
-            return _errors_of(make, test, replicas, xs, *here.upstream)
-
         found, inner = over_replicas(at, nodes, for_parts(xs, nodes), inner, *for_parts(here.upstream, nodes))
         found = by_replica(found, replicas)
-        none = each(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(errors))
-        tested = jax.lax.cond(here.tests, errors, lambda: none)
+        tested = when(here.whole, lambda: _errors_of(make, test, replicas, xs, *here.upstream))
         return (jax.vmap(moved)(found, xs, *here.upstream), inner), (xs, found, tested)
 
     start = jnp.broadcast_to(x, (replicas, *x.shape)), solved.inner
