@@ -14,7 +14,8 @@ from lorastate.errors import Code
 from lorastate.evolution import control, finetuning_map
 from lorastate.evolution import finetuning as ft
 from lorastate.evolution.order import Order, decode
-from lorastate.math.quadrature import Nodes, gaussian_nodes, nested_nodes
+from lorastate.math.fixed_point import ANEW, COLD, WARM
+from lorastate.math.quadrature import Nodes, Slots, gaussian_nodes, nested_nodes
 from lorastate.model import wells
 from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem, gram
@@ -382,6 +383,27 @@ def test_what_samples_put_below_zero_is_zero():
     a = ft.Averages(number(1.0), number(0.0), number(0.5), (number(-1e-6), number(0.4)), (number(0.1),), number(0.0))
     new = ft.order_parameters(fine, GLASSY, a)
     assert 0 < float(new.noise) < 1e-6 and np.isfinite(new.response) and np.isfinite(new.breaking[0])
+
+
+def test_wells_are_looked_for_where_a_search_ends():
+    """With a strong pull no node has two wells, with a weak one all have, chi and next to -chi: a search that goes from
+    one to the other without a new beginning must see them."""
+    fine, frozen = ls.Finetuning(1.0, 1.0, 0.5, "identity", 2), MAP._replace(activation=ls.Identity())
+    nodes = gaussian_nodes(ft.node_dimension(fine), 256, 1, 0)
+    fmap = finetuning_map.state_evolution(fine, frozen, nodes)
+
+    def at(v):
+        return order_of(v, 0.05, 0.3, 1.0, 1.0)._replace(spread=(), breaking=()).encode()
+
+    memory = Slots.of(finetuning_map.no_memory(fine, nodes, alone=True))
+    image = jax.jit(fmap.image)
+    two = []
+    for v, how in ((0.02, COLD), (0.023, WARM), (0.03, WARM), (0.03, ANEW), (100.0, WARM)):
+        _, memory = image(at(v), memory, how, 1)
+        memory = fmap.commit(memory, True)
+        two.append((bool(fmap.stale(at(v), memory)), float(jnp.mean(memory.read().averages.two_wells))))
+    assert two[:4] == [(False, 0.0), (False, 0.0), (True, 0.0), (False, 0.0)]
+    assert two[4] == (False, pytest.approx(1.0, abs=0.3))
 
 
 def test_derivatives_look_for_wells_anew():

@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 
 #: How far the order parameters move until wells are looked for again that were not among the lowest two, until there
 #: may be others than those that are known, and until that must be known before a point is judged.
-_LOOK, _ANEW, _AFAR = 0.01, 0.3, 1.0
+_LOOK, _ANEW, _AFAR = 0.001, 0.3, 1.0
 #: Size of an update, in sqrt(q), whose moves matter no more.
 _SMALL = 1e-2
 
@@ -58,7 +58,7 @@ def locate_inner(
     d = ft.draws(fine, frozen, nodes)
     problem, guess = ft.inner_problem(fine, order, d), matched(d.teacher, len(d.noise))
     if len(previous.u) == 1:
-        return wells.locate_alone(problem, guess, previous, cold)
+        return wells.locate_alone(problem, guess, previous, cold, anew)
     return wells.locate(problem, ft.samples(order, d), guess, previous, cold, look, anew)
 
 
@@ -114,8 +114,6 @@ def state_evolution(fine: Finetuning, frozen: FrozenMap, nodes: Nodes, levels: i
         return jax.jacfwd(plain)(x)
 
     def stale(x, memory):
-        if memory.data.found.u.shape[2] == 1:  # of nodes that have one well nothing more is looked for
-            return jnp.array(False)
         return _moved(fine, row(memory.data.anchored, memory.here, 0), ft.order_at(fine, x)) > _ANEW
 
     return Map(image, jacobian, Slots.commit, levels, stale)

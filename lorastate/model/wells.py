@@ -229,9 +229,9 @@ def locate(problem, x, guess, previous: Wells, cold, look: Any = True, anew: Any
 _LOOKED_AT = 16
 
 
-def locate_alone(problem, guess, previous: Wells, cold) -> Wells:
-    """One well at every node of `problem`, from its omega or, unless `cold`, from where it was. If `cold`, a second one
-    is looked for at a few nodes, from many starts."""
+def locate_alone(problem, guess, previous: Wells, cold, anew: Any = False) -> Wells:
+    """One well at every node of `problem`, from its omega or, unless `cold`, from where it was. If `cold`, and if asked
+    to look `anew`, a second one is looked for at a few nodes, from many starts."""
     problem, guess = jax.lax.stop_gradient((problem, guess))
     u, _, ok = prox.locate(problem, jnp.where(cold, problem.omega, previous.u[0]))
     some = max(len(ok) // _LOOKED_AT, 1)
@@ -241,7 +241,7 @@ def locate_alone(problem, guess, previous: Wells, cold) -> Wells:
         found = _descend_together(few, _many_starts(few.omega, guess[:, :some]))
         return jnp.concatenate([found.two, previous.two[some:]])
 
-    return Wells(u[None], jax.lax.cond(cold, look, lambda: previous.two), ok)
+    return Wells(u[None], jax.lax.cond(cold | jnp.asarray(anew), look, lambda: previous.two), ok)
 
 
 def share(wells: Wells):
