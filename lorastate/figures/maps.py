@@ -37,6 +37,7 @@ def spectrum(out, training: Training | None = None, progress: bool = True) -> li
         panel: dict[str, Any] = {
             "setting": setting_to_dict(setting), "x": x.tolist(), "density": density.tolist(),
             "atom": float(law.atom), "moments": [float(law.moment1), float(law.moment2)],
+            "edge": float(np.nanmax(edges)),
         }  # fmt: skip
         axes.plot(x, density, "k", lw=1.8, label=f"theory, atom at 0: {float(law.atom):.3f}")
         if training is not None:
@@ -44,7 +45,8 @@ def spectrum(out, training: Training | None = None, progress: bool = True) -> li
             values = found.eigenvalues.ravel()
             zero = np.mean(values < 1e-3 * values.max())
             panel["simulation"] = {**training.size(300), "atom": float(zero),
-                                   "moments": [float(values.mean()), float(np.mean(values**2))]}  # fmt: skip
+                                   "moments": [float(values.mean()), float(np.mean(values**2))],
+                                   "largest": found.eigenvalues.max(-1).ravel().tolist()}  # fmt: skip
             shown = values[values > 1e-3 * values.max()]
             axes.hist(shown, bins=40, weights=np.full(len(shown), 1 / len(values) / ((shown.max() - shown.min()) / 40)),
                       color="C0", alpha=0.45, label=f"trained, D = {found.dimension}, atom {zero:.3f}")  # fmt: skip
