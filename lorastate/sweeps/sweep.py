@@ -3,7 +3,7 @@
 Points of the same kind (tokens, activations, inputs, numerics) run through one compiled program, a chunk at a time. The
 lanes of a chunk are shared out over the local devices (`jax.shard_map`); on a CPU a device takes its lanes one after
 the other, so that a lane is what `predict` would give alone, on an accelerator all at once. With JAX's multi-process
-runtime every process takes its share of the points. Each finished chunk is appended to a file at once: a sweep that was
+runtime every process takes its share of the points. Each point is appended to a file once it is known: a sweep that was
 stopped in any way goes on where it was.
 """
 
