@@ -25,7 +25,7 @@ class Linear(Stage):
     def step(self, x, const):
         raise NotImplementedError
 
-    def part(self, x, nodes, inner):
+    def part(self, x, nodes, inner, gap=True):
         return jnp.sum(nodes.weight * nodes.normal[0]), inner
 
     def image(self, averages, x):
