@@ -84,11 +84,10 @@ class _Pair(NamedTuple):
         return Wells(jnp.stack([self.a, jnp.where(two, self.b, self.a)]), two, jnp.isfinite(self.fa))
 
 
-def descend(problem, starts, asked=None, count: Any = None, last: float = prox.LAST) -> Wells:
-    """The two lowest distinct wells that descents from the first `count` (default: all) of `starts` (S, m, N) reach;
-    `asked` (S, N): at which nodes each is made; `last`: see `prox.locate`."""
+def descend(problem, starts, asked, count: Any, last: float = prox.LAST) -> Wells:
+    """The two lowest distinct wells that descents from the first `count` of `starts` (S, m, N) reach; `asked` (S, N):
+    at which nodes each is made; `last`: see `prox.locate`."""
     problem, starts = jax.lax.stop_gradient((problem, starts))
-    asked = jnp.ones((len(starts), starts.shape[-1]), bool) if asked is None else asked
 
     def one(k, pair):
         u, f, ok = prox.locate(problem, starts[k], asked=asked[k], last=last)
@@ -96,7 +95,7 @@ def descend(problem, starts, asked=None, count: Any = None, last: float = prox.L
 
     none = jnp.full(starts.shape[-1:], jnp.inf)
     first = _Pair(starts[0], starts[0], none, none)
-    return jax.lax.fori_loop(0, len(starts) if count is None else count, one, first).wells()
+    return jax.lax.fori_loop(0, count, one, first).wells()
 
 
 def _descend_together(problem, starts) -> Wells:

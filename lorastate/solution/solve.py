@@ -106,9 +106,9 @@ def _broken(lanes: Lanes, first: FirstStage, coarse, then: tuple = (), held: boo
 
 
 def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]:
-    """Both stages of every lane, without derivatives, as soon as they are found: {number of a lane: which of those in
-    `Solves` it is}. `then`: what will be run next, each with its `nodes` and what it is given beside both stages (see
-    `Lanes.run`).
+    """Both stages of every lane, without derivatives, as soon as they are found: {number of a lane: its place in the
+    arrays of `Solves`}. `then`: what will be run next, each with its `nodes` and what it is given beside both stages
+    (see `Lanes.run`).
 
     The replica-symmetric search, on nodes that have one well each, is made first. Where that will not do it is made
     with one step of symmetry breaking, once more with more samples in a deep glass and where samples jump, and where
@@ -123,7 +123,7 @@ def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]
     coarse, begin = second.coarse, Solves(lanes, first, second)
     for deep in (0,) if rs else (0, 1, 2):
         again = lanes.where(second.rough if deep < 2 else ~succeeded(second.solved.point.code))
-        done = {number: k for k, number in enumerate(index) if k not in again}
+        done = {index[k]: place for k, place in enumerate(lanes.places) if k not in again}
         if deep == 2:
             marginal = begin.lanes.where(begin.second.marginal)
             near = [index[k] for k in again if index[k] in marginal]
@@ -140,10 +140,10 @@ def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]
             lanes = lanes.with_broken(deep)
             second = _broken(lanes, first, coarse, then)
     else:
-        yield {number: k for k, number in enumerate(index)}, Solves(lanes, first, second)
+        yield dict(zip(index, lanes.places, strict=True)), Solves(lanes, first, second)
     if near:
         lanes, (first, second) = begin.lanes.take(near, (begin.first, begin.second))
-        yield {number: k for k, number in enumerate(near)}, Solves(lanes, first, second)
+        yield dict(zip(near, lanes.places, strict=True)), Solves(lanes, first, second)
 
 
 def solve_alone(problem: Problem, *then: tuple) -> Solves:

@@ -70,7 +70,7 @@ def run(
     problems = [Problem.of(s) for s in plain]
     then = answered(problems[0]), *([] if objective is None else [gradients.sloped(objective)])
     for where, found in solve(Lanes.of(problems, mesh, width), *then):
-        rows = _rows({k: (plain[k], place) for k, place in where.items()}, found, objective)
+        rows = _rows(plain, where, found, objective)
         for k, row in rows.items():
             if gradients.searches_scale(settings[k]):
                 row["finetuning.recalibration_stderr"] = math.nan  # of the search: not known
@@ -81,20 +81,20 @@ def run(
 
 
 def _rows(
-    settings: dict[int, tuple[Setting, int]], found: Solves, objective: str | None
+    settings: Sequence[Setting], where: dict[int, int], found: Solves, objective: str | None
 ) -> dict[int, dict[str, float]]:
-    """Every prediction of every setting, of a lane each, with its error bar and status, and the slopes of the
-    objective: NaN where a stage was not solved."""
+    """Every prediction of the settings that were `found`, {number: place in its arrays}, with its error bar and status,
+    and the slopes of the objective: NaN where a stage was not solved."""
     answers = jax.device_get(found.answer())
     slopes = None if objective is None else jax.device_get(gradients.slopes_at(found, objective)[1])
-    rows, places = {}, found.lanes.places
-    for k, (setting, lane) in settings.items():
-        answer, slope = jax.tree_util.tree_map(lambda a, place=places[lane]: a[place], (answers, slopes))
+    rows = {}
+    for k, place in where.items():
+        answer, slope = jax.tree_util.tree_map(lambda a, place=place: a[place], (answers, slopes))
         row = columns_of(answer.values, answer.errors, answer.status)
         if objective is not None:
             solved = all(succeeded(int(row[f"{stage}.code"])) for stage in STAGES)
             sign = (-1.0 if objective == "overlap" else 1.0) if solved else math.nan
-            row |= {GRADIENT + p: sign * s for p, s in gradients.total_slopes(setting, slope).items()}
+            row |= {GRADIENT + p: sign * s for p, s in gradients.total_slopes(settings[k], slope).items()}
         rows[k] = row
     return rows
 
