@@ -23,7 +23,7 @@ from ..math.second_opinion import anderson
 from ..setting.stages import Setting
 from ..solution.adapted import AdaptedLayer
 from ..solution.gradients import OBJECTIVES, check_objective, evaluated, total_slopes
-from ..solution.problem import Problem
+from ..solution.problem import Problem, weighted
 from ..solution.solve import solve_alone
 
 #: How far away from the solution the other solver starts, in the solver's coordinates.
@@ -47,13 +47,15 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
         raise SettingError("symmetry is broken here; allowed: a setting that is replica symmetric")
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
     nodes = problem.nodes
+    of_map = problem.map_nodes(found.first.solved.weight)
+    of_lora = weighted(nodes.finetuning, found.second.solved.weight)
     x0, y0 = (jax.lax.stop_gradient(v) + _AWAY for v in (found.first.x, y))
 
     def value(params):
         here = problem.at(eqx.combine(params, rest))
-        x, left = anderson(lambda x, pre: map_image(x, pre, nodes.pretraining), x0, here.pre)
+        x, left = anderson(lambda x, pre: map_image(x, pre, of_map), x0, here.pre)
         fine, frozen = here.fine, here.frozen(x)
-        y, left_too = anderson(lambda y, args: _lora_image(y, args, nodes.finetuning), y0, (fine, frozen))
+        y, left_too = anderson(lambda y, args: _lora_image(y, args, of_lora), y0, (fine, frozen))
         found = OBJECTIVES[of](AdaptedLayer(here.pre, fine, frozen, ft.order_at(fine, y)), x, nodes)
         return found, jnp.stack([left, left_too])
 

@@ -73,7 +73,7 @@ def climb(
     begins after `most` steps in all.
     """
     if not fmap.outer:
-        return iterate(fmap, rules, require_stable, x0, jac0, memory), jnp.array(False)
+        return iterate(fmap, rules, require_stable, x0, jac0, memory, warm), jnp.array(True)
     m = len(x0) - fmap.outer
 
     def one(s: _Climb) -> _Climb:

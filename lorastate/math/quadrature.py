@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from ..runtime.cores import PART, shared
 from ..runtime.program import kept_arrays, platform
+from .linear import small_solve
 from .places import put, row
 
 
@@ -294,6 +295,25 @@ def in_blocks(f, nodes: Nodes, inner):
 def mean(tree):
     """Average over the leading axis, that of the parts, of every leaf."""
     return jax.tree_util.tree_map(lambda a: a.mean(0), tree)
+
+
+def reweighted(nodes: Nodes, values, wanted, replicas: int):
+    """The weights nearest to those of the nodes under which the `values` (R, K, n) at them have the averages `wanted`
+    (replicas, K) in each replica; they still sum to one. Its own where a replica has no such weights."""
+    one = jnp.ones((len(values), 1, values.shape[-1]))
+    values, wanted = jnp.concatenate([one, values], 1), jnp.concatenate([jnp.ones((replicas, 1)), wanted], 1)
+    gram = by_replica(jnp.einsum("pn,pkn,pln->pkl", nodes.weight, values, values), replicas)
+    scale = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2)) + 1e-30
+    known = by_replica(jnp.einsum("pn,pkn->pk", nodes.weight, values), replicas)
+    # Values that say the same, or nothing, share what there is to change.
+    normal = gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * jnp.eye(values.shape[1])
+    c = jax.vmap(small_solve)(normal, (wanted - known) / scale) / scale
+    weight = nodes.weight * (1 + jnp.einsum("pk,pkn->pn", for_parts(c, nodes), values))
+    return jnp.where(jnp.all(jnp.isfinite(weight)), weight, nodes.weight)
+
+
+#: What is added to the diagonal of the normal equations of weights.
+_RIDGE = 1e-11
 
 
 def _matched_weights(x: np.ndarray, even: np.ndarray) -> np.ndarray:

@@ -49,6 +49,12 @@ class Activation(eqx.Module):
         H[a, b, c] = d2f / dZ_ab dZ_ac. In general H is (T, T, T, T, N).
         """
 
+    def gauss_newton(
+        self, z: Float[Array, "T T *N"], target: Float[Array, "T T *N"]
+    ) -> tuple[Float[Array, "T T *N"], Float[Array, "T T *M"]]:
+        """`(G, H)` with the H of Gauss and Newton, which is that of labels that z fits: positive semidefinite."""
+        return self.loss_terms(z, target)[1], self.loss_terms(z, self(z))[2]
+
 
 class Softmax(Activation):
     """softmax(beta Z), row by row. `beta > 0` is the inverse temperature (a differentiable leaf); None, in fine-tuning
@@ -73,17 +79,24 @@ class Softmax(Activation):
         beta = self._scale
         p = self(z)
         r = p - target
-        rho = jnp.sum(p * r, axis=1, keepdims=True)
+        s = r - jnp.sum(p * r, axis=1, keepdims=True)
+        return jnp.sum(r * r, axis=(0, 1)), 2 * beta * p * s, self._hessian(p, s + p)
+
+    def gauss_newton(self, z, target):
+        p = self(z)
+        r = p - target
+        return 2 * self._scale * p * (r - jnp.sum(p * r, axis=1, keepdims=True)), self._hessian(p, p)
+
+    def _hessian(self, p, t):
+        """With s_c = r_c - r . p and t = s + p, or t = p where labels are fitted,
+
+        dG_c/dZ_d = 2 beta^2 [ p_c delta_cd t_c - p_c p_d (t_c + t_d - p . p) ].
+        """
         pi = jnp.sum(p * p, axis=1, keepdims=True)
-        s = r - rho
-        g = 2 * beta * p * s
-        # dG_c/dZ_d = 2 beta^2 [ p_c delta_cd (s_c + p_c) - p_c p_d (s_c + s_d + p_c + p_d - pi) ]
-        t = s + p
         pp = p[:, :, None] * p[:, None, :]
         off = pp * (t[:, :, None] + t[:, None, :] - pi[:, :, None])
-        eye = jnp.eye(z.shape[0])[(None, ...) + (None,) * (z.ndim - 2)]
-        h = 2 * beta**2 * (eye * (p * t)[:, :, None] - off)
-        return jnp.sum(r * r, axis=(0, 1)), g, h
+        eye = jnp.eye(len(p))[(None, ...) + (None,) * (p.ndim - 2)]
+        return 2 * self._scale**2 * (eye * (p * t)[:, :, None] - off)
 
 
 class Identity(Activation):

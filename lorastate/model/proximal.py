@@ -54,9 +54,16 @@ class MapProblem(NamedTuple):
     def terms(self, u: Float[Array, "n N"]) -> tuple[Float[Array, " N"], Float[Array, "n N"], Float[Array, "n n N"]]:
         f, g, h = self.activation.loss_terms(to_matrix(u), self.target)
         d = u - to_coordinates(self.omega)
-        n = u.shape[0]
-        hess = hessian_to_coordinates(h) + jnp.eye(n)[:, :, None] / (2 * self.V)
-        return f + jnp.sum(d * d, 0) / (4 * self.V), to_coordinates(g) + d / (2 * self.V), hess
+        return f + jnp.sum(d * d, 0) / (4 * self.V), *self._in_coordinates(g, h, d)
+
+    def gauss_newton(self, u: Float[Array, "n N"]) -> tuple[Float[Array, "n N"], Float[Array, "n n N"]]:
+        """The gradient, and the Hessian of Gauss and Newton, which is positive definite."""
+        g, h = self.activation.gauss_newton(to_matrix(u), self.target)
+        return self._in_coordinates(g, h, u - to_coordinates(self.omega))
+
+    def _in_coordinates(self, g, h, d):
+        hess = hessian_to_coordinates(h) + jnp.eye(len(d))[:, :, None] / (2 * self.V)
+        return to_coordinates(g) + d / (2 * self.V), hess
 
 
 def columns(u: Float[Array, "rT N"], tokens: int) -> list[Float[Array, "T N"]]:
@@ -110,18 +117,25 @@ class VectorProblem(NamedTuple):
 
     @jax.jit
     def terms(self, u: Float[Array, "n N"]) -> tuple[Float[Array, " N"], Float[Array, "n N"], Float[Array, "n n N"]]:
-        t = len(self.zw)
-        f, g, h = self.activation.loss_terms(self.zw + gram(u, t), self.target)
-        s = g + jnp.swapaxes(g, 0, 1)
-        d = u - self.omega
-        chi = columns(u, t)
-        grad = jnp.concatenate([jnp.sum(s * c[None], 1) for c in chi]) + d / self.v
-        rows = [[_curvature(h, a, b) + s if a is b else _curvature(h, a, b) for b in chi[: k + 1]]
+        f, g, h = self.activation.loss_terms(self.zw + gram(u, len(self.zw)), self.target)
+        s, d = g + jnp.swapaxes(g, 0, 1), u - self.omega
+        return f + jnp.sum(d * d / self.v, 0) / 2, *self._in_coordinates(s, h, s, u)
+
+    def gauss_newton(self, u: Float[Array, "n N"]) -> tuple[Float[Array, "n N"], Float[Array, "n n N"]]:
+        """The gradient, and the Hessian of Gauss and Newton, which is positive definite."""
+        g, h = self.activation.gauss_newton(self.zw + gram(u, len(self.zw)), self.target)
+        return self._in_coordinates(g + jnp.swapaxes(g, 0, 1), h, 0.0, u)
+
+    def _in_coordinates(self, s, h, bent, u):
+        """The gradient from s = G + G^T, and the Hessian from H and from the curvature of chi chi^T itself, `bent`."""
+        chi = columns(u, len(self.zw))
+        grad = jnp.concatenate([jnp.sum(s * c[None], 1) for c in chi]) + (u - self.omega) / self.v
+        rows = [[_curvature(h, a, b) + bent if a is b else _curvature(h, a, b) for b in chi[: k + 1]]
                 for k, a in enumerate(chi)]  # fmt: skip
         upper = [[jnp.swapaxes(rows[l][k], 0, 1) for l in range(k + 1, len(chi))] for k in range(len(chi))]
         hess = jnp.concatenate([jnp.concatenate(a + b, 1) for a, b in zip(rows, upper, strict=True)])
         hess = hess + jnp.eye(len(u))[:, :, None] / jnp.reshape(self.v, (-1, 1, 1))
-        return f + jnp.sum(d * d / self.v, 0) / 2, grad, hess
+        return grad, hess
 
 
 def _curvature(h, a, b):

@@ -14,6 +14,7 @@ from ..model.activation import Softmax
 from ..model.channel.recalibration import FixedScale
 from ..model.spectra.laws import PowerLaw
 from .named import BASE_KEYS
+from .numerics import NAMES
 from .stages import Setting
 
 
@@ -126,7 +127,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "pretraining": (*_numbers("pretraining"), "activation", "tokens"),
     "finetuning": (*_numbers("finetuning"), "rank", "teacher_rank", "activation", "tokens", "inputs", "label_noise",
                    "score"),
-    "numerics": ("nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps", "samples", "symmetry"),
+    "numerics": NAMES,
     "pretraining.task": _numbers("pretraining.task"),
     "pretraining.base": ("law", *dict.fromkeys(key for keys in BASE_KEYS.values() for key in keys)),
 }  # fmt: skip

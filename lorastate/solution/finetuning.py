@@ -223,7 +223,7 @@ def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage
     def make(map_x):
         return LoraStage(problem.fine, problem.frozen(map_x), problem.pre, best)
 
-    prepared = problem.nodes_at(solved.point.x, second.found, second.control)
+    prepared = problem.nodes_at(solved.point.x, second.found, second.control, solved.weight)
     x = attached(make(first.x), solved, (prepared, solved.inner), at)
     replicas = problem.numerics.replicas
     found = described(make, solved, x, prepared, nodes.tests, replicas, (first.x,), (jax.lax.stop_gradient(first.xs),))

@@ -54,12 +54,13 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
     """
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
     x, y, nodes = first.solved.point.x, second.solved.point.x, problem.nodes
-    prepared = problem.nodes_at(y, second.found, second.control)
+    prepared = problem.nodes_at(y, second.found, second.control, second.solved.weight)
+    of_map = problem.map_nodes(first.solved.weight)
     levels = ft.order_at(problem.fine, y).levels
 
     def map_step(x, params, inner):
         pre, _ = eqx.combine(params, rest)
-        return pt.step(x, pre, None if nodes.pretraining is None else (nodes.pretraining, inner))
+        return pt.step(x, pre, None if of_map is None else (of_map, inner))
 
     def lora(x, params):
         here = problem.at(eqx.combine(params, rest))

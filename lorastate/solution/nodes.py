@@ -15,6 +15,8 @@ from ..setting.stages import Finetuning, Pretraining
 
 #: Nodes that are averaged over together, and of which the first ones lead a search to the neighbourhood of a solution.
 _MAP_PART, _LORA_PART, _TEST_PART = 512, 1024, 1024
+#: The same of thinned nodes, of pre-training and of fine-tuning, and of their control variate.
+_FEW_OF_MAP, _FEW_OF_LORA, _CONTROL_PART = 256, 512, 256
 #: Nodes of a replica from which on it is cut into parts, and those without images (of pre-training and test errors) and
 #: coordinates that alternate (of fine-tuning) give smaller errors.
 _PLAIN, _LORA = 2048, 4096
@@ -29,7 +31,8 @@ DEEP, _MORE = 0.4, 4
 class NodeSets(NamedTuple):
     """Quadrature nodes of each expectation; None where a closed form needs none. `pretraining_test` serves errors on
     the labels of pre-training after an update as well. `broken`: those of fine-tuning with samples inside, for steps of
-    symmetry breaking. `seed`: of all of them, an array."""
+    symmetry breaking. `map_control`, `lora_control`: with thinning, the many nodes of its control variate. `seed`: of
+    all of them, an array."""
 
     pretraining: Nodes | None
     pretraining_test: Nodes | None
@@ -37,6 +40,8 @@ class NodeSets(NamedTuple):
     finetuning: Any = None
     finetuning_test: Nodes | None = None
     broken: Nodes | None = None
+    map_control: Nodes | None = None
+    lora_control: Nodes | None = None
 
     @property
     def parts(self) -> list[int]:
@@ -51,23 +56,32 @@ class NodeSets(NamedTuple):
     @property
     def pretraining_alone(self) -> NodeSets:
         """Those of pre-training."""
-        return NodeSets(self.pretraining, self.pretraining_test, self.seed)
+        return NodeSets(self.pretraining, self.pretraining_test, self.seed, map_control=self.map_control)
 
 
 def node_sets(pre: Pretraining, fine: Finetuning | None, numerics: Numerics) -> NodeSets:
     """The node sets of a setting (cached: they depend on static fields only), but for `broken`; without `fine` those of
     pre-training."""
-    of_map = _plain(pt.node_dimension(pre), numerics.nodes, numerics, 0, _MAP_PART)
+    few, dimension = numerics.thinning, pt.node_dimension(pre)
+    of_map = _plain(dimension, numerics.nodes // few, numerics, 0, _MAP_PART if few == 1 else _FEW_OF_MAP)
+    control = _plain(dimension, numerics.nodes, numerics, 3 * 10**6, _CONTROL_PART) if few > 1 else None
     # With two columns for an update at least: low ranks have the same nodes, and those of pre-training alone.
     d = node_dimension(pre.activation, pre.tokens, (2 if fine is None else max(fine.rank, 2), 0))
     map_test = _plain(d, 2 * numerics.finetuning_nodes, numerics, 10**6, _TEST_PART)
-    nodes = NodeSets(of_map, map_test, np.array(numerics.seed))
+    nodes = NodeSets(of_map, map_test, np.array(numerics.seed), map_control=control)
     if fine is None:
         return nodes
-    count, r = numerics.finetuning_nodes, numerics.replicas
-    order, part = (ft.node_order(fine), _LORA_PART) if count >= r * _LORA else (None, None)
-    lora = gaussian_nodes(ft.node_dimension(fine), count, r, numerics.seed, ft.mirrored(fine), order, part)
-    return nodes._replace(finetuning=lora, finetuning_test=test_nodes(fine, numerics))
+    lora = _lora(fine, numerics.finetuning_nodes // few, numerics, 0, _LORA_PART if few == 1 else _FEW_OF_LORA)
+    control = _lora(fine, numerics.finetuning_nodes, numerics, 3 * 10**6, _CONTROL_PART) if few > 1 else None
+    return nodes._replace(finetuning=lora, finetuning_test=test_nodes(fine, numerics), lora_control=control)
+
+
+def _lora(fine: Finetuning, count: int, numerics: Numerics, stream: int, size: int) -> Nodes:
+    """Nodes of fine-tuning."""
+    r, seed = numerics.replicas, numerics.seed + stream
+    order = ft.node_order(fine) if count >= r * _LORA else None
+    part = size if order or numerics.thinning > 1 else None
+    return gaussian_nodes(ft.node_dimension(fine), count, r, seed, ft.mirrored(fine), order, part)
 
 
 def test_nodes(fine: Finetuning, numerics: Numerics) -> Nodes | None:
@@ -80,9 +94,9 @@ def test_nodes(fine: Finetuning, numerics: Numerics) -> Nodes | None:
 def _plain(d: int, count: int, numerics: Numerics, stream: int, part: int) -> Nodes | None:
     if not d:
         return None
-    large = count >= numerics.replicas * _PLAIN
-    seed = numerics.seed + stream
-    return gaussian_nodes(d, count, numerics.replicas, seed, () if large else None, part=part if large else None)
+    large, seed = count >= numerics.replicas * _PLAIN, numerics.seed + stream
+    size = part if large or numerics.thinning > 1 else None
+    return gaussian_nodes(d, count, numerics.replicas, seed, () if large else None, part=size)
 
 
 def with_broken(nodes: NodeSets, fine: Finetuning, numerics: Numerics, deep: int = 0) -> NodeSets:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import Code, succeeded
 from ..evolution import pretraining as pt
+from ..evolution import thinning
 from ..evolution.order import RESPONSE_FLOOR, Order, decode
 from ..evolution.test_errors import pretraining_error
 from ..math.fixed_point import FixedPoint, Method, Rules, iterate, plain_map
@@ -20,7 +21,7 @@ from ..math.symmetric import dimension
 from ..model import wells
 from ..setting.numerics import Numerics
 from ..setting.stages import Pretraining
-from .problem import Problem
+from .problem import Problem, weighted
 from .stage import FEW, Described, Solved, Stage, attached, described, final_status, response_gap, status_of
 
 
@@ -131,11 +132,12 @@ def rules_of(numerics: Numerics, parts: int, rough: float, settle: float = np.in
 def search_pretraining(problem: Problem) -> Solved:
     """Fixed point of pre-training (no derivative), from the usual start or, where that fails, that of weak ridges."""
     pre, numerics, nodes = jax.lax.stop_gradient(problem.pre), problem.numerics, problem.nodes.pretraining
+    many = problem.nodes.map_control
     if nodes is None:
-        fmap, memory = plain_map(pt.step, pre), Slots.of(None)
+        memory = Slots.of(None)
         rules = [Rules.of(Method(tolerance=numerics.tolerance, max_steps=numerics.max_steps))] * 2
     else:
-        fmap, memory = pt.state_evolution(pre, nodes), Slots.of(pt.no_inner(pre, nodes))
+        memory = Slots.of(pt.no_inner(pre, nodes))
         rules = rules_of(numerics, len(nodes.weight), 1e-4)
     usual = pt.start(pre)
     last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
@@ -151,17 +153,30 @@ def search_pretraining(problem: Problem) -> Solved:
     plain = rules[1]._replace(burn_in=-1, tolerance=max(numerics.tolerance, 1e-8))
     plain = plain if nodes is None else plain._replace(damping=0.0)
     jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
+    if many is not None:
+        jobs.append((rules[1], _THINNED, last))
 
     table, count = stacked(jobs), len(jobs)
-    needed = max(k for k, (_, when, _) in enumerate(jobs) if when in (_ALWAYS, _WELLS)) + 1
+    needed = max(k for k, (_, when, _) in enumerate(jobs) if when in (_ALWAYS, _WELLS, _THINNED)) + 1
+
+    def weights(x):
+        assert nodes is not None and many is not None
+        order = decode(x)
+        return thinning.weights(lambda n: thinning.of_map(pre, order, n), nodes, many, numerics.replicas)
 
     def stage(state: _Progress) -> _Progress:
         rules, when, start = row(table, state.stage)
         two = jnp.array(True) if nodes is None else jnp.any(state.memory.read().two)
         skip = ((when == _FAILED) & state.solved) | ((when == _WELLS) & ~two) | ((when == _AFTER) & ~state.made)
+        thin = (when == _THINNED) & state.solved
+        skip, weight = skip | ((when == _THINNED) & ~state.solved), state.weight
+        if many is not None:
+            weight = jax.lax.cond(thin, lambda: weights(state.point.x), lambda: weight)
+        here = weighted(nodes, weight)
+        fmap = plain_map(pt.step, pre) if nodes is None else pt.state_evolution(pre, here)
         # NaN stops at once.
         x0 = jnp.where(skip, jnp.nan, jnp.where(jnp.isnan(start), state.point.x, start))
-        point, _, jacobian, remembered = iterate(fmap, rules, True, x0, state.jacobian, state.memory)
+        point, _, jacobian, remembered = iterate(fmap, rules, True, x0, state.jacobian, state.memory, thin)
         if nodes is not None:
             point = _ended_at_jump(point, jnp.any(remembered.read().two), rules.tolerance)
         skip = skip | ((when == _FAILED) & ~(succeeded(point.code) | (point.code == Code.max_steps)))
@@ -170,7 +185,7 @@ def search_pretraining(problem: Problem) -> Solved:
         new = point, jacobian, remembered
         point, jacobian, memory = jax.tree_util.tree_map(lambda a, b: jnp.where(skip, a, b), old, new)
         solved = jnp.where(skip, state.solved, succeeded(point.code))
-        return _Progress(state.stage + 1, point, jacobian, memory, solved, ~skip)
+        return _Progress(state.stage + 1, point, jacobian, memory, solved, ~skip, weight)
 
     def unfinished(state: _Progress):
         # What only follows a failure is not looked at once all is solved.
@@ -179,14 +194,15 @@ def search_pretraining(problem: Problem) -> Solved:
         return (state.stage < count) & wanted
 
     jacobian, no = jnp.zeros((len(usual), len(usual))), jnp.array(False)
-    begin = _Progress(jnp.array(0), FixedPoint.nowhere(len(usual)), jacobian, memory, no, no)
+    weight = None if nodes is None or many is None else jnp.asarray(nodes.weight)
+    begin = _Progress(jnp.array(0), FixedPoint.nowhere(len(usual)), jacobian, memory, no, no, weight)
     end = jax.lax.while_loop(unfinished, stage, begin)
-    return Solved(end.point, end.jacobian, end.memory.read())
+    return Solved(end.point, end.jacobian, end.memory.read(), end.weight)
 
 
 class _Progress(NamedTuple):
     """A search of pre-training between two stages: the point it has come to, with the steps of all stages, whether that
-    is solved, and whether the last stage was made."""
+    is solved, whether the last stage was made, and with thinning the weights of the nodes."""
 
     stage: Any
     point: Any
@@ -194,6 +210,7 @@ class _Progress(NamedTuple):
     memory: Any
     solved: Any
     made: Any
+    weight: Any = None
 
 
 #: How far a map that does not jump may stop from its fixed point, in log V and in shares of the noise: mere rounding.
@@ -212,8 +229,8 @@ def _ended_at_jump(point, jumps, tolerance):
 
 
 #: When a stage of the search of pre-training is made: always, if what came before it has failed, if there are two
-#: wells, if the stage before it was made.
-_ALWAYS, _FAILED, _WELLS, _AFTER = range(4)
+#: wells, if the stage before it was made, on nodes with the weights that suit what was found.
+_ALWAYS, _FAILED, _WELLS, _AFTER, _THINNED = range(5)
 
 
 def stacked(trees):
@@ -251,7 +268,7 @@ def drowned(pre: Pretraining, x, values):
 def describe_pretraining(problem: Problem, solved: Solved) -> FirstStage:
     """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
     pre, nodes, replicas = problem.pre, problem.nodes, problem.numerics.replicas
-    stage, of_map, found = MapStage(pre), nodes.pretraining, solved.inner
+    stage, of_map, found = MapStage(pre), problem.map_nodes(solved.weight), solved.inner
     const = None if of_map is None else (of_map, found)
     lost = 0.0 if of_map is None else wells.lost(found)
     code = jnp.where(lost > 1e-3, int(Code.stalled), solved.point.code)

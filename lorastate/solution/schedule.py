@@ -34,7 +34,8 @@ def schedule(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) ->
     """All stages, stacked: both starts on a part of the nodes, there once more from a cold search, both on all of the
     nodes, and away from a solution that repels. With breaking y climbs to the maximum of phi on the first nodes, then
     on all, with a control variate; what that ends in is solved once more from a cold search, which may find wells that
-    were lost on the way (it was no solution then), and once from where it is: neighbours lie on smooth curves so."""
+    were lost on the way (it was no solution then), and once from where it is: neighbours lie on smooth curves so. So it
+    is without breaking on nodes that are thinned, with the weights that suit the solution."""
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     parts, size = nodes.weight.shape
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
@@ -60,6 +61,8 @@ def schedule(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) ->
     stages.append((refined._replace(settle=0.0), ESCAPE, _TRIES if levels else 0, 0))
     if levels:
         stages += [(refined, kind, _TRIES, parts) for kind in (CHECK, AGAIN)]
+    elif numerics.thinning > 1:
+        stages.append((refined, AGAIN, 0, parts))
     both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == ESCAPE else (0, 1))]
     branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import Code, succeeded
-from ..evolution import control, finetuning_map
+from ..evolution import control, finetuning_map, thinning
 from ..evolution import finetuning as ft
 from ..evolution.starts import apart, beside, broken_start, fitted, pushed, start
 from ..math.fixed_point import FixedPoint
@@ -27,7 +27,7 @@ from ..setting.stages import Finetuning
 from .finetuning import Branches, LoraStage, SecondStage, replicon
 from .nodes import DEEP
 from .pretraining import FirstStage, stacked
-from .problem import Problem
+from .problem import Problem, weighted
 from .schedule import AFRESH, AGAIN, ALWAYS, CHECK, CLIMB, ESCAPE, LAST, Job, schedule
 from .stage import FEW, Solved
 
@@ -82,8 +82,8 @@ _LEAST_OVERLAP = 0.1
 
 
 class _Found(NamedTuple):
-    """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies, and
-    whether y has found its place; with breaking, control variates too."""
+    """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies,
+    whether y has found its place, and control variates (with thinning, weights of the nodes)."""
 
     x: Any
     jacobian: Any
@@ -91,7 +91,7 @@ class _Found(NamedTuple):
     code: Any
     energy: Any
     placed: Any
-    control: Any
+    variate: Any
 
 
 class _Progress(NamedTuple):
@@ -154,12 +154,10 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     return skip, refining & row(s.above, k)
 
 
-def search_finetuning(
-    fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Nodes, search: Search
-):
+def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Any, search: Search):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
     whether the two are the same one; where the first stage from the informative start ended. No derivatives. `many`:
-    nodes of the control variate.
+    nodes of the control variate, if there is one.
 
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
@@ -167,10 +165,17 @@ def search_finetuning(
 
     def controlled(begin, memory: Slots, job: Job, left_out):
         """The nodes, with a control variate that suits a solution near `begin`, if there is something to go by."""
+        if many is None:
+            return nodes
+        order = ft.order_at(fine, begin)
+        if not search.levels:
+            wanted = (job.kind == AGAIN) & ~left_out
+            h = lambda n: thinning.of_lora(fine, frozen, order, n)  # noqa: E731
+            suiting = lambda: thinning.weights(h, nodes, many, numerics.replicas)  # noqa: E731
+            return nodes._replace(weight=jax.lax.cond(wanted, suiting, lambda: jnp.asarray(nodes.weight)))
 
         def found():
-            order, a = ft.order_at(fine, begin), _averaged(memory, job.before)
-            return control.control(fine, frozen, order, nodes, many, numerics.replicas, a)
+            return control.control(fine, frozen, order, nodes, many, numerics.replicas, _averaged(memory, job.before))
 
         nothing = control.none(row(memory.data.averages, memory.here), search.levels)
         wanted = (job.before > 0) & ~left_out
@@ -185,7 +190,7 @@ def search_finetuning(
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], mine.row))
         begin = _where_from(fine, search, mine.x, job, row(s.outside, k))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
-        here = controlled(begin, memory, job, skip | higher) if search.levels else nodes
+        here = controlled(begin, memory, job, skip | higher)
         held = search.held
         if search.levels:  # how far minima part is known by then
             held = held | ((kind == AGAIN) & ft.all_one(ft.order_at(fine, x0)))
@@ -197,9 +202,10 @@ def search_finetuning(
         # Where the first nodes show no maximum in y, all of them begin where that climb did.
         kept = skip | higher | (escape & ~jnp.all(jnp.isfinite(point.x))) | ((kind == CLIMB) & ~placed)
         # What was solved stays so where a last pass is not.
-        kept = kept | ((kind == AGAIN) & ~((point.code == Code.ok) & placed))
+        if search.levels:
+            kept = kept | ((kind == AGAIN) & ~((point.code == Code.ok) & placed))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
-        new = _Found(point.x, jac, memory.here, point.code, energy, placed, here.control)
+        new = _Found(point.x, jac, memory.here, point.code, energy, placed, _variate(here, many))
         rows = put(found.row, memory.here, jnp.where(escape, 1, k))
         rows = jnp.where(escape & ~kept, rows[::-1], rows)
         repels = (kind == CLIMB) & (point.code == Code.unstable)
@@ -208,7 +214,7 @@ def search_finetuning(
         found = put(found, new, k)._replace(row=rows)
         return s._replace(found=found, memory=memory, outside=_outside(s, job, point.code)), (point, kept)
 
-    jobs, begin = schedule(fine, numerics, nodes, search.levels), _begin(fine, nodes, search)
+    jobs, begin = schedule(fine, numerics, nodes, search.levels), _begin(fine, nodes, many, search)
     s, (points, kept) = jax.lax.scan(one, begin, jobs)
     same = s.same
     if search.levels:  # one solution has another control variate, and another phi, where it was found in another way
@@ -224,11 +230,16 @@ def _final(jobs: Job, points: FixedPoint, kept) -> FixedPoint:
     return stacked([row(points, k) for k in last])._replace(steps=steps)
 
 
-def _begin(fine: Finetuning, nodes: Nodes, search: Search) -> _Progress:
+def _variate(nodes: Nodes, many: Any) -> Any:
+    """The control variate of the nodes, if they have one."""
+    return None if many is None else nodes.weight if nodes.control is None else nodes.control
+
+
+def _begin(fine: Finetuning, nodes: Nodes, many: Any, search: Search) -> _Progress:
     """Before the first stage of a search."""
     x, none = search.starts, jnp.zeros(2)
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
-    variate = None
+    variate = None if many is None else jnp.stack([nodes.weight, nodes.weight])
     if search.levels:
         both = jax.tree_util.tree_map(lambda a: a[:2], memory.data.averages)
         variate = control.none(both, search.levels)
@@ -319,8 +330,10 @@ def solve_broken(problem: Problem, first: FirstStage, coarse, held: Any = False)
 def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> SecondStage:
     fine, frozen = jax.lax.stop_gradient((problem.fine, problem.frozen(first.x)))
     prepared = ft.prepare(fine, frozen, nodes)
-    many = problem.nodes.finetuning
-    if search.levels:
+    many = problem.nodes.lora_control
+    if search.levels and many is None:
+        many = problem.nodes.finetuning
+    if many is not None:
         many = ft.prepare(fine, frozen, many)
     points, found, memory, same, coarse = search_finetuning(fine, frozen, problem.numerics, prepared, many, search)
     if search.levels:  # where y has not found its place the rest is not known either, whatever its error bars say
@@ -336,7 +349,9 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
         # A last pass that was not taken has left minimisers of its own.
         order = ft.order_at(fine, point.x)
         inner = over_replicas(lambda *part: ft.refresh_inner(fine, frozen, order, *part), prepared, inner)
-    best = Solved(point, taken.jacobian, inner)
+    variate, weight = (taken.variate, None) if search.levels else (None, taken.variate)
+    prepared = weighted(prepared, weight)
+    best = Solved(point, taken.jacobian, inner, weight)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
     rough = ~succeeded(code)
     if search.levels:
@@ -354,4 +369,4 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((jnp.abs(o.overlap), o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
     branches = Branches(m, q, energies, tried.code, chosen)
-    return SecondStage(best, branches, prepared.found, taken.control, rough & (code != Code.upstream), coarse, marginal)
+    return SecondStage(best, branches, prepared.found, variate, rough & (code != Code.upstream), coarse, marginal)

@@ -62,11 +62,13 @@ class Stage(eqx.Module):
 
 
 class Solved(NamedTuple):
-    """A fixed point with what its derivatives and averages need: the Jacobian there and the inner minimisers."""
+    """A fixed point with what its derivatives and averages need: the Jacobian there, the inner minimisers, and the
+    weights of its nodes where they are not their own (see `lorastate.evolution.thinning`)."""
 
     point: FixedPoint
     jacobian: Any
     inner: Any
+    weight: Any = None
 
 
 def attached(stage: Stage, solved: Solved, const, x=None):
