@@ -69,7 +69,7 @@ def test_defaults(tmp_path):
         "finetuning": {"activation": "softmax", "beta": 1.0, "alpha": 3.0, "lam": 0.05, "rank": 1, "teacher_rank": 1,
                        "delta": 0.5, "tokens": 3, "inputs": "fresh", "recalibration": 1.0, "adapter_factor": 1.0},
         "numerics": {"nodes": 16384, "finetuning_nodes": 65536, "replicas": 8, "seed": 0, "tolerance": 1e-10,
-                     "max_steps": 200, "samples": 16, "symmetry": "auto"},
+                     "max_steps": 200, "samples": 16, "symmetry": "auto", "thinning": 1},
     }  # fmt: skip
 
 

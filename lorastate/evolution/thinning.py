@@ -7,8 +7,9 @@ weights nearest to their own under which h, these averages without a search, are
 
     sum_k w_k h_k  =  E_many h      w = w0 (1 + c . h)      sum_k w_k = 1
 
-in every replica by itself: replicas stay independent, and their spread is the error bar. It is a control variate whose
-coefficients come from a regression over the nodes of the replica, and serves whatever is averaged over them.
+It is a control variate whose coefficients come from a regression over the nodes, and serves whatever is averaged over
+them. A solution has weights that do so for all nodes together (what a regression does to its own average goes as
+1/n); for error bars every replica has weights by itself: replicas stay independent.
 
 h depends on the order parameters: a stage is solved with the nodes' own weights first, and once more with those that
 suit what was found. Derivatives hold the weights fixed, as they hold the nodes.
@@ -74,8 +75,14 @@ def of_lora(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes):
 
 
 def weights(h, nodes: Nodes, many: Nodes, replicas: int):
-    """The weights of the `nodes`, (R, n), under which the averages of h(one part) are those over `many`, of as many
-    replicas. No derivative."""
+    """The weights of the `nodes` under which the averages of h(one part) are those over `many`, of as many replicas: of
+    all together, and of each replica by itself, (2, R, n). No derivative."""
     here = over_replicas(h, nodes)
-    there = over_replicas(lambda n: jnp.sum(n.weight * h(n), -1), many)
-    return jax.lax.stop_gradient(reweighted(nodes, here, by_replica(there, replicas), replicas))
+    there = by_replica(over_replicas(lambda n: jnp.sum(n.weight * h(n), -1), many), replicas)
+    both = reweighted(nodes, here, there.mean(0, keepdims=True), 1), reweighted(nodes, here, there, replicas)
+    return jax.lax.stop_gradient(jnp.stack(both))
+
+
+def own(nodes: Nodes):
+    """The weights that nodes have anyway, in the same form."""
+    return jnp.stack([nodes.weight, nodes.weight])

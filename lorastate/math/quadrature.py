@@ -307,8 +307,8 @@ def reweighted(nodes: Nodes, values, wanted, replicas: int):
     known = by_replica(jnp.einsum("pn,pkn->pk", nodes.weight, values), replicas)
     # Values that say the same, or nothing, share what there is to change.
     normal = gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * jnp.eye(values.shape[1])
-    c = jax.vmap(small_solve)(normal, (wanted - known) / scale) / scale
-    weight = nodes.weight * (1 + jnp.einsum("pk,pkn->pn", for_parts(c, nodes), values))
+    c = for_parts(jax.vmap(small_solve)(normal, (wanted - known) / scale) / scale, nodes)
+    weight = nodes.weight * (1 + jnp.einsum("pk,pkn->pn", c, values))
     return jnp.where(jnp.all(jnp.isfinite(weight)), weight, nodes.weight)
 
 

@@ -194,7 +194,7 @@ def search_pretraining(problem: Problem) -> Solved:
         return (state.stage < count) & wanted
 
     jacobian, no = jnp.zeros((len(usual), len(usual))), jnp.array(False)
-    weight = None if nodes is None or many is None else jnp.asarray(nodes.weight)
+    weight = None if nodes is None or many is None else thinning.own(nodes)
     begin = _Progress(jnp.array(0), FixedPoint.nowhere(len(usual)), jacobian, memory, no, no, weight)
     end = jax.lax.while_loop(unfinished, stage, begin)
     return Solved(end.point, end.jacobian, end.memory.read(), end.weight)

@@ -77,20 +77,21 @@ class Problem(NamedTuple):
         return frozen_at(self.pre, self.fine, x)
 
     def map_nodes(self, weight) -> Nodes | None:
-        """The nodes of pre-training, with weights of their own where there are any; None where it needs none."""
+        """The nodes of pre-training, with the weights of a solution where it has any (`Solved.weight`); None where it
+        needs none."""
         return weighted(self.nodes.pretraining, weight)
 
     def nodes_at(self, x, found, control, weight=None) -> Nodes:
         """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them, their
-        `control` variate, and weights of their own where there are any."""
+        `control` variate, and the weights of the solution where it has any."""
         nodes = self.nodes.broken if ft.order_at(self.fine, x).levels else self.nodes.finetuning
         assert nodes is not None
         return weighted(nodes._replace(found=found, control=control), weight)
 
 
 def weighted(nodes: Any, weight) -> Any:
-    """The nodes with these weights, if there are any."""
-    return nodes if weight is None else nodes._replace(weight=weight)
+    """The nodes with the weights of all replicas together, (2, R, n)[0], if there are any."""
+    return nodes if weight is None else nodes._replace(weight=weight[0])
 
 
 def frozen_at(pre: Pretraining, fine: Finetuning, x) -> FrozenMap:

@@ -164,22 +164,23 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
 
     def controlled(begin, memory: Slots, job: Job, left_out):
-        """The nodes, with a control variate that suits a solution near `begin`, if there is something to go by."""
-        if many is None:
-            return nodes
-        order = ft.order_at(fine, begin)
-        if not search.levels:
-            wanted = (job.kind == AGAIN) & ~left_out
-            h = lambda n: thinning.of_lora(fine, frozen, order, n)  # noqa: E731
-            suiting = lambda: thinning.weights(h, nodes, many, numerics.replicas)  # noqa: E731
-            return nodes._replace(weight=jax.lax.cond(wanted, suiting, lambda: jnp.asarray(nodes.weight)))
+        """The nodes with a control variate that suits a solution near `begin`, and that; none without much to go by."""
+        order, wanted = ft.order_at(fine, begin), (job.before > 0) & ~left_out
 
         def found():
-            return control.control(fine, frozen, order, nodes, many, numerics.replicas, _averaged(memory, job.before))
+            if search.levels:
+                a = _averaged(memory, job.before)
+                return control.control(fine, frozen, order, nodes, many, numerics.replicas, a)
+            return thinning.weights(lambda n: thinning.of_lora(fine, frozen, order, n), nodes, many, numerics.replicas)
 
-        nothing = control.none(row(memory.data.averages, memory.here), search.levels)
-        wanted = (job.before > 0) & ~left_out
-        return nodes._replace(control=jax.lax.cond(wanted, found, lambda: nothing))
+        if many is None:
+            return nodes, None
+        if search.levels:
+            nothing = control.none(row(memory.data.averages, memory.here), search.levels)
+            variate = jax.lax.cond(wanted, found, lambda: nothing)
+            return nodes._replace(control=variate), variate
+        variate = jax.lax.cond(wanted & (job.kind == AGAIN), found, lambda: thinning.own(nodes))
+        return weighted(nodes, variate), variate
 
     def one(s: _Progress, job: Job):
         rules, kind, k = job.rules, job.kind, job.branch
@@ -190,7 +191,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], mine.row))
         begin = _where_from(fine, search, mine.x, job, row(s.outside, k))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
-        here = controlled(begin, memory, job, skip | higher)
+        here, variate = controlled(begin, memory, job, skip | higher)
         held = search.held
         if search.levels:  # how far minima part is known by then
             held = held | ((kind == AGAIN) & ft.all_one(ft.order_at(fine, x0)))
@@ -205,7 +206,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         if search.levels:
             kept = kept | ((kind == AGAIN) & ~((point.code == Code.ok) & placed))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
-        new = _Found(point.x, jac, memory.here, point.code, energy, placed, _variate(here, many))
+        new = _Found(point.x, jac, memory.here, point.code, energy, placed, variate)
         rows = put(found.row, memory.here, jnp.where(escape, 1, k))
         rows = jnp.where(escape & ~kept, rows[::-1], rows)
         repels = (kind == CLIMB) & (point.code == Code.unstable)
@@ -230,16 +231,11 @@ def _final(jobs: Job, points: FixedPoint, kept) -> FixedPoint:
     return stacked([row(points, k) for k in last])._replace(steps=steps)
 
 
-def _variate(nodes: Nodes, many: Any) -> Any:
-    """The control variate of the nodes, if they have one."""
-    return None if many is None else nodes.weight if nodes.control is None else nodes.control
-
-
 def _begin(fine: Finetuning, nodes: Nodes, many: Any, search: Search) -> _Progress:
     """Before the first stage of a search."""
     x, none = search.starts, jnp.zeros(2)
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
-    variate = None if many is None else jnp.stack([nodes.weight, nodes.weight])
+    variate = None if many is None else jnp.stack([thinning.own(nodes)] * 2)
     if search.levels:
         both = jax.tree_util.tree_map(lambda a: a[:2], memory.data.averages)
         variate = control.none(both, search.levels)

@@ -19,6 +19,7 @@ from ..math.fixed_point import FixedPoint
 from ..math.implicit import attach
 from ..math.linear import UNROLLED, ldl_solve, symmetric_inverse
 from ..math.maximum import uphill_step
+from ..math.places import row
 from ..math.quadrature import Nodes, by_replica, for_parts, mean, over_replicas, when
 
 #: Share of nodes with two wells up to which symmetry counts as unbroken.
@@ -63,7 +64,8 @@ class Stage(eqx.Module):
 
 class Solved(NamedTuple):
     """A fixed point with what its derivatives and averages need: the Jacobian there, the inner minimisers, and the
-    weights of its nodes where they are not their own (see `lorastate.evolution.thinning`)."""
+    weights of its nodes where they are not their own (see `lorastate.evolution.thinning`): of all replicas together,
+    and of each by itself, (2, R, n)."""
 
     point: FixedPoint
     jacobian: Any
@@ -136,12 +138,14 @@ class Described(NamedTuple):
 
 class _Pass(NamedTuple):
     """An evaluation on all nodes: order parameters (R, n) upstream, the steps that bring inner minimisers up to date,
-    whether replicas go to their solutions after it, and whether it is `whole`: predictions are made of it."""
+    whether replicas go to their solutions after it, whether it is `whole`: predictions are made of it, and whether
+    replicas have weights by themselves."""
 
     upstream: tuple
     steps: Any
     moves: Any
     whole: Any
+    apart: Any
 
 
 def described(make, solved: Solved, x, nodes: Nodes, test: Any, replicas: int, upstream: tuple = (), own: tuple = ()):
@@ -159,10 +163,11 @@ def described(make, solved: Solved, x, nodes: Nodes, test: Any, replicas: int, u
     """
     each = jax.tree_util.tree_map
     common = each(lambda u: jnp.broadcast_to(u, (replicas, *u.shape)), upstream)
+    twice = bool(own) or solved.weight is not None  # what replicas see at x is not what is predicted there
     passes = [
-        _Pass(common, 0, not own, True),
-        *([_Pass(own, 1, True, False)] if own else []),
-        _Pass(own, 2, False, True),
+        _Pass(common, 0, not twice, True, 0),
+        *([_Pass(own, 1, True, False, 1)] if twice else []),
+        _Pass(own, 2, False, True, 1),
     ]
 
     def one_pass(carry, here: _Pass):
@@ -179,7 +184,8 @@ def described(make, solved: Solved, x, nodes: Nodes, test: Any, replicas: int, u
             step = uphill_step(solved.jacobian, stage.image(a, x) - x, stage.outer(x), _UPHILL)
             return x + jax.lax.stop_gradient(jnp.where(here.moves, jnp.clip(step, -1.0, 1.0), 0.0))
 
-        found, inner = over_replicas(at, nodes, for_parts(xs, nodes), inner, *for_parts(here.upstream, nodes))
+        there = nodes if solved.weight is None else nodes._replace(weight=row(solved.weight, here.apart))
+        found, inner = over_replicas(at, there, for_parts(xs, nodes), inner, *for_parts(here.upstream, nodes))
         found = by_replica(found, replicas)
         tested = when(here.whole, lambda: _errors_of(make, test, replicas, xs, *here.upstream))
         return (jax.vmap(moved)(found, xs, *here.upstream), inner), (xs, found, tested)
