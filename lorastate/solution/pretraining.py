@@ -139,23 +139,7 @@ def search_pretraining(problem: Problem) -> Solved:
     else:
         memory = Slots.of(pt.no_inner(pre, nodes))
         rules = rules_of(numerics, len(nodes.weight), 1e-4)
-    usual = pt.start(pre)
-    last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
-    jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, "weak ridge"))]
-    # With few samples plain steps overshoot by far, and lead away from a solution that is near.
-    few = rules[0]._replace(burn_in=0)
-    jobs += [(few, _FAILED, pt.start(pre, kind)) for kind in ("few samples", "hardly any")]
-    if nodes is not None:
-        # The last stage twice: it begins with a cold search, which may find what following wells has missed.
-        jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
-    # Near the interpolation threshold noisy labels make the map large along a direction that is almost flat; with
-    # noiseless ones above it the noise of the map falls by orders of magnitude. Only plain steps find their way there.
-    plain = rules[1]._replace(burn_in=-1, tolerance=max(numerics.tolerance, 1e-8))
-    plain = plain if nodes is None else plain._replace(damping=0.0)
-    jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
-    if many is not None:
-        jobs.append((rules[1], _THINNED, last))
-
+    usual, jobs = pt.start(pre), _jobs(pre, numerics, nodes, rules, many is not None)
     table, count = stacked(jobs), len(jobs)
     needed = max(k for k, (_, when, _) in enumerate(jobs) if when in (_ALWAYS, _WELLS, _THINNED)) + 1
 
@@ -198,6 +182,27 @@ def search_pretraining(problem: Problem) -> Solved:
     begin = _Progress(jnp.array(0), FixedPoint.nowhere(len(usual)), jacobian, memory, no, no, weight)
     end = jax.lax.while_loop(unfinished, stage, begin)
     return Solved(end.point, end.jacobian, end.memory.read(), end.weight)
+
+
+def _jobs(pre: Pretraining, numerics: Numerics, nodes: Any, rules: list[Rules], thinned: bool) -> list[tuple]:
+    """The stages of a search: rules, when it is made, and from where."""
+    usual = pt.start(pre)
+    last = jnp.full_like(usual, jnp.nan)  # goes on where the stage before ended
+    jobs = [(rules[0], _ALWAYS, usual), (rules[0], _FAILED, pt.start(pre, "weak ridge"))]
+    # With few samples plain steps overshoot by far, and lead away from a solution that is near.
+    few = rules[0]._replace(burn_in=0)
+    jobs += [(few, _FAILED, pt.start(pre, kind)) for kind in ("few samples", "hardly any")]
+    if nodes is not None:
+        # The last stage twice: it begins with a cold search, which may find what following wells has missed.
+        jobs += [(rules[1], _ALWAYS, last), (rules[1], _WELLS, last)]
+    # Near the interpolation threshold noisy labels make the map large along a direction that is almost flat; with
+    # noiseless ones above it the noise of the map falls by orders of magnitude. Only plain steps find their way there.
+    plain = rules[1]._replace(burn_in=-1, tolerance=max(numerics.tolerance, 1e-8))
+    plain = plain if nodes is None else plain._replace(damping=0.0)
+    jobs += [(plain, _FAILED, usual), (rules[1], _AFTER, last)]
+    if thinned:
+        jobs.append((rules[1], _THINNED, last))
+    return jobs
 
 
 class _Progress(NamedTuple):

@@ -154,6 +154,28 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     return skip, refining & row(s.above, k)
 
 
+def _controlled(args: tuple, nodes: Nodes, many: Any, levels: int, begin, memory: Slots, job: Job, left_out):
+    """The nodes with a control variate that suits a solution near `begin`, and that; none without
+    much to go by. `args`: the stage, its map, and how many replicas there are."""
+    fine, frozen, replicas = args
+    order, wanted = ft.order_at(fine, begin), (job.before > 0) & ~left_out
+
+    def found():
+        if levels:
+            a = _averaged(memory, job.before)
+            return control.control(fine, frozen, order, nodes, many, replicas, a)
+        return thinning.weights(lambda n: thinning.of_lora(fine, frozen, order, n), nodes, many, replicas)
+
+    if many is None:
+        return nodes, None
+    if levels:
+        nothing = control.none(row(memory.data.averages, memory.here), levels)
+        variate = jax.lax.cond(wanted, found, lambda: nothing)
+        return nodes._replace(control=variate), variate
+    variate = jax.lax.cond(wanted & (job.kind == AGAIN), found, lambda: thinning.own(nodes))
+    return weighted(nodes, variate), variate
+
+
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Any, search: Search):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
     whether the two are the same one; where the first stage from the informative start ended. No derivatives. `many`:
@@ -162,25 +184,6 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
-
-    def controlled(begin, memory: Slots, job: Job, left_out):
-        """The nodes with a control variate that suits a solution near `begin`, and that; none without much to go by."""
-        order, wanted = ft.order_at(fine, begin), (job.before > 0) & ~left_out
-
-        def found():
-            if search.levels:
-                a = _averaged(memory, job.before)
-                return control.control(fine, frozen, order, nodes, many, numerics.replicas, a)
-            return thinning.weights(lambda n: thinning.of_lora(fine, frozen, order, n), nodes, many, numerics.replicas)
-
-        if many is None:
-            return nodes, None
-        if search.levels:
-            nothing = control.none(row(memory.data.averages, memory.here), search.levels)
-            variate = jax.lax.cond(wanted, found, lambda: nothing)
-            return nodes._replace(control=variate), variate
-        variate = jax.lax.cond(wanted & (job.kind == AGAIN), found, lambda: thinning.own(nodes))
-        return weighted(nodes, variate), variate
 
     def one(s: _Progress, job: Job):
         rules, kind, k = job.rules, job.kind, job.branch
@@ -191,7 +194,8 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], mine.row))
         begin = _where_from(fine, search, mine.x, job, row(s.outside, k))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
-        here, variate = controlled(begin, memory, job, skip | higher)
+        args = fine, frozen, numerics.replicas
+        here, variate = _controlled(args, nodes, many, search.levels, begin, memory, job, skip | higher)
         held = search.held
         if search.levels:  # how far minima part is known by then
             held = held | ((kind == AGAIN) & ft.all_one(ft.order_at(fine, x0)))
