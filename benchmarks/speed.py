@@ -71,11 +71,11 @@ def identity_batch(count: int = 10_000) -> dict:
     return {"cold": cold, "warm": warm, "rate": f"{count / warm:.0f} settings/s, {int(np.sum(code != 0))} failed"}
 
 
-def softmax_one() -> dict:
+def softmax_one(thinning: int = 1) -> dict:
     """Both stages of one softmax setting, with all error bars."""
     import lorastate as ls
 
-    base = _setting(ls.Numerics(**FINE))
+    base = _setting(ls.Numerics(**FINE, thinning=thinning))
     start = time.perf_counter()
     ls.predict(base)
     cold = time.perf_counter() - start
@@ -92,6 +92,11 @@ def softmax_one() -> dict:
     error, spread = statistics.mean(b * b for b in bars) ** 0.5 / mean, statistics.stdev(values) / mean
     rate = f"error of E' {error:.2%} as reported, {spread:.2%} as seen over 12 seeds"
     return {"cold": cold, "warm": statistics.median(times), "rate": rate}
+
+
+def softmax_thinned() -> dict:
+    """The same with `numerics.thinning` = 8."""
+    return softmax_one(8)
 
 
 def gradients() -> dict:
@@ -116,13 +121,18 @@ def gradients() -> dict:
     return {"cold": cold, "warm": b, "rate": f"{b / a:.2f} x predict ({a:.2f} s)"}
 
 
-def softmax_sweep(count: int = 120) -> dict:
+def sweep_thinned() -> dict:
+    """The same with `numerics.thinning` = 8."""
+    return softmax_sweep(thinning=8)
+
+
+def softmax_sweep(count: int = 120, thinning: int = 1) -> dict:
     """A sweep of 120 softmax settings on all devices, with the nodes of the row above."""
     import jax
 
     import lorastate as ls
 
-    base = _setting(ls.Numerics(**FINE))
+    base = _setting(ls.Numerics(**FINE, thinning=thinning))
     lams = [0.02 * 1.02**k for k in range(count // 4)]
     grid = {"pretraining.lam": lams[:4], "finetuning.lam": [0.3, 0.5]}
     start = time.perf_counter()
@@ -258,7 +268,8 @@ def simulation() -> dict:
 ROWS = {
     f.__name__: f
     for f in (
-        identity_batch, softmax_one, gradients, softmax_sweep, broken_3, broken_3_fine, broken_2,
+        identity_batch, softmax_one, softmax_thinned, gradients, softmax_sweep, sweep_thinned,
+        broken_3, broken_3_fine, broken_2,
         command_smooth, command_broken, optimize_command, figure_one, simulation,
         tokens_2, tokens_4, tokens_6, tokens_8,
     )
