@@ -174,7 +174,8 @@ def gradient(setting: Setting, of: str = "test_error") -> tuple[float, dict[str,
     Fine-tuning fields left to follow pre-training count in the pre-training field (as `replace` would move both);
     the fine-tuning entry is the partial derivative. Raises `SolveError` when a solve failed. Where minima jump from
     well to well, in a glass and where pre-training has many minima, derivatives are estimates that get better with
-    more nodes: a `SlopeWarning` says so.
+    more nodes: a `SlopeWarning` says so. On thinned nodes (`numerics.thinning`) derivatives hold the weights of these
+    fixed, and are as noisy as so few nodes make them.
     """
     require_float64()
     objective, searched = check_objective(of), searches_scale(setting)
