@@ -47,7 +47,7 @@ def cross_check(setting: Setting, of: str = "test_error") -> dict[str, Any]:
         raise SettingError("symmetry is broken here; allowed: a setting that is replica symmetric")
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
     nodes = problem.nodes
-    of_map = problem.map_nodes(found.first.solved.weight)
+    of_map = weighted(nodes.pretraining, found.first.solved.weight)
     of_lora = weighted(nodes.finetuning, found.second.solved.weight)
     x0, y0 = (jax.lax.stop_gradient(v) + _AWAY for v in (found.first.x, y))
 

@@ -83,6 +83,16 @@ def weights(h, nodes: Nodes, many: Nodes, replicas: int):
     return jax.lax.stop_gradient(jnp.stack(both))
 
 
+def lora_weights(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, many: Nodes, replicas: int):
+    """`weights` of fine-tuning."""
+    return weights(lambda n: of_lora(fine, frozen, order, n), nodes, many, replicas)
+
+
+def map_weights(pre: Pretraining, order: Order, nodes: Nodes, many: Nodes, replicas: int):
+    """`weights` of pre-training."""
+    return weights(lambda n: of_map(pre, order, n), nodes, many, replicas)
+
+
 def own(nodes: Nodes):
     """The weights that nodes have anyway, in the same form."""
     return jnp.stack([nodes.weight, nodes.weight])

@@ -76,19 +76,21 @@ class Softmax(Activation):
         return jax.nn.softmax(self._scale * z, axis=1)
 
     def loss_terms(self, z, target):
-        beta = self._scale
-        p = self(z)
-        r = p - target
-        s = r - jnp.sum(p * r, axis=1, keepdims=True)
-        return jnp.sum(r * r, axis=(0, 1)), 2 * beta * p * s, self._hessian(p, s + p)
+        p, r, s = self._residuals(z, target)
+        return jnp.sum(r * r, axis=(0, 1)), 2 * self._scale * p * s, self._hessian(p, s + p)
 
     def gauss_newton(self, z, target):
+        p, _, s = self._residuals(z, target)
+        return 2 * self._scale * p * s, self._hessian(p, p)
+
+    def _residuals(self, z, target):
+        """p = sigma(z), r = p - target and s_c = r_c - r . p."""
         p = self(z)
         r = p - target
-        return 2 * self._scale * p * (r - jnp.sum(p * r, axis=1, keepdims=True)), self._hessian(p, p)
+        return p, r, r - jnp.sum(p * r, axis=1, keepdims=True)
 
     def _hessian(self, p, t):
-        """With s_c = r_c - r . p and t = s + p, or t = p where labels are fitted,
+        """With t = s + p, or t = p where labels are fitted,
 
         dG_c/dZ_d = 2 beta^2 [ p_c delta_cd t_c - p_c p_d (t_c + t_d - p . p) ].
         """

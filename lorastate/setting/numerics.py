@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,8 +13,6 @@ from ..validation import whole
 
 #: What may be assumed of the minima of fine-tuning (see `Numerics`).
 SYMMETRIES = ("auto", "rs", "1rsb")
-#: Names of the fields.
-NAMES = "nodes", "finetuning_nodes", "replicas", "seed", "tolerance", "max_steps", "samples", "symmetry", "thinning"
 #: Nodes of a replica that thinning leaves at least: their weights meet half a dozen conditions.
 _LEAST = 128
 
@@ -90,3 +89,7 @@ class Numerics(eqx.Module):
         """The same with some fields changed."""
         given: dict[str, Any] = {name: getattr(self, name) for name in NAMES} | fields
         return Numerics(**given)
+
+
+#: Names of the fields.
+NAMES = tuple(field.name for field in dataclasses.fields(Numerics))

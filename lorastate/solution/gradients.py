@@ -25,7 +25,7 @@ from ..setting.stages import Setting
 from .adapted import AdaptedLayer, best_factor, layer_error
 from .finetuning import SecondStage, lora_overlap
 from .pretraining import FirstStage, MapStage
-from .problem import Problem
+from .problem import Problem, weighted
 from .solve import Solves, failure, solve_alone
 from .stage import FEW, averaged, test_errors
 
@@ -55,7 +55,7 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
     x, y, nodes = first.solved.point.x, second.solved.point.x, problem.nodes
     prepared = problem.nodes_at(y, second.found, second.control, second.solved.weight)
-    of_map = problem.map_nodes(first.solved.weight)
+    of_map = weighted(nodes.pretraining, first.solved.weight)
     levels = ft.order_at(problem.fine, y).levels
 
     def map_step(x, params, inner):

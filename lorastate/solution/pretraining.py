@@ -145,8 +145,7 @@ def search_pretraining(problem: Problem) -> Solved:
 
     def weights(x):
         assert nodes is not None and many is not None
-        order = decode(x)
-        return thinning.weights(lambda n: thinning.of_map(pre, order, n), nodes, many, numerics.replicas)
+        return thinning.map_weights(pre, decode(x), nodes, many, numerics.replicas)
 
     def stage(state: _Progress) -> _Progress:
         rules, when, start = row(table, state.stage)
@@ -273,7 +272,7 @@ def drowned(pre: Pretraining, x, values):
 def describe_pretraining(problem: Problem, solved: Solved) -> FirstStage:
     """Predictions of pre-training, and its order parameters with their derivative, at the fixed point found."""
     pre, nodes, replicas = problem.pre, problem.nodes, problem.numerics.replicas
-    stage, of_map, found = MapStage(pre), problem.map_nodes(solved.weight), solved.inner
+    stage, of_map, found = MapStage(pre), weighted(nodes.pretraining, solved.weight), solved.inner
     const = None if of_map is None else (of_map, found)
     lost = 0.0 if of_map is None else wells.lost(found)
     code = jnp.where(lost > 1e-3, int(Code.stalled), solved.point.code)

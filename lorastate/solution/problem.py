@@ -76,11 +76,6 @@ class Problem(NamedTuple):
         """The frozen map at the solver's coordinates `x` of pre-training."""
         return frozen_at(self.pre, self.fine, x)
 
-    def map_nodes(self, weight) -> Nodes | None:
-        """The nodes of pre-training, with the weights of a solution where it has any (`Solved.weight`); None where it
-        needs none."""
-        return weighted(self.nodes.pretraining, weight)
-
     def nodes_at(self, x, found, control, weight=None) -> Nodes:
         """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them, their
         `control` variate, and the weights of the solution where it has any."""
@@ -90,7 +85,7 @@ class Problem(NamedTuple):
 
 
 def weighted(nodes: Any, weight) -> Any:
-    """The nodes with the weights of all replicas together, (2, R, n)[0], if there are any."""
+    """The nodes with the weights of a solution (`Solved.weight`, those of all replicas together), if it has any."""
     return nodes if weight is None else nodes._replace(weight=weight[0])
 
 

@@ -154,26 +154,18 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     return skip, refining & row(s.above, k)
 
 
-def _controlled(args: tuple, nodes: Nodes, many: Any, levels: int, begin, memory: Slots, job: Job, left_out):
-    """The nodes with a control variate that suits a solution near `begin`, and that; none without
-    much to go by. `args`: the stage, its map, and how many replicas there are."""
-    fine, frozen, replicas = args
-    order, wanted = ft.order_at(fine, begin), (job.before > 0) & ~left_out
-
-    def found():
-        if levels:
-            a = _averaged(memory, job.before)
-            return control.control(fine, frozen, order, nodes, many, replicas, a)
-        return thinning.weights(lambda n: thinning.of_lora(fine, frozen, order, n), nodes, many, replicas)
-
-    if many is None:
-        return nodes, None
-    if levels:
+def _controlled(stage: LoraStage, nodes: Nodes, many: Nodes, replicas: int, begin, memory: Slots, job: Job, left_out):
+    """A control variate that suits a solution near `begin`, one that does nothing where there is not much to go by, and
+    the nodes with it: weights, or with breaking what is added to averages."""
+    given = stage.fine, stage.frozen, ft.order_at(stage.fine, begin), nodes, many, replicas
+    wanted = (job.before > 0) & ~left_out
+    if levels := stage.outer(begin):
         nothing = control.none(row(memory.data.averages, memory.here), levels)
-        variate = jax.lax.cond(wanted, found, lambda: nothing)
-        return nodes._replace(control=variate), variate
-    variate = jax.lax.cond(wanted & (job.kind == AGAIN), found, lambda: thinning.own(nodes))
-    return weighted(nodes, variate), variate
+        found = jax.lax.cond(wanted, lambda: control.control(*given, _averaged(memory, job.before)), lambda: nothing)
+        return found, nodes._replace(control=found)
+    wanted = wanted & (job.kind == AGAIN)
+    found = jax.lax.cond(wanted, lambda: thinning.lora_weights(*given), lambda: thinning.own(nodes))
+    return found, weighted(nodes, found)
 
 
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Any, search: Search):
@@ -184,6 +176,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
+    stage = LoraStage(fine, frozen)
 
     def one(s: _Progress, job: Job):
         rules, kind, k = job.rules, job.kind, job.branch
@@ -194,8 +187,9 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], mine.row))
         begin = _where_from(fine, search, mine.x, job, row(s.outside, k))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
-        args = fine, frozen, numerics.replicas
-        here, variate = _controlled(args, nodes, many, search.levels, begin, memory, job, skip | higher)
+        variate, here = None, nodes
+        if many is not None:
+            variate, here = _controlled(stage, nodes, many, numerics.replicas, begin, memory, job, skip | higher)
         held = search.held
         if search.levels:  # how far minima part is known by then
             held = held | ((kind == AGAIN) & ft.all_one(ft.order_at(fine, x0)))
