@@ -33,7 +33,7 @@ def test_weights_have_the_averages_wanted():
     np.testing.assert_allclose(by_replica(weight.sum(1), 2), 1.0, atol=1e-9)
     # They are the nearest ones: changed by a combination of the values.
     change = np.asarray(weight / nodes.weight - 1)[:4].ravel()
-    basis = np.concatenate([np.ones((1, 512)), np.moveaxis(values[:4, :2], 1, 0).reshape(2, -1)])
+    basis = np.concatenate([np.ones((1, 512)), np.moveaxis(np.asarray(values[:4, :2]), 1, 0).reshape(2, -1)])
     fit = np.linalg.lstsq(basis.T, change, rcond=None)[0]
     np.testing.assert_allclose(fit @ basis, change, atol=1e-8)
 
@@ -93,7 +93,8 @@ def test_little_is_left_in_pretraining(V):
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1)])
 def test_little_is_left_in_finetuning(ranks):
     fine = ls.Finetuning(3.0, 0.3, 0.5, "softmax", 3, rank=ranks[0], teacher_rank=ranks[1])
-    frozen = FrozenMap(*map(jnp.array, (1.1, 0.93, 2.0, 8.3, 2.25)), ls.Softmax(), jnp.array(1.1), jnp.array(2.0))
+    M, Q, Q0, V, size, common = map(jnp.array, (1.1, 0.93, 2.0, 8.3, 2.25, 2.0))
+    frozen = FrozenMap(M, Q, Q0, V, size, ls.Softmax(), M, common)
     nodes = gaussian_nodes(ft.node_dimension(fine), 2048, 1, 0, ft.mirrored(fine))
     one = Nodes(nodes.normal[0], nodes.weight[0])
     pair = (lambda a, b: jnp.array([a, b])) if ft.spare(fine) else (lambda a, b: jnp.array(a))
