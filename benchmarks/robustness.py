@@ -107,14 +107,12 @@ def map_residual(problem: Problem, x: Any) -> Any:
 
 
 @jax.jit
-def lora_residual(problem: Problem, map_x: Any, x: Any, found: Any, control: Any) -> Any:
+def lora_residual(problem: Problem, map_x: Any, x: Any, found: Any, weight: Any) -> Any:
     """The same of fine-tuning, in log v, m, p and q."""
     fine, frozen = problem.fine, problem.frozen(map_x)
-    order, nodes = ft.order_at(fine, x), problem.nodes_at(x, found, control)
+    order, nodes = ft.order_at(fine, x), problem.nodes_at(x, found, weight)
     none = finetuning_map.no_memory(fine, nodes, order.levels, order.levels == 0).found
-    inner = jax.lax.map(
-        lambda part: finetuning_map.locate_inner(fine, frozen, order, *part), (nodes._replace(control=None), none)
-    )
+    inner = jax.lax.map(lambda part: finetuning_map.locate_inner(fine, frozen, order, *part), (nodes, none))
     stage = LoraStage(fine, frozen)
     image = stage.image(mean(over_replicas(lambda *part: stage.part(x, *part), nodes, inner)), x)
     return stage.judged(image) - stage.judged(x)
@@ -168,7 +166,7 @@ def worst_residual(found: ls.Solution, solves: Any) -> tuple[float, float]:
     if float(pre["double_well_share"]) > 0:
         steps /= _RESIDUAL + jnp.stack([errors["V"] / pre["V"], errors["M"], errors["Q"] / (2 * jnp.abs(x[2]))])
     of_map = float(jnp.max(steps))
-    of_lora = lora_residual(problem.found, solves.first.x, second.solved.point.x, second.found, second.control)
+    of_lora = lora_residual(problem.found, solves.first.x, second.solved.point.x, second.found, second.solved.weight)
     values, bars = found.finetuning, found.errors["finetuning"]
     kinds = ("", "_spare") if ft.spare(problem.fine) else ("",)
     room = []

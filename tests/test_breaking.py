@@ -15,7 +15,7 @@ from lorastate.evolution import control, finetuning_map
 from lorastate.evolution import finetuning as ft
 from lorastate.evolution.order import Order, decode
 from lorastate.math.fixed_point import ANEW, COLD, WARM
-from lorastate.math.quadrature import Nodes, Slots, gaussian_nodes, nested_nodes
+from lorastate.math.quadrature import Nodes, Slots, gaussian_nodes, mean, nested_nodes, over_replicas
 from lorastate.model import wells
 from lorastate.model.channel.frozen_map import FrozenMap
 from lorastate.model.proximal import VectorProblem, gram
@@ -199,57 +199,25 @@ def test_few_samples_have_no_bias():
     assert float(few.gains[0]) == pytest.approx(float(many.gains[0]), rel=4e-2)
 
 
-def test_one_minimum_of_a_quadratic():
-    """f_1 = a x^2 / (2 (1 + a v)): then f_0 is that with 1/A_0 for v, and <f_1> - f_0 as the control variate has it."""
-    a, v, s, y, k = 1.7, 0.4, 0.55, 1.28, hermegauss(120)
-    z, w = k[0], k[1] / k[1].sum()
-    slope = a / (1 + a * v)
-    got = []
-    for x in (0.0, 0.6, 1.9):
-        f = slope * (x + s * z) ** 2 / 2
-        weight = w * np.exp(-y * f)
-        got.append((-np.log(weight.sum()) / y, np.sum(weight * f) / weight.sum()))
-    (f0, mean0), (f1, mean1), (f2, mean2) = got
-    response = float(control.one_minimum(order_of(v, 0.0, 0.0, s, y)).response)
-    k0 = a / (1 + a * response)
-    for x, f, mean in ((0.6, f1, mean1), (1.9, f2, mean2)):
-        assert f - f0 == pytest.approx(k0 * x**2 / 2, rel=1e-10)
-        assert (mean - f) - (mean0 - f0) == pytest.approx(-y * s**2 * (k0 * x) ** 2 / 2, rel=1e-10)
-
-
-def test_a_control_variate_has_no_mean_and_makes_errors_small():
-    """It adds nothing where many nodes are the same ones; averages scatter less over seeds, about the same means."""
+def test_weights_make_errors_small():
+    """Averages over minima scatter less over seeds with the weights of one minimum, about the same means."""
     fine = ls.Finetuning(5.6, 0.07, 2.2, "softmax", 2)
 
     @jax.jit
     def averages(few, many):
         few, many = ft.prepare(fine, MAP, few), ft.prepare(fine, MAP, many)
-        memory = finetuning_map.no_memory(fine, few, 1).found
-        found = finetuning_map.locate_all(fine, MAP, GLASSY, few, memory)
-        a = jax.lax.map(lambda args: ft.averages_of(fine, MAP, GLASSY, *args), (few, found))
-        about = jax.tree_util.tree_map(lambda v: v.mean(0), a)
+        found = finetuning_map.locate_all(fine, MAP, GLASSY, few, finetuning_map.no_memory(fine, few, 1).found)
+        together, _ = control.lora_weights(fine, MAP, GLASSY, few, many, 1)
+        return [mean(over_replicas(lambda *part: ft.averages_of(fine, MAP, GLASSY, *part), nodes, found))
+                for nodes in (few, few._replace(weight=together))]  # fmt: skip
 
-        def added(many):
-            variate = control.control(fine, MAP, GLASSY, few, many, 1, about)
-            with_it = jax.vmap(lambda a, c: ft.controlled(a, GLASSY, few._replace(control=c)))(a, variate)
-            return jax.tree_util.tree_map(jnp.subtract, with_it, a)
-
-        return a, added(few), added(many)
-
-    plain, better = [], []
+    tables = []
     for seed in range(8):
         size = ft.node_dimension(fine), 1, seed, ft.mirrored(fine), ft.node_order(fine)
         few = nested_nodes(size[0], 1024, *size[1:], 256, 2, (16,))
         many = gaussian_nodes(size[0], 16384, *size[1:], 1024)
-        a, same, variate = averages(few, many)
-        for value in jax.tree_util.tree_leaves(same):
-            np.testing.assert_allclose(value.mean(0), 0, atol=1e-12)
-        names = "potential", "teacher", "divergence", "squares"
-        rows = [np.hstack([getattr(t, name) for name in names[:3]] + list(t.squares)) for t in (a, variate)]
-        rows = [r.reshape(5, -1).mean(1) for r in rows]
-        plain.append(rows[0])
-        better.append(rows[0] + rows[1])
-    plain, better = np.array(plain), np.array(better)
+        tables.append([[a.potential, a.teacher, a.divergence, *a.squares] for a in averages(few, many)])
+    plain, better = np.moveaxis(np.array(tables), 1, 0)
     ratio = better.std(0) / plain.std(0)
     assert ratio[0] < 0.4 and np.mean(ratio) < 0.8
     error = np.hypot(better.std(0), plain.std(0)) / np.sqrt(len(plain) - 1)

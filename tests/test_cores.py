@@ -27,9 +27,12 @@ PROGRAM = """
 
 def settings() -> dict[str, Any]:
     numerics = ls.Numerics(nodes=512, finetuning_nodes=1024, replicas=2)
-    smooth = ls.Setting(ls.Pretraining(alpha=0.2, lam=0.1, tokens=2), ls.Finetuning(alpha=2.0, lam=1.0), numerics)
-    identity = ls.Pretraining(alpha=0.2, lam=0.1, tokens=2, activation="identity")
-    return {"smooth": smooth, "glass": ls.Setting(identity, ls.Finetuning(alpha=3.0, lam=0.2), numerics)}
+    pre = ls.Pretraining(alpha=0.2, lam=0.1, tokens=2)
+
+    def setting(alpha, lam):
+        return ls.Setting(pre, ls.Finetuning(alpha, lam, activation="identity"), numerics)
+
+    return {"smooth": setting(6.0, 1.0), "glass": setting(1.2, 0.15)}
 
 
 def found() -> dict[str, Any]:

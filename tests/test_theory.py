@@ -189,15 +189,6 @@ def test_one_trace_for_many_settings(kept, monkeypatch, tmp_path):
 # Where symmetry may be broken inside of a transformation: test_breaking.
 
 
-def test_prediction_under_jit_and_jvp():
-    base = two_tokens(symmetry="rs")
-    value, slope = jax.jit(
-        lambda lam: jax.jvp(lambda x: ls.predict(ls.replace(base, "pretraining.lam", x)).test_error, (lam,), (1.0,))
-    )(0.1)
-    want, slopes = ls.gradient(base)
-    np.testing.assert_allclose([value, slope], [want, slopes["pretraining.lam"]], rtol=1e-10)
-
-
 def test_prediction_of_a_known_setting_under_jit():
     base = two_tokens(symmetry="rs")
     np.testing.assert_allclose(jax.jit(lambda: ls.predict(base).test_error)(), ls.predict(base).test_error, rtol=1e-10)

@@ -1,77 +1,101 @@
-"""A control variate for averages over minima: what one minimum would give, on the same nodes and on many more.
+"""A control variate by weights: few nodes with the minimisers of their inner problems, many with something near them.
 
-Averages with samples inside cost as many times more as there are samples, and most of the error of so few nodes is that
-of what any one minimum would give at them: the fields and the label of a node matter more than where among its minima
-it is. With S the averages of one minimum, which are known on many nodes,
+Most of the time goes into inner minimisers, at every node and once for every step of a search. What two Gauss-Newton
+steps make of the fields needs no search and is close: it leaves a hundredth of the variance over nodes of the averages
+that the equations need (up to a twentieth of E |g|^2). So the few nodes, at which minimisers are known, are given the
+weights nearest to their own under which h, these averages without a search, are what they are on many nodes,
 
-    A  ->  A + beta (S on many nodes - S)
+    sum_k w_k h_k  =  E_many h      w = w0 (1 + c . h)      sum_k w_k = 1
 
-has the same expectation for any beta, and two to four times smaller errors for a good one. S has the law of omega
-alone and the response 1/A_0 = v + sum_i y_i (p_i - p_{i-1}): were f quadratic in x, its f would be f_0. A good beta is
-how much of what a node does to A is common to all minima: all of it for c and |g_k|^2, rho = E|g_0|^2 / E|g_k|^2 for
-|g_0|^2 and <div g>, and sqrt(rho) for g_0 (the regression over nodes gives about as much, from rho = 0.4 to 1). The
-gain <f_i> - f_{i-1} is -y_i (p_i - p_{i-1}) |g_{i-1}|^2/2 and what does not depend on the node, for such an f. 1 - rho
-goes as q - p: where minima meet, so do their control variates, and what is left of <f_1> - f_0 and |g_1|^2 - |g_0|^2
-is zero.
+It is a control variate whose coefficients come from a regression over the nodes, and serves whatever is averaged over
+them. A solution has weights that do so for all nodes together (what a regression does to its own average goes as
+1/n); for error bars every replica has weights by itself: replicas stay independent.
+
+h depends on the order parameters: a stage is solved with the nodes' own weights first, and once more with those that
+suit what was found. Derivatives hold the weights fixed, as they hold the nodes.
+
+Nodes are few where thinning is asked for, and where symmetry is broken: each has samples inside then. What a node does
+to the averages over minima is for the most part what it does to h of any one of them.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ..math.quadrature import Nodes, by_replica, for_parts, over_replicas
+from ..math.linear import ldl_solve
+from ..math.quadrature import Nodes, by_replica, over_replicas, reweighted
+from ..math.symmetric import to_coordinates
+from ..model.channel.fields import standard_fields
 from ..model.channel.frozen_map import FrozenMap
-from ..setting.stages import Finetuning
+from ..setting.stages import Finetuning, Pretraining
 from . import finetuning as ft
-from .finetuning_map import locate_inner, no_memory
-from .order import Order
+from . import pretraining as pt
+from .breaking import kinds_of
+from .order import Order, matched
 
-#: o_w at least at which S is taken: E g_0 . chi* is odd in m, and what is added to it goes as m. Noise at least, in
-#: sqrt(q): E <div g> is an average divided by that, and minima may have nothing in common along spare directions.
-_SOME_OVERLAP, _SOME_NOISE = 0.05, 0.05
-
-
-def one_minimum(order: Order) -> Order:
-    """The order parameters of S."""
-    response = order.response
-    for spread, y in zip(order.spread, order.breaking, strict=True):
-        response = response + y * spread**2
-    along = 1.0 if jnp.ndim(order.overlap) == 0 else np.array([1.0, 0.0])
-    size = jnp.sqrt(order.norm(ft.TEACHER_SIZE))
-    overlap = along * jnp.maximum(jnp.abs(order.overlap), _SOME_OVERLAP * size)
-    return Order(response, overlap, jnp.maximum(order.noise, _SOME_NOISE * size))
+#: Gauss-Newton steps.
+_STEPS = 2
 
 
-def _averages(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes) -> ft.Averages:
-    """Those of one minimum, of every part."""
-    nodes = nodes._replace(inner=(), control=None)
+def _approached(problem, u):
+    """What they make of u (n, N), and its value (N,)."""
 
-    def at(n, found):
-        return ft.averages_of(fine, frozen, order, n, locate_inner(fine, frozen, order, n, found))
+    def step(_, u):
+        g, hess = problem.gauss_newton(u)
+        return u - ldl_solve(hess, g)[0]
 
-    return over_replicas(at, nodes, no_memory(fine, nodes, alone=True).found)
-
-
-def none(a: ft.Averages, levels: int) -> ft.Control:
-    """A control variate that adds nothing to averages like these."""
-    zero, kinds = jnp.zeros_like(a.potential), jnp.zeros_like(a.divergence)
-    return ft.Control(zero, kinds, kinds, kinds, (kinds,) * levels)
+    u = jax.lax.fori_loop(0, _STEPS, step, u)
+    return u, problem.terms(u)[0]
 
 
-def control(
-    fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, many: Nodes, replicas: int, a: ft.Averages
-) -> ft.Control:
-    """That of the averages over each part of the `nodes`, (R, ...), which are about `a` on the whole. `many`: nodes of
-    as many replicas."""
-    one = one_minimum(order)
-    here, there = (_averages(fine, frozen, one, n) for n in (nodes, many))
-    more = jax.tree_util.tree_map(jnp.subtract, for_parts(by_replica(there, replicas), nodes), here)
-    m, (*overlaps, q) = one.overlap, order.norms(ft.TEACHER_SIZE)
-    teacher = jnp.where(m > 0, more.teacher / jnp.where(m > 0, m, 1.0), 0.0)
-    rho = [jnp.clip(s / a.squares[-1], 0.0, 1.0) for s in a.squares[:-1]]
-    parting = tuple(
-        jnp.broadcast_to((1 - r) / (q - p), more.divergence.shape) for r, p in zip(rho, overlaps, strict=True)
-    )
-    return ft.Control(more.potential, teacher, more.divergence, more.squares[0], parting)
+def of_map(pre: Pretraining, order: Order, nodes: Nodes):
+    """h of pre-training at the nodes of one part, (4, N): f, h . Y, h . G and |h|^2 for the averages that
+    `lorastate.evolution.pretraining.Averages` names."""
+    one, two = (to_coordinates(z) for z in standard_fields(nodes.normal, pre.tokens, pre.activation.forgets_shift))
+    problem = pt.inner_problem(pre, order, nodes)
+    omega, y = to_coordinates(problem.omega), jnp.sqrt(pre.label_size) * one
+    # Where labels are fitted well the minimiser is nearer to Y than Omega is.
+    between = (omega + y) / 2
+    u, f = _approached(problem, jnp.where(problem.terms(between)[0] < problem.terms(omega)[0], between, omega))
+    force = (omega - u) / (2 * order.response)
+    return jnp.stack([f, jnp.sum(force * y, 0), jnp.sum(force * two, 0), jnp.sum(force**2, 0)])
+
+
+def of_lora(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes):
+    """h of fine-tuning, (4, N) or (7, N): f, and by kind of direction g . chi*, g . g_noise and |g|^2, at omega, which
+    is common to all minima where symmetry is broken. Where the channel has several parts, the mean over all of them."""
+    d = ft.draws(fine, frozen, nodes)
+    problem = ft.inner_problem(fine, order, d)
+    rows = len(d.noise)
+    kinds = kinds_of(rows, len(d.teacher), ft.spare(fine))
+    u, f = _approached(problem, problem.omega)
+    g = (problem.omega - u) / problem.v
+    h = jnp.concatenate([f[None], *(kinds @ v for v in (g * matched(d.teacher, rows), g * d.noise, g**2))])
+    # Weights belong to nodes: each has its share of every part of the channel.
+    parts = d.weight.reshape(-1, nodes.weight.shape[-1]) / nodes.weight
+    return jnp.sum(parts * h.reshape(len(h), *parts.shape), 1)
+
+
+def weights(h, nodes: Nodes, many: Nodes, replicas: int):
+    """The weights of the `nodes` under which the averages of h(one part) are those over `many`, of as many replicas: of
+    all together, and of each replica by itself, (2, R, n). No derivative."""
+    here = over_replicas(h, nodes)
+    there = by_replica(over_replicas(lambda n: jnp.sum(n.weight * h(n), -1), many), replicas)
+    both = reweighted(nodes, here, there.mean(0, keepdims=True), 1), reweighted(nodes, here, there, replicas)
+    return jax.lax.stop_gradient(jnp.stack(both))
+
+
+def lora_weights(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes, many: Nodes, replicas: int):
+    """`weights` of fine-tuning."""
+    return weights(lambda n: of_lora(fine, frozen, order, n), nodes, many, replicas)
+
+
+def map_weights(pre: Pretraining, order: Order, nodes: Nodes, many: Nodes, replicas: int):
+    """`weights` of pre-training."""
+    return weights(lambda n: of_map(pre, order, n), nodes, many, replicas)
+
+
+def own(nodes: Nodes):
+    """The weights that nodes have anyway, in the same form."""
+    return jnp.stack([nodes.weight, nodes.weight])

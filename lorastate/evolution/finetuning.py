@@ -326,38 +326,7 @@ def refresh_inner(fine, frozen, order: Order, nodes: Nodes, found: Wells, steps:
 
 def averages_of(fine, frozen, order: Order, nodes: Nodes, found: Wells) -> Averages:
     """`averages` from one part of the nodes."""
-    a = in_blocks(lambda n, w: averages(fine, order, draws(fine, frozen, n), w), nodes._replace(control=None), found)
-    return controlled(a, order, nodes)
-
-
-class Control(NamedTuple):
-    """A control variate (see `lorastate.evolution.control`): what one minimum has more on many nodes than on these, of
-    c, E g . chi* per unit of overlap, E <div g> and E |g|^2; and (1 - rho_i)/(q - p_i) of every level but the last,
-    where rho_i = E |g_i|^2 / E |g_k|^2 says how much of it is common to the minima of that level."""
-
-    potential: Any
-    teacher: Any
-    divergence: Any
-    square: Any
-    parting: tuple
-
-
-#: Least rho_i: it goes into a root.
-_SHARED = 1e-4
-
-
-def controlled(a: Averages, order: Order, nodes: Nodes) -> Averages:
-    """Averages over nodes with what their control variate adds."""
-    more = nodes.control
-    if more is None:
-        return a
-    *overlaps, q = order.norms(TEACHER_SIZE)
-    rho = [jnp.clip(1 - u * (q - p), _SHARED, 1.0) for u, p in zip(more.parting, overlaps, strict=True)]
-    squares = (*(r * more.square for r in rho), more.square)
-    gains = [-y / 2 * jnp.sum(s**2 * g) for y, s, g in zip(order.breaking, order.spread, squares, strict=False)]
-    teacher = jnp.sqrt(rho[0]) * order.overlap * more.teacher
-    added = Averages(more.potential, teacher, rho[0] * more.divergence, squares, tuple(gains), 0.0)
-    return jax.tree_util.tree_map(jnp.add, a, added)
+    return in_blocks(lambda n, w: averages(fine, order, draws(fine, frozen, n), w), nodes, found)
 
 
 #: (q - p)/q up to which all minima are one: it is of the order of the square of ten times the share of nodes with two

@@ -29,15 +29,13 @@ class Nodes(NamedTuple):
     A part is a replica, whose weights sum to one, or a share of its nodes, all of the same size. The second half of
     each part may mirror the first in some coordinates. `found` (R, ..., n/2): what has been searched for at the nodes
     of the first half, if anything. `inner`: one array (R, d, s, n) for each level of nested expectations, s samples of
-    it at every node (see `nested_nodes`). `control` (a tree of (R, ...)): what a control variate adds to the averages
-    over each part, if there is one. Without the leading axis the same names describe one part.
+    it at every node (see `nested_nodes`). Without the leading axis the same names describe one part.
     """
 
     normal: Any
     weight: Any
     found: Any = None
     inner: tuple = ()
-    control: Any = None
 
 
 @functools.lru_cache(maxsize=16)

@@ -25,10 +25,10 @@ class Numerics(eqx.Module):
     `finetuning_nodes`: the same for fine-tuning (default 4 x `nodes`); `seed` of the scrambles; `tolerance` on the true
     residual; `max_steps` of the fixed-point solver. `symmetry` of fine-tuning: "auto" (replica symmetric where that is
     stable, one step of breaking elsewhere), "rs" or "1rsb" throughout; with one step a quarter of the nodes has
-    `samples` each inside (a power of two), and all serve as control variate (see `lorastate.evolution.control`).
+    `samples` each inside (a power of two), and weights that suit all (see `lorastate.evolution.control`).
 
     `thinning`, a power of two: inner problems are solved at one node in so many only; at all of them two Gauss-Newton
-    steps stand for the solution, as a control variate (see `lorastate.evolution.thinning`). Error bars hardly grow, and
+    steps stand for the solution, as a control variate (see `lorastate.evolution.control`). Error bars hardly grow, and
     large node sets take a fraction of the time. Test errors are averages over all nodes, and so is what a glass needs.
     """
 

@@ -56,8 +56,7 @@ class LoraStage(Stage):
 
             return a, when(gap, squares)
 
-        a, square = in_blocks(block, nodes._replace(control=None), inner)
-        return ft.controlled(a, order, nodes), square
+        return in_blocks(block, nodes, inner)
 
     def image(self, averages, x):
         return ft.order_parameters(self.fine, ft.order_at(self.fine, x), averages[0]).encode()
@@ -189,16 +188,15 @@ class Branches(NamedTuple):
 
 
 class SecondStage(NamedTuple):
-    """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, the control
-    variate of the nodes, if any, and whether it was too `rough`: nothing was solved, wells were found where none should
-    be, the replicon is not below one, or with breaking the glass is deep (where `numerics.symmetry` is not "auto":
-    whether another search is asked for). `coarse` (n,): where the first stage of the informative search ended.
-    `marginal`: solved, with one well everywhere, and the replicon hardly above one."""
+    """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
+    was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
+    breaking the glass is deep (where `numerics.symmetry` is not "auto": whether another search is asked for). `coarse`
+    (n,): where the first stage of the informative search ended. `marginal`: solved, with one well everywhere, and the
+    replicon hardly above one."""
 
     solved: Solved
     branches: Branches
     found: Any
-    control: Any
     rough: Any
     coarse: Any
     marginal: Any
@@ -223,7 +221,7 @@ def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage
     def make(map_x):
         return LoraStage(problem.fine, problem.frozen(map_x), problem.pre, best)
 
-    prepared = problem.nodes_at(solved.point.x, second.found, second.control, solved.weight)
+    prepared = problem.nodes_at(solved.point.x, second.found, solved.weight)
     x = attached(make(first.x), solved, (prepared, solved.inner), at)
     replicas = problem.numerics.replicas
     found = described(make, solved, x, prepared, nodes.tests, replicas, (first.x,), (jax.lax.stop_gradient(first.xs),))

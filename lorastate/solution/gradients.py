@@ -54,7 +54,7 @@ def value_and_slopes(problem: Problem, first: FirstStage, second: SecondStage, o
     """
     params, rest = eqx.partition(problem.stages, eqx.is_inexact_array)
     x, y, nodes = first.solved.point.x, second.solved.point.x, problem.nodes
-    prepared = problem.nodes_at(y, second.found, second.control, second.solved.weight)
+    prepared = problem.nodes_at(y, second.found, second.solved.weight)
     of_map = weighted(nodes.pretraining, first.solved.weight)
     levels = ft.order_at(problem.fine, y).levels
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import Code, succeeded
+from ..evolution import control
 from ..evolution import pretraining as pt
-from ..evolution import thinning
 from ..evolution.order import RESPONSE_FLOOR, Order, decode
 from ..evolution.test_errors import pretraining_error
 from ..math.fixed_point import FixedPoint, Method, Rules, iterate, plain_map
@@ -145,7 +145,7 @@ def search_pretraining(problem: Problem) -> Solved:
 
     def weights(x):
         assert nodes is not None and many is not None
-        return thinning.map_weights(pre, decode(x), nodes, many, numerics.replicas)
+        return control.map_weights(pre, decode(x), nodes, many, numerics.replicas)
 
     def stage(state: _Progress) -> _Progress:
         rules, when, start = row(table, state.stage)
@@ -177,7 +177,7 @@ def search_pretraining(problem: Problem) -> Solved:
         return (state.stage < count) & wanted
 
     jacobian, no = jnp.zeros((len(usual), len(usual))), jnp.array(False)
-    weight = None if nodes is None or many is None else thinning.own(nodes)
+    weight = None if nodes is None or many is None else control.own(nodes)
     begin = _Progress(jnp.array(0), FixedPoint.nowhere(len(usual)), jacobian, memory, no, no, weight)
     end = jax.lax.while_loop(unfinished, stage, begin)
     return Solved(end.point, end.jacobian, end.memory.read(), end.weight)

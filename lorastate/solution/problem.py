@@ -76,12 +76,12 @@ class Problem(NamedTuple):
         """The frozen map at the solver's coordinates `x` of pre-training."""
         return frozen_at(self.pre, self.fine, x)
 
-    def nodes_at(self, x, found, control, weight=None) -> Nodes:
-        """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them, their
-        `control` variate, and the weights of the solution where it has any."""
+    def nodes_at(self, x, found, weight) -> Nodes:
+        """The nodes that a solution `x` of fine-tuning was found with, with what the channel has `found` at them and
+        the weights of the solution, where it has any."""
         nodes = self.nodes.broken if ft.order_at(self.fine, x).levels else self.nodes.finetuning
         assert nodes is not None
-        return weighted(nodes._replace(found=found, control=control), weight)
+        return weighted(nodes._replace(found=found), weight)
 
 
 def weighted(nodes: Any, weight) -> Any:

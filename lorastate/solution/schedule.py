@@ -12,30 +12,29 @@ from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning
 from .pretraining import rules_of, stacked
 
-#: Kinds of stages: what is always made, steps away from what repels, a climb to the maximum of phi in y, all nodes, all
-#: of them from the starts, from a cold search, and from where that has ended.
-ALWAYS, ESCAPE, CLIMB, LAST, AFRESH, CHECK, AGAIN = range(7)
+#: Kinds of stages: the first nodes, some more, steps away from what repels, a climb to the maximum of phi in y, all
+#: nodes, all of them from the starts, from a cold search, and from where that has ended.
+FIRST, SECOND, ESCAPE, CLIMB, LAST, AFRESH, CHECK, AGAIN = range(8)
 
 
 class Job(NamedTuple):
-    """A stage of a search: rules, its kind, the branch that it serves, how many steps y may make, how many parts of the
-    nodes the stage before it was made on (0: none that a control variate could go by), and the `level` up to which its
-    nodes cannot tell a slope in y from zero."""
+    """A stage of a search: rules, its kind, the branch that it serves, how many steps y may make, whether its nodes
+    have weights that suit what was found so far, and the `level` up to which they cannot tell a slope from zero."""
 
     rules: Any
     kind: Any
     branch: Any
     tries: Any
-    before: Any
+    weighted: Any
     level: Any
 
 
 def schedule(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) -> Job:
     """All stages, stacked: both starts on a part of the nodes, there once more from a cold search, both on all of the
     nodes, and away from a solution that repels. With breaking y climbs to the maximum of phi on the first nodes, then
-    on all, with a control variate; what that ends in is solved once more from a cold search, which may find wells that
-    were lost on the way (it was no solution then), and once from where it is: neighbours lie on smooth curves so. So it
-    is without breaking on nodes that are thinned, with the weights that suit the solution."""
+    on all, with weights that suit the solution; what that ends in is solved once more from a cold search, which may
+    find wells that were lost on the way (it was no solution then), and once from where it is: neighbours lie on smooth
+    curves so. So it is without breaking on nodes that are thinned."""
     # Where m grows out of almost nothing, Newton steps would lead back to zero, or far off to where wells abound.
     parts, size = nodes.weight.shape
     coarse, refined = rules_of(numerics, parts, 1e-3, settle=0.03)
@@ -52,22 +51,23 @@ def schedule(fine: Finetuning, numerics: Numerics, nodes: Nodes, levels: int) ->
     # What is a solution on the first nodes may be out of the domain, or none at all, on all of them.
     afresh = coarse._replace(tolerance=refined.tolerance, floor=refined.floor, index=parts)
     climbing = again._replace(index=some)
-    stages = [(coarse, ALWAYS, 0, 0), (again, ALWAYS, 0, first)]
+    tries = _TRIES if levels else 0
+    stages = [(coarse, FIRST, 0, False), (again, SECOND, 0, False)]
     if levels:
-        stages += [(again, ESCAPE, 0, 0), (climbing, CLIMB, _TRIES, few)]
-    stages.append((refined, LAST, _TRIES if levels else 0, some))
+        stages += [(again, ESCAPE, 0, False), (climbing, CLIMB, tries, False)]
+    stages.append((refined, LAST, tries, levels > 0))
     if levels:
-        stages.append((afresh, AFRESH, _TRIES, 0))
-    stages.append((refined._replace(settle=0.0), ESCAPE, _TRIES if levels else 0, 0))
+        stages.append((afresh, AFRESH, tries, False))
+    stages.append((refined._replace(settle=0.0), ESCAPE, tries, False))
     if levels:
-        stages += [(refined, kind, _TRIES, parts) for kind in (CHECK, AGAIN)]
-    elif numerics.thinning > 1:
-        stages.append((refined, AGAIN, 0, parts))
+        stages.append((refined, CHECK, tries, True))
+    if levels or numerics.thinning > 1:
+        stages.append((refined, AGAIN, tries, True))
     both = [(k, stage) for stage in stages for k in ((0,) if stage[1] == ESCAPE else (0, 1))]
-    branch, (rules, kind, tries, before) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
+    branch, (rules, kind, tries, weighted) = [k for k, _ in both], zip(*(stage for _, stage in both), strict=True)
     level = _NOISE / jnp.sqrt(jnp.array([1.0 * rule.index * size for rule in rules]))
-    kind, branch, tries, before = map(jnp.array, (kind, branch, tries, before))
-    return Job(stacked(rules), kind, branch, tries, before, level)
+    kind, branch, tries, weighted = map(jnp.array, (kind, branch, tries, weighted))
+    return Job(stacked(rules), kind, branch, tries, weighted, level)
 
 
 #: Steps in which y has to find its place; relative error of the slope of phi in y, times the root of the nodes.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import Code, succeeded
-from ..evolution import control, finetuning_map, thinning
+from ..evolution import control, finetuning_map
 from ..evolution import finetuning as ft
 from ..evolution.starts import apart, beside, broken_start, fitted, pushed, start
 from ..math.fixed_point import FixedPoint
@@ -28,7 +28,7 @@ from .finetuning import Branches, LoraStage, SecondStage, replicon
 from .nodes import DEEP
 from .pretraining import FirstStage, stacked
 from .problem import Problem, weighted
-from .schedule import AFRESH, AGAIN, ALWAYS, CHECK, CLIMB, ESCAPE, LAST, Job, schedule
+from .schedule import AFRESH, AGAIN, CHECK, CLIMB, ESCAPE, FIRST, LAST, SECOND, Job, schedule
 from .stage import FEW, Solved
 
 
@@ -67,7 +67,7 @@ def _where_from(fine: Finetuning, search: Search, x, job: Job, outside):
     kind, d = job.kind, 1 + ft.spare(fine)
     first, anew = row(search.starts, job.branch), kind == AFRESH
     if search.levels:
-        first, anew = jnp.where(outside, search.instead, first), anew | (outside & (kind == ALWAYS))
+        first, anew = jnp.where(outside, search.instead, first), anew | (outside & (kind == SECOND))
     y = jnp.where(anew, first, jnp.where(kind == ESCAPE, pushed(fine, x), x))
     order = ft.order_at(fine, y).along
     least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if search.levels else 0.0
@@ -83,7 +83,7 @@ _LEAST_OVERLAP = 0.1
 
 class _Found(NamedTuple):
     """What a search has found from both starts so far: points, Jacobians, rows of the memory, codes, free energies,
-    whether y has found its place, and control variates (with thinning, weights of the nodes)."""
+    whether y has found its place, and weights of the nodes."""
 
     x: Any
     jacobian: Any
@@ -91,7 +91,7 @@ class _Found(NamedTuple):
     code: Any
     energy: Any
     placed: Any
-    variate: Any
+    weight: Any
 
 
 class _Progress(NamedTuple):
@@ -131,7 +131,7 @@ def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progr
 
 def _outside(s: _Progress, job: Job, code):
     """`outside` after a stage that has ended with this code."""
-    first = (job.kind == ALWAYS) & (job.before == 0) & (code == Code.nonfinite)
+    first = (job.kind == FIRST) & (code == Code.nonfinite)
     return put(s.outside, row(s.outside, job.branch) | first, job.branch)
 
 
@@ -142,36 +142,28 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     # solution that repels (m = 0 above the threshold, where Newton steps may end), plain steps lead away from it.
     lost = (found.code[0] == Code.unstable) & (s.same | ~succeeded(found.code[1]))
     failed = (mine.code == Code.nonfinite) | ~jnp.any(succeeded(found.code))
-    # A control variate that suits the solution itself moves it, and phi, by less than their errors; done twice, by so
-    # little that neighbours lie on smooth curves, and both starts where they have found one solution end there.
+    # Weights that suit the solution itself move it, and phi, by less than their errors; done twice, by so little that
+    # neighbours lie on smooth curves, and both starts where they have found one solution end there.
     unsolved = ~(succeeded(mine.code) & mine.placed)
     idle = ((kind == AFRESH) & ~failed) | ((kind >= CHECK) & unsolved)
     skip = ((kind == ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
     if search.levels:  # what repels leads to the other solution
         skip = skip | (refining & (mine.code == Code.unstable) & succeeded(row(found.code, 1 - k)))
     if search.alone:
-        skip = skip | ((kind != ALWAYS) & _clearly_rough(s.memory, found.row))
+        skip = skip | ((kind > SECOND) & _clearly_rough(s.memory, found.row))
     return skip, refining & row(s.above, k)
 
 
-def _controlled(stage: LoraStage, nodes: Nodes, many: Nodes, replicas: int, begin, memory: Slots, job: Job, left_out):
-    """A control variate that suits a solution near `begin`, one that does nothing where there is not much to go by, and
-    the nodes with it: weights, or with breaking what is added to averages."""
+def _weights(stage: LoraStage, nodes: Nodes, many: Nodes, replicas: int, begin, wanted):
+    """Weights of the nodes that suit a solution near `begin`, or their own where none are wanted."""
     given = stage.fine, stage.frozen, ft.order_at(stage.fine, begin), nodes, many, replicas
-    wanted = (job.before > 0) & ~left_out
-    if levels := stage.outer(begin):
-        nothing = control.none(row(memory.data.averages, memory.here), levels)
-        found = jax.lax.cond(wanted, lambda: control.control(*given, _averaged(memory, job.before)), lambda: nothing)
-        return found, nodes._replace(control=found)
-    wanted = wanted & (job.kind == AGAIN)
-    found = jax.lax.cond(wanted, lambda: thinning.lora_weights(*given), lambda: thinning.own(nodes))
-    return found, weighted(nodes, found)
+    return jax.lax.cond(wanted, lambda: control.lora_weights(*given), lambda: control.own(nodes))
 
 
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Any, search: Search):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
     whether the two are the same one; where the first stage from the informative start ended. No derivatives. `many`:
-    nodes of the control variate, if there is one.
+    nodes that the weights of these are to suit, if any.
 
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
@@ -187,13 +179,13 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         memory = s.memory._replace(here=jnp.where(escape, found.row[1], mine.row))
         begin = _where_from(fine, search, mine.x, job, row(s.outside, k))
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
-        variate, here = None, nodes
+        weight = None
         if many is not None:
-            variate, here = _controlled(stage, nodes, many, numerics.replicas, begin, memory, job, skip | higher)
+            weight = _weights(stage, nodes, many, numerics.replicas, begin, job.weighted & ~(skip | higher))
         held = search.held
         if search.levels:  # how far minima part is known by then
             held = held | ((kind == AGAIN) & ft.all_one(ft.order_at(fine, x0)))
-        fmap = finetuning_map.state_evolution(fine, frozen, here, search.levels, held)
+        fmap = finetuning_map.state_evolution(fine, frozen, weighted(nodes, weight), search.levels, held)
         (point, _, jac, memory), placed = climb(
             fmap, rules, True, x0, mine.jacobian, memory, job.tries, job.level, lambda x: pushed(fine, x),
             kind == AGAIN, numerics.max_steps,
@@ -204,7 +196,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         if search.levels:
             kept = kept | ((kind == AGAIN) & ~((point.code == Code.ok) & placed))
         energy = ft.free_energy(fine, ft.order_at(fine, point.x), _averaged(memory, rules.index))
-        new = _Found(point.x, jac, memory.here, point.code, energy, placed, variate)
+        new = _Found(point.x, jac, memory.here, point.code, energy, placed, weight)
         rows = put(found.row, memory.here, jnp.where(escape, 1, k))
         rows = jnp.where(escape & ~kept, rows[::-1], rows)
         repels = (kind == CLIMB) & (point.code == Code.unstable)
@@ -216,7 +208,7 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     jobs, begin = schedule(fine, numerics, nodes, search.levels), _begin(fine, nodes, many, search)
     s, (points, kept) = jax.lax.scan(one, begin, jobs)
     same = s.same
-    if search.levels:  # one solution has another control variate, and another phi, where it was found in another way
+    if search.levels:  # one solution has other weights, and another phi, where it was found in another way
         same = same | _solved_alike(fine, search, s.found)
     return _final(jobs, points, kept), s.found, s.memory, same, points.x[2]
 
@@ -233,12 +225,9 @@ def _begin(fine: Finetuning, nodes: Nodes, many: Any, search: Search) -> _Progre
     """Before the first stage of a search."""
     x, none = search.starts, jnp.zeros(2)
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
-    variate = None if many is None else jnp.stack([thinning.own(nodes)] * 2)
-    if search.levels:
-        both = jax.tree_util.tree_map(lambda a: a[:2], memory.data.averages)
-        variate = control.none(both, search.levels)
+    weight = None if many is None else jnp.stack([control.own(nodes)] * 2)
     codes = jnp.zeros(2, int)
-    found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, variate)
+    found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, weight)
     return _Progress(found, memory, jnp.array(False), none > 0, none > 0)
 
 
@@ -343,9 +332,8 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
         # A last pass that was not taken has left minimisers of its own.
         order = ft.order_at(fine, point.x)
         inner = over_replicas(lambda *part: ft.refresh_inner(fine, frozen, order, *part), prepared, inner)
-    variate, weight = (taken.variate, None) if search.levels else (None, taken.variate)
-    prepared = weighted(prepared, weight)
-    best = Solved(point, taken.jacobian, inner, weight)
+    prepared = weighted(prepared, taken.weight)
+    best = Solved(point, taken.jacobian, inner, taken.weight)
     code = jnp.where(wells.lost(best.inner) > 1e-3, int(Code.stalled), best.point.code)
     rough = ~succeeded(code)
     if search.levels:
@@ -363,4 +351,4 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((jnp.abs(o.overlap), o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
     branches = Branches(m, q, energies, tried.code, chosen)
-    return SecondStage(best, branches, prepared.found, variate, rough & (code != Code.upstream), coarse, marginal)
+    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), coarse, marginal)

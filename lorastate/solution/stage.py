@@ -64,7 +64,7 @@ class Stage(eqx.Module):
 
 class Solved(NamedTuple):
     """A fixed point with what its derivatives and averages need: the Jacobian there, the inner minimisers, and the
-    weights of its nodes where they are not their own (see `lorastate.evolution.thinning`): of all replicas together,
+    weights of its nodes where they are not their own (see `lorastate.evolution.control`): of all replicas together,
     and of each by itself, (2, R, n)."""
 
     point: FixedPoint

@@ -1,4 +1,4 @@
-"""Thinned nodes: the control variate by weights, its Gauss-Newton steps, and what it does to predictions."""
+"""The control variate by weights: its Gauss-Newton steps, and what it does to predictions on thinned nodes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import lorastate as ls
+from lorastate.evolution import control
 from lorastate.evolution import finetuning as ft
 from lorastate.evolution import pretraining as pt
-from lorastate.evolution import thinning
 from lorastate.evolution.finetuning_map import locate_inner, no_memory
 from lorastate.evolution.order import from_norm
 from lorastate.math.quadrature import Nodes, by_replica, gaussian_nodes, reweighted
@@ -87,7 +87,7 @@ def test_little_is_left_in_pretraining(V):
     y, _ = (to_coordinates(z) for z in pt.fields(pre, order, one.normal))
     free = (omega - order.overlap / pre.label_size * y) / order.noise
     exact = np.stack([low.depth, jnp.sum(force * y, 0), jnp.sum(force * free, 0), jnp.sum(force**2, 0)])
-    assert (left(np.asarray(thinning.of_map(pre, order, one)), exact) < 0.03).all()
+    assert (left(np.asarray(control.of_map(pre, order, one)), exact) < 0.03).all()
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 1)])
@@ -108,7 +108,7 @@ def test_little_is_left_in_finetuning(ranks):
     rows = [low.depth, jnp.sum(g[:3] * d.teacher, 0)]
     for kind in np.split(np.arange(len(g)), ranks[0]):
         rows += [jnp.sum((g * d.noise)[kind], 0), jnp.sum(g[kind] ** 2, 0)]
-    h = np.asarray(thinning.of_lora(fine, frozen, order, one))
+    h = np.asarray(control.of_lora(fine, frozen, order, one))
     assert len(h) == (7 if ft.spare(fine) else 4)
     assert (left(h[np.abs(h).max(1) > 0], np.stack(rows)) < 0.12).all()
 
@@ -135,7 +135,7 @@ def test_thinned_predictions_are_those_of_all_nodes():
     assert np.median(better) > 3
 
 
-def test_thinning_that_leaves_too_few():
+def test_control_that_leaves_too_few():
     with pytest.raises(ls.SettingError, match=r"numerics\.thinning = 3 .* a power of two, 1 to 64"):
         ls.Numerics(thinning=3)
     with pytest.raises(ls.SettingError, match=r"numerics\.thinning = 16 leaves 64 of the 1024 nodes"):
