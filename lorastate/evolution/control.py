@@ -15,7 +15,8 @@ h depends on the order parameters: a stage is solved with the nodes' own weights
 suit what was found. Derivatives hold the weights fixed, as they hold the nodes.
 
 Nodes are few where thinning is asked for, and where symmetry is broken: each has samples inside then. What a node does
-to the averages over minima is for the most part what it does to h of any one of them.
+to the averages over minima is for the most part what it does to one of them, whose minimisers are searched for at all
+nodes: that costs little beside those of the samples.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ import jax.numpy as jnp
 from ..math.linear import ldl_solve
 from ..math.quadrature import Nodes, by_replica, over_replicas, reweighted
 from ..math.symmetric import to_coordinates
+from ..model import wells
 from ..model.channel.fields import standard_fields
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.stages import Finetuning, Pretraining
 from . import finetuning as ft
 from . import pretraining as pt
 from .breaking import kinds_of
+from .finetuning_map import locate_inner
 from .order import Order, matched
 
 #: Gauss-Newton steps.
@@ -62,14 +65,28 @@ def of_map(pre: Pretraining, order: Order, nodes: Nodes):
     return jnp.stack([f, jnp.sum(force * y, 0), jnp.sum(force * two, 0), jnp.sum(force**2, 0)])
 
 
+def one_minimum(order: Order) -> Order:
+    """The order parameters of any one of many minima: the law of omega, and the response 1/A_0 that f_0 would have were
+    f quadratic."""
+    response = order.response
+    for spread, y in zip(order.spread, order.breaking, strict=True):
+        response = response + y * spread**2
+    return Order(response, order.overlap, order.noise)
+
+
 def of_lora(fine: Finetuning, frozen: FrozenMap, order: Order, nodes: Nodes):
-    """h of fine-tuning, (4, N) or (7, N): f, and by kind of direction g . chi*, g . g_noise and |g|^2, at omega, which
-    is common to all minima where symmetry is broken. Where the channel has several parts, the mean over all of them."""
-    d = ft.draws(fine, frozen, nodes)
-    problem = ft.inner_problem(fine, order, d)
-    rows = len(d.noise)
+    """h of fine-tuning, (4, N) or (7, N): f, and by kind of direction g . chi*, g . g_noise and |g|^2. With breaking of
+    one minimum, searched for: v is large then, and where minima meet averages are those over many nodes. (Where the
+    channel has several parts, the mean over all of them.)"""
+    d, one = ft.draws(fine, frozen, nodes), one_minimum(order)
+    problem, rows = ft.inner_problem(fine, one, d), len(d.noise)
     kinds = kinds_of(rows, len(d.teacher), ft.spare(fine))
-    u, f = _approached(problem, problem.omega)
+    if order.levels:
+        unknown = jax.tree_util.tree_map(lambda a: a[0], wells.nothing(1, rows, d.noise.shape[-1], 1, True))
+        low = wells.lowest(problem, locate_inner(fine, frozen, one, nodes, unknown))
+        u, f = low.pick(low.u), low.depth
+    else:
+        u, f = _approached(problem, problem.omega)
     g = (problem.omega - u) / problem.v
     h = jnp.concatenate([f[None], *(kinds @ v for v in (g * matched(d.teacher, rows), g * d.noise, g**2))])
     # Weights belong to nodes: each has its share of every part of the channel.
