@@ -420,8 +420,9 @@ def test_theory_against_training(rank, teacher_rank):
     # A bias is left at D = 60, largest in q_spare (21, 13 and 6 % at D = 60, 120 and 240); m and q scatter as |w*|^2.
     for name, bias in {"overlap": 0.02, "test_error": 0.06, "train_loss": 0.06, "q_spare": 0.21}.items():
         if name in found.finetuning:
-            gap = found.mean("finetuning", name) - float(solution.finetuning[name])
-            assert abs(gap) < 3 * found.stderr("finetuning", name) + bias * float(solution.finetuning[name]), name
+            value = float(solution.finetuning[name])
+            bar = np.hypot(found.stderr("finetuning", name), solution.stderr("finetuning", name))
+            assert abs(found.mean("finetuning", name) - value) < 3 * bar + bias * value, name
     assert ("q_spare" in found.finetuning) == (rank > teacher_rank)
     assert float(solution.overlap) > 0.9
 
