@@ -199,6 +199,24 @@ def test_few_samples_have_no_bias():
     assert float(few.gains[0]) == pytest.approx(float(many.gains[0]), rel=4e-2)
 
 
+def test_one_minimum_of_a_quadratic():
+    """f_1 = a x^2 / (2 (1 + a v)): then f_0 is that with 1/A_0 for v, and <f_1> - f_0 goes as |g_0|^2."""
+    a, v, s, y, k = 1.7, 0.4, 0.55, 1.28, hermegauss(120)
+    z, w = k[0], k[1] / k[1].sum()
+    slope = a / (1 + a * v)
+    got = []
+    for x in (0.0, 0.6, 1.9):
+        f = slope * (x + s * z) ** 2 / 2
+        weight = w * np.exp(-y * f)
+        got.append((-np.log(weight.sum()) / y, np.sum(weight * f) / weight.sum()))
+    (f0, mean0), (f1, mean1), (f2, mean2) = got
+    response = float(control.one_minimum(order_of(v, 0.0, 0.0, s, y)).response)
+    k0 = a / (1 + a * response)
+    for x, f, average in ((0.6, f1, mean1), (1.9, f2, mean2)):
+        assert f - f0 == pytest.approx(k0 * x**2 / 2, rel=1e-10)
+        assert (average - f) - (mean0 - f0) == pytest.approx(-y * s**2 * (k0 * x) ** 2 / 2, rel=1e-10)
+
+
 def test_weights_make_errors_small():
     """Averages over minima scatter less over seeds with the weights of one minimum, about the same means."""
     fine = ls.Finetuning(5.6, 0.07, 2.2, "softmax", 2)

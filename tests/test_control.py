@@ -135,7 +135,7 @@ def test_thinned_predictions_are_those_of_all_nodes():
     assert np.median(better) > 3
 
 
-def test_control_that_leaves_too_few():
+def test_thinning_that_leaves_too_few():
     with pytest.raises(ls.SettingError, match=r"numerics\.thinning = 3 .* a power of two, 1 to 64"):
         ls.Numerics(thinning=3)
     with pytest.raises(ls.SettingError, match=r"numerics\.thinning = 16 leaves 64 of the 1024 nodes"):

@@ -414,15 +414,16 @@ def test_loss_and_measurement_do_not_see_rotations():
 
 @pytest.mark.parametrize("rank, teacher_rank", [(2, 2), (2, 1)])
 def test_theory_against_training(rank, teacher_rank):
-    solution = solved(rank, teacher_rank)
+    # On as many nodes as make its own error small beside what is allowed for.
+    numerics = ls.Numerics(512, 16384, 8) if rank > teacher_rank else NUMERICS
+    solution = ls.predict(setting(rank, teacher_rank, numerics=numerics))
     found = ls.simulate(solution.setting, dimension=60, runs=6, test_samples=4000)
     assert np.all(found.converged("finetuning"))
     # A bias is left at D = 60, largest in q_spare (21, 13 and 6 % at D = 60, 120 and 240); m and q scatter as |w*|^2.
     for name, bias in {"overlap": 0.02, "test_error": 0.06, "train_loss": 0.06, "q_spare": 0.21}.items():
         if name in found.finetuning:
-            value = float(solution.finetuning[name])
-            bar = np.hypot(found.stderr("finetuning", name), solution.stderr("finetuning", name))
-            assert abs(found.mean("finetuning", name) - value) < 3 * bar + bias * value, name
+            gap = found.mean("finetuning", name) - float(solution.finetuning[name])
+            assert abs(gap) < 3 * found.stderr("finetuning", name) + bias * float(solution.finetuning[name]), name
     assert ("q_spare" in found.finetuning) == (rank > teacher_rank)
     assert float(solution.overlap) > 0.9
 

@@ -154,12 +154,6 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     return skip, refining & row(s.above, k)
 
 
-def _weights(stage: LoraStage, nodes: Nodes, many: Nodes, replicas: int, begin, wanted):
-    """Weights of the nodes that suit a solution near `begin`, or their own where none are wanted."""
-    given = stage.fine, stage.frozen, ft.order_at(stage.fine, begin), nodes, many, replicas
-    return jax.lax.cond(wanted, lambda: control.lora_weights(*given), lambda: control.own(nodes))
-
-
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Any, search: Search):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
     whether the two are the same one; where the first stage from the informative start ended. No derivatives. `many`:
@@ -168,7 +162,6 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
     fine, frozen = jax.lax.stop_gradient((fine, frozen))
-    stage = LoraStage(fine, frozen)
 
     def one(s: _Progress, job: Job):
         rules, kind, k = job.rules, job.kind, job.branch
@@ -181,7 +174,10 @@ def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, n
         x0 = jnp.where(skip | higher, jnp.nan, begin)  # NaN stops at once
         weight = None
         if many is not None:
-            weight = _weights(stage, nodes, many, numerics.replicas, begin, job.weighted & ~(skip | higher))
+            given = fine, frozen, ft.order_at(fine, begin), nodes, many, numerics.replicas
+            weight = jax.lax.cond(
+                job.weighted & ~(skip | higher), lambda: control.lora_weights(*given), lambda: control.own(nodes)
+            )
         held = search.held
         if search.levels:  # how far minima part is known by then
             held = held | ((kind == AGAIN) & ft.all_one(ft.order_at(fine, x0)))
