@@ -3,13 +3,16 @@
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lorastate as ls
 from lorastate.solution import solve
+from lorastate.solution.finetuning import Starts
 from lorastate.solution.lanes import Lanes
 from lorastate.solution.problem import Problem
+from lorastate.solution.search import _begin_again
 
 
 class Toy(Lanes):
@@ -31,24 +34,28 @@ class Toy(Lanes):
 
 @pytest.fixture
 def groups(monkeypatch):
-    def found(rough, failed=(), marginal=()):
-        def search(lanes, *_):
+    def found(handed, rough, failed=(), marginal=()):
+        def search(lanes, first, before, *_):
+            handed.append(before)
             rough_, failed_, marginal_ = (np.isin(lanes.problem.lanes, which) for which in (rough, failed, marginal))
             code = np.where(failed_, ls.Code.nonfinite, ls.Code.ok)
             solved = SimpleNamespace(point=SimpleNamespace(code=code))
-            return SimpleNamespace(rough=rough_, coarse=None, solved=solved, marginal=marginal_)
+            return SimpleNamespace(rough=rough_, begin=len(handed), solved=solved, marginal=marginal_)
 
         return search
 
     def run(symmetry, symmetric, broken=(), failed=(), marginal=()):
-        made = iter([*(found(rough, failed) for rough in broken)])
+        handed: list[Any] = []
+        made = iter([*(found(handed, rough, failed) for rough in broken)])
         monkeypatch.setattr(solve, "pretrained", lambda lanes: None)
-        monkeypatch.setattr(solve, "_symmetric", found(symmetric, (), marginal))
+        monkeypatch.setattr(solve, "_symmetric", found(handed, symmetric, (), marginal))
         monkeypatch.setattr(solve, "_broken", lambda *given: next(made)(*given))
         problem: Any = SimpleNamespace(numerics=SimpleNamespace(symmetry=symmetry), lanes=[0, 1, 2, 3])
         groups: Any = solve.solve(Toy(problem, 4))
         made_of = [(list(where), [group.problem.lanes[k] for k in where.values()]) for where, group in groups]
         assert all(numbers == lanes for numbers, lanes in made_of)  # what is found is that of the lane
+        # One with breaking begins where the one before it says; a symmetric one is told whether nodes have one well.
+        assert handed == ([True, False] if symmetry == "rs" else [True, *range(1, len(handed))])
         return [numbers for numbers, _ in made_of]
 
     return run
@@ -67,6 +74,23 @@ def test_a_lane_is_solved_again_until_it_will_do(groups):
     assert groups("1rsb", every, [every, [0]]) == [every]
     # Replica symmetry that was asked for: the second search is the last.
     assert groups("rs", [0, 2]) == [[1, 3], [0, 2]]
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_search_begins_where_the_last_one_found_solutions(same):
+    """A branch that was not solved, or whose y has not found its place, begins where it did before."""
+    before = Starts(np.array([[1.0, 2.0], [3.0, 4.0]]), np.zeros(2), np.array(False))
+    ends, good, bad = np.array([[5.0, 6.0], [7.0, 8.0]]), int(ls.Code.ok), int(ls.Code.stalled)
+
+    def begin(codes, placed):
+        found: Any = SimpleNamespace(x=jnp.array(ends), code=jnp.array(codes), placed=jnp.array(placed))
+        return _begin_again(before, found, jnp.array(same))
+
+    again = begin([good, good], [True, True])
+    assert (again.both == (ends[[0, 0]] if same else ends)).all() and bool(again.same) == same
+    for codes, placed in (([bad, good], [True, True]), ([good, good], [False, True])):
+        again = begin(codes, placed)
+        assert (again.both == np.array([before.both[0], ends[1]])).all() and not again.same
 
 
 def test_lanes_are_stacked_padded_and_taken():

@@ -288,9 +288,10 @@ def test_programs_of_many_tokens_are_not_much_larger():
         both = Problem.of(setting).with_broken()
         shape = eqx.filter_eval_shape(solve_pretraining, both.pretraining_alone)
         first = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-        coarse = jnp.zeros(eqx.filter_eval_shape(solve_symmetric, both, first).coarse.shape)
+        begin = eqx.filter_eval_shape(solve_symmetric, both, first).begin
+        begin = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), begin)
         maps = size(search_pretraining, both.pretraining_alone)
-        return np.array([maps, size(solve_symmetric, both, first), size(solve_broken, both, first, coarse)])
+        return np.array([maps, size(solve_symmetric, both, first), size(solve_broken, both, first, begin)])
 
     few = np.array([9200, 7800, 11_500])  # of three tokens; of eight 16,200, 11,300, 14,100
     assert (lines(8) < np.minimum(20_000, 2 * few)).all()

@@ -187,18 +187,27 @@ class Branches(NamedTuple):
     chosen: Any
 
 
+class Starts(NamedTuple):
+    """Where a search begins, in the solver's coordinates: `both` (2, n), informative and small; with breaking, what is
+    taken `instead` (n,) of one where the equations have no value; whether both are known to be one."""
+
+    both: Any
+    instead: Any = None
+    same: Any = False
+
+
 class SecondStage(NamedTuple):
     """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
     was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
-    breaking the glass is deep (where `numerics.symmetry` is not "auto": whether another search is asked for). `coarse`
-    (n,): where the first stage of the informative search ended. `marginal`: solved, with one well everywhere, and the
-    replicon hardly above one."""
+    breaking the glass is deep (where `numerics.symmetry` is not "auto": whether another search is asked for).
+    `begin`: where a search with breaking would begin after this one. `marginal`: solved, with one well everywhere, and
+    the replicon hardly above one."""
 
     solved: Solved
     branches: Branches
     found: Any
     rough: Any
-    coarse: Any
+    begin: Starts
     marginal: Any
 
 
@@ -214,7 +223,7 @@ class Answer(NamedTuple):
 def describe_finetuning(problem: Problem, first: FirstStage, second: SecondStage) -> Described:
     """Predictions of fine-tuning on the branch that was taken, with their derivatives."""
     solved, nodes = second.solved, problem.nodes
-    at = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, second.coarse)
+    at = jnp.where(jnp.isfinite(solved.point.x), solved.point.x, 0.0)
     layer = AdaptedLayer(*problem.stages, problem.frozen(first.x), ft.order_at(problem.fine, at))
     best = near_minimum(layer, nodes.finetuning_test)
 

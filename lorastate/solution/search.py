@@ -24,7 +24,7 @@ from ..model import wells
 from ..model.channel.frozen_map import FrozenMap
 from ..setting.numerics import Numerics
 from ..setting.stages import Finetuning
-from .finetuning import Branches, LoraStage, SecondStage, replicon
+from .finetuning import Branches, LoraStage, SecondStage, Starts, replicon
 from .nodes import DEEP
 from .pretraining import FirstStage, stacked
 from .problem import Problem, weighted
@@ -34,14 +34,12 @@ from .stage import FEW, Solved
 
 class Search(NamedTuple):
     """What differs between the searches of fine-tuning: steps of breaking, whether every node is taken to have one
-    well, the starts (informative and small), whether minima are held together, and, with breaking, the start `instead`
-    of one where the equations have no value."""
+    well, the starts, and whether minima are held together."""
 
     levels: int
     alone: bool
-    starts: Any
+    starts: Starts
     held: Any = False
-    instead: Any = None
 
 
 #: Steps in log y back from where a quarter of the nodes has it: far above its place the slope may be small once more.
@@ -65,9 +63,9 @@ def _where_from(fine: Finetuning, search: Search, x, job: Job, outside):
     have led or not. With breaking it knows some of w*: what few nodes take for m = 0, which Newton steps would not
     leave, need not be that on more of them. `outside`: whether the equations had no value at the start."""
     kind, d = job.kind, 1 + ft.spare(fine)
-    first, anew = row(search.starts, job.branch), kind == AFRESH
+    first, anew = row(search.starts.both, job.branch), kind == AFRESH
     if search.levels:
-        first, anew = jnp.where(outside, search.instead, first), anew | (outside & (kind == SECOND))
+        first, anew = jnp.where(outside, search.starts.instead, first), anew | (outside & (kind == SECOND))
     y = jnp.where(anew, first, jnp.where(kind == ESCAPE, pushed(fine, x), x))
     order = ft.order_at(fine, y).along
     least = _LEAST_OVERLAP * jnp.sqrt(order.norm(ft.TEACHER_SIZE)) if search.levels else 0.0
@@ -118,11 +116,11 @@ def _solved_alike(fine: Finetuning, search: Search, found: _Found):
 def _compared(fine: Finetuning, search: Search, s: _Progress, kind, k) -> _Progress:
     """Both starts compared, before either is refined: whether they are one, before y climbs, and whether one lies
     above the other, after that. phi is maximal in y: a branch whose y has not found its place may yet rise above.
-    Once both are refined they may still turn out to be one."""
+    Once both have climbed, or are refined, they may still turn out to be one."""
     found, last = s.found, (kind == LAST) & (k == 0)
-    now = (kind == CLIMB) & (k == 0) if search.levels else last
-    again = (kind >= CHECK) & (k == 0)
-    same = jnp.where(now, _close(fine, search, found), s.same | (again & _solved_alike(fine, search, found)))
+    now = (kind == (CLIMB if search.levels else LAST)) & (k == 0)
+    again = (kind >= (LAST if search.levels else CHECK)) & (k == 0)
+    same = s.same | (now & _close(fine, search, found)) | (again & _solved_alike(fine, search, found))
     gap = found.energy - found.energy[::-1]
     placed = (succeeded(found.code) & found.placed)[::-1]
     clearly = ~same & (gap > _CLEARLY * jnp.abs(found.energy)) & placed
@@ -146,7 +144,7 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
     # neighbours lie on smooth curves, and both starts where they have found one solution end there.
     unsolved = ~(succeeded(mine.code) & mine.placed)
     idle = ((kind == AFRESH) & ~failed) | ((kind >= CHECK) & unsolved)
-    skip = ((kind == ESCAPE) & ~lost) | (refining & s.same & (k == 1)) | idle
+    skip = ((kind == ESCAPE) & ~lost) | (s.same & (k == 1)) | idle
     if search.levels:  # what repels leads to the other solution
         skip = skip | (refining & (mine.code == Code.unstable) & succeeded(row(found.code, 1 - k)))
     if search.alone:
@@ -156,8 +154,8 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
 
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Any, search: Search):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
-    whether the two are the same one; where the first stage from the informative start ended. No derivatives. `many`:
-    nodes that the weights of these are to suit, if any.
+    whether the two are the same one; where the first stages ended. No derivatives. `many`: nodes that the weights of
+    these are to suit, if any.
 
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
@@ -219,12 +217,12 @@ def _final(jobs: Job, points: FixedPoint, kept) -> FixedPoint:
 
 def _begin(fine: Finetuning, nodes: Nodes, many: Any, search: Search) -> _Progress:
     """Before the first stage of a search."""
-    x, none = search.starts, jnp.zeros(2)
+    x, none = search.starts.both, jnp.zeros(2)
     memory = Slots.of(finetuning_map.no_memory(fine, nodes, search.levels, search.alone), 3)
     weight = None if many is None else jnp.stack([control.own(nodes)] * 2)
     codes = jnp.zeros(2, int)
     found = _Found(x, jnp.zeros((*x.shape, x.shape[1])), jnp.arange(2), codes, none, none > 0, weight)
-    return _Progress(found, memory, jnp.array(False), none > 0, none > 0)
+    return _Progress(found, memory, jnp.asarray(search.starts.same), none > 0, none > 0)
 
 
 def _rough(memory: Slots, row):
@@ -287,7 +285,8 @@ def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> 
     fine = jax.lax.stop_gradient(problem.fine)
     size = fitted(fine, problem.frozen(jax.lax.stop_gradient(first.x)))
     starts = jnp.stack([start(fine, informative, size) for informative in (True, False)])
-    found, asked = _solve(problem, first, problem.nodes.finetuning, Search(0, alone, starts)), problem.numerics.symmetry
+    search, asked = Search(0, alone, Starts(starts)), problem.numerics.symmetry
+    found = _solve(problem, first, problem.nodes.finetuning, search)
     if asked != "auto":
         found = found._replace(marginal=jnp.array(False))
     if asked == "1rsb":
@@ -297,13 +296,10 @@ def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> 
     return found
 
 
-def solve_broken(problem: Problem, first: FirstStage, coarse, held: Any = False) -> SecondStage:
-    """The same with one step of symmetry breaking; `coarse`: where a replica-symmetric search came to. If `held` (may
-    be traced) minima are held together: the symmetric solution, by the same program."""
-    fine = jax.lax.stop_gradient(problem.fine)
-    size = fitted(fine, problem.frozen(jax.lax.stop_gradient(first.x)))
-    starts = jnp.stack([broken_start(fine, coarse, informative, size) for informative in (True, False)])
-    return _solve(problem, first, problem.nodes.broken, Search(1, False, starts, held, beside(fine, coarse)))
+def solve_broken(problem: Problem, first: FirstStage, begin: Starts, held: Any = False) -> SecondStage:
+    """The same with one step of symmetry breaking, after a search that says where to `begin`. If `held` (may be traced)
+    minima are held together: the symmetric solution, by the same program."""
+    return _solve(problem, first, problem.nodes.broken, Search(1, False, begin, held))
 
 
 def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> SecondStage:
@@ -314,7 +310,7 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
         many = problem.nodes.finetuning
     if many is not None:
         many = ft.prepare(fine, frozen, many)
-    points, found, memory, same, coarse = search_finetuning(fine, frozen, problem.numerics, prepared, many, search)
+    points, found, memory, same, few = search_finetuning(fine, frozen, problem.numerics, prepared, many, search)
     if search.levels:  # where y has not found its place the rest is not known either, whatever its error bars say
         lost = succeeded(points.code) & ~found.placed
         points = points._replace(code=jnp.where(lost, int(Code.stalled), points.code))
@@ -347,4 +343,19 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((jnp.abs(o.overlap), o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
     branches = Branches(m, q, energies, tried.code, chosen)
-    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), coarse, marginal)
+    begin = _begin_again(search.starts, found, same) if search.levels else _begin_broken(fine, frozen, few)
+    return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), begin, marginal)
+
+
+def _begin_broken(fine: Finetuning, frozen: FrozenMap, x) -> Starts:
+    """Where a search with breaking begins after a symmetric one that came to `x` on few nodes."""
+    both = [broken_start(fine, x, informative, fitted(fine, frozen)) for informative in (True, False)]
+    return Starts(jnp.stack(both), beside(fine, x), jnp.array(False))
+
+
+def _begin_again(before: Starts, found: _Found, same) -> Starts:
+    """Where one with more samples begins: where this one has ended, as far as it has found solutions."""
+    solved = succeeded(found.code) & found.placed & jnp.all(jnp.isfinite(found.x), 1)
+    ends = jnp.where(solved[:, None], found.x, before.both)
+    same = same & solved[0]
+    return before._replace(both=jnp.where(same, ends[0], ends), same=same | before.same)

@@ -12,7 +12,7 @@ from ..errors import Code, SolveError, succeeded
 from ..math.implicit import nan_slope
 from ..runtime.cores import cores
 from ..setting.stages import Pretraining
-from .finetuning import Answer, SecondStage, answer
+from .finetuning import Answer, SecondStage, Starts, answer
 from .lanes import Lanes
 from .pretraining import FirstStage, solve_pretraining
 from .problem import Problem
@@ -98,8 +98,8 @@ def _breaking(lanes: Lanes) -> tuple:
     return solve_broken, n.finetuning_nodes * n.samples // 4
 
 
-def _broken(lanes: Lanes, first: FirstStage, coarse, then: tuple = (), held: bool = False) -> SecondStage:
-    given = *_breaking(lanes), first, coarse, jnp.full(lanes.shape, held)
+def _broken(lanes: Lanes, first: FirstStage, begin: Starts, then: tuple = (), held: bool = False) -> SecondStage:
+    given = *_breaking(lanes), first, begin, jnp.full(lanes.shape, held)
     if then and _needed(lanes, then):
         _ahead(lanes, then, first, lanes.ahead(*given))
     return lanes.run(*given)
@@ -120,12 +120,12 @@ def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]
     _compile_ahead(lanes, then)
     first = pretrained(lanes)
     second = _symmetric(lanes, first, True)
-    coarse, begin = second.coarse, Solves(lanes, first, second)
+    symmetric = Solves(lanes, first, second)
     for deep in (0,) if rs else (0, 1, 2):
         again = lanes.where(second.rough if deep < 2 else ~succeeded(second.solved.point.code))
         done = {index[k]: place for k, place in enumerate(lanes.places) if k not in again}
         if deep == 2:
-            marginal = begin.lanes.where(begin.second.marginal)
+            marginal = symmetric.lanes.where(symmetric.second.marginal)
             near = [index[k] for k in again if index[k] in marginal]
             again = [k for k in again if index[k] not in marginal]
         if done:
@@ -133,16 +133,16 @@ def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]
         if not again:
             break
         index = [index[k] for k in again]
-        lanes, (first, coarse) = lanes.take(again, (first, coarse))
+        lanes, (first, begin) = lanes.take(again, (first, second.begin))
         if rs:
             second = _symmetric(lanes, first, False)
         else:
             lanes = lanes.with_broken(deep)
-            second = _broken(lanes, first, coarse, then)
+            second = _broken(lanes, first, begin, then)
     else:
         yield dict(zip(index, lanes.places, strict=True)), Solves(lanes, first, second)
     if near:
-        lanes, (first, second) = begin.lanes.take(near, (begin.first, begin.second))
+        lanes, (first, second) = symmetric.lanes.take(near, (symmetric.first, symmetric.second))
         yield dict(zip(near, lanes.places, strict=True)), Solves(lanes, first, second)
 
 
@@ -157,9 +157,9 @@ def unbroken(problem: Problem) -> Solves:
     are held together."""
     lanes = Lanes(problem)
     first = pretrained(lanes)
-    coarse = _symmetric(lanes, first, True).coarse
+    begin = _symmetric(lanes, first, True).begin
     lanes = lanes.with_broken(0)
-    return Solves(lanes, first, _broken(lanes, first, coarse, held=True))
+    return Solves(lanes, first, _broken(lanes, first, begin, held=True))
 
 
 def traced_answer(problem: Problem) -> Answer:
@@ -175,7 +175,7 @@ def traced_answer(problem: Problem) -> Answer:
     def again() -> Answer:
         if symmetry == "rs":
             return Solves(lane, first, _symmetric(lane, first, False)).answer()
-        found = _broken(lane, first, second.coarse)
+        found = _broken(lane, first, second.begin)
         point = found.solved.point
         code = jnp.where(found.rough & succeeded(point.code), int(Code.deep_glass), point.code)
         found = found._replace(solved=found.solved._replace(point=point._replace(code=code)))
