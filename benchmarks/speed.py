@@ -54,7 +54,7 @@ def identity_batch(count: int = 10_000) -> dict:
     devices = jax.local_devices()
     spec = PartitionSpec("lane")
     # On a CPU groups of lanes: one that is slow holds its group only.
-    size = 50 if devices[0].platform == "cpu" else count // len(devices)
+    size = 250 if devices[0].platform == "cpu" else count // len(devices)
 
     solve = jax.jit(jax.shard_map(lambda x: jax.lax.map(jax.vmap(one), x.reshape(-1, size)),
                                   mesh=Mesh(np.array(devices), ("lane",)), in_specs=spec, out_specs=spec,

@@ -120,7 +120,7 @@ def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]
     _compile_ahead(lanes, then)
     first = pretrained(lanes)
     second = _symmetric(lanes, first, True)
-    symmetric = Solves(lanes, first, second)
+    symmetric, usual = Solves(lanes, first, second), second.begin
     for deep in (0,) if rs else (0, 1, 2):
         again = lanes.where(second.rough if deep < 2 else ~succeeded(second.solved.point.code))
         done = {index[k]: place for k, place in enumerate(lanes.places) if k not in again}
@@ -133,7 +133,9 @@ def solve(lanes: Lanes, *then: tuple) -> Iterator[tuple[dict[int, int], Solves]]
         if not again:
             break
         index = [index[k] for k in again]
-        lanes, (first, begin) = lanes.take(again, (first, second.begin))
+        # What fails from where fewer samples led is tried from the usual start.
+        begin = second.begin if deep < 2 else usual
+        lanes, (first, begin, usual) = lanes.take(again, (first, begin, usual))
         if rs:
             second = _symmetric(lanes, first, False)
         else:
