@@ -1,6 +1,7 @@
 """Figures: what is drawn and written, from made-up predictions."""
 
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -90,6 +91,29 @@ def test_symmetric_values_at_every_second_broken_point(theory):
     # Joined to the line where symmetry holds, and not drawn beyond.
     np.testing.assert_allclose(x, [0.01, 0.02, 0.04, 0.05])
     np.testing.assert_allclose(y, [2.01, 2.02, 1.04, np.nan])
+
+
+def test_symmetric_values_at_fewer_points_of_a_fine_grid(theory):
+    curves.scan(SETTING, PATH, np.linspace(0.001, 0.02, 48), ("test_error",), symmetric=True)
+    assert len(theory.asked) == 12
+
+
+def test_the_map_that_is_best_for_its_own_error(monkeypatch):
+    """Between the points of a line; none where the best one is at an end, or nothing is known."""
+
+    def pretrain(pre, numerics, throw):
+        return SimpleNamespace(values={"test_error": math.log(float(pre.lam) / 0.03) ** 2})
+
+    monkeypatch.setattr(published, "pretrain", pretrain)
+    grid = np.geomspace(0.005, 0.3, 7)
+
+    def rows(errors):
+        return [{PATH: x, published._MAP_ERROR: e} for x, e in zip(grid, errors, strict=True)]
+
+    errors = np.log(grid / 0.03) ** 2
+    assert published._best_map(SETTING, PATH, rows(errors)) == pytest.approx(0.03, rel=1e-3)
+    assert published._best_map(SETTING, PATH, rows(grid)) is None
+    assert published._best_map(SETTING, PATH, rows([None] * 7)) is None
 
 
 def test_lines(theory, axes):

@@ -24,7 +24,7 @@ from ..solution.solution import predict, pretrain
 from .curves import NUMERICS, Curve, column, draw_curves, draw_line, finish, scan
 from .drawing import ERROR, NOISE, SHARED, Training, draw_square, legend_below, save, side_by_side
 
-_SCALE, _OF_MAP = "finetuning.recalibration", "pretraining.test_error"
+_SCALE, _MAP_ERROR = "finetuning.recalibration", "pretraining.test_error"
 #: lambda' of figure 1; None is infinity.
 _RIDGES = {0.05: "C0", 1.0: "C1", None: "C2"}
 #: Part of the height of figure 1's panels that the inset leaves to the curves.
@@ -72,7 +72,7 @@ def _panel(setting: Setting, grid, inset_grid, bar) -> dict[str, Any]:
     path, best, limits = "pretraining.lam", optimize(setting), bayes_optimal(setting)
     curves = {
         f"{ridge:g}": scan(
-            replace(setting, "finetuning.lam", ridge), path, grid, ("test_error", "test_error_frozen", _OF_MAP), bar,
+            replace(setting, "finetuning.lam", ridge), path, grid, ("test_error", "test_error_frozen", _MAP_ERROR), bar,
             symmetric=True,
         )
         for ridge in _RIDGES if ridge is not None
@@ -82,7 +82,7 @@ def _panel(setting: Setting, grid, inset_grid, bar) -> dict[str, Any]:
         "delta": float(setting.pretraining.delta),
         "setting": setting_to_dict(setting),
         "curves": curves,
-        "best_for_E": _best_map(setting, next(iter(curves.values()))),
+        "best_for_E": _best_map(setting, path, next(iter(curves.values()))),
         "bayes_optimal": {"test_error": level, "test_error_stderr": error},
         "optimum": {"converged": best.converged, **best.path[-1]},
         "inset": scan(best.setting, "finetuning.lam", inset_grid, ("test_error",), bar, symmetric=True),
@@ -112,14 +112,14 @@ def _draw_inset(inset, rows) -> None:
     inset.tick_params(labelsize=7)
 
 
-def _best_map(setting: Setting, rows) -> float | None:
+def _best_map(setting: Setting, path: str, rows) -> float | None:
     """The lambda that is best for E of pre-training, between the points of a line; None where that is at an end."""
 
     def error(log_lam):
-        there = replace(setting, "pretraining.lam", float(np.exp(log_lam)))
+        there = replace(setting, path, math.exp(log_lam))
         return float(pretrain(there.pretraining, setting.numerics, throw=False).values["test_error"])
 
-    errors, path = column(rows, _OF_MAP), "pretraining.lam"
+    errors = column(rows, _MAP_ERROR)
     best = 0 if np.isnan(errors).all() else int(np.nanargmin(errors))
     if not 0 < best < len(rows) - 1:
         return None

@@ -200,14 +200,14 @@ class SecondStage(NamedTuple):
     """Output of a search of fine-tuning: the branch taken, both branches, what the channel searched for, and whether it
     was too `rough`: nothing was solved, wells were found where none should be, the replicon is not below one, or with
     breaking the glass is deep (where `numerics.symmetry` is not "auto": whether another search is asked for).
-    `begin`: where a search with breaking would begin after this one. `marginal`: solved, with one well everywhere, and
-    the replicon hardly above one."""
+    `begin`: what one with breaking would begin from after this one, of a symmetric search the point (n,) that few nodes
+    led to. `marginal`: solved, with one well everywhere, and the replicon hardly above one."""
 
     solved: Solved
     branches: Branches
     found: Any
     rough: Any
-    begin: Starts
+    begin: Any
     marginal: Any
 
 

@@ -154,8 +154,8 @@ def _needless(search: Search, s: _Progress, mine: _Found, kind, k):
 
 def search_finetuning(fine: Finetuning, frozen: FrozenMap, numerics: Numerics, nodes: Nodes, many: Any, search: Search):
     """Solutions from both starts, stacked, with their Jacobians, free energies and rows of the memory; that memory;
-    whether the two are the same one; where the first stages ended. No derivatives. `many`: nodes that the weights of
-    these are to suit, if any.
+    whether the two are the same one; where few nodes led from the informative start. No derivatives. `many`: nodes that
+    the weights of these are to suit, if any.
 
     Where nodes are taken to have one well the search gives up after the first stage if some have two.
     """
@@ -296,9 +296,14 @@ def solve_symmetric(problem: Problem, first: FirstStage, alone: bool = True) -> 
     return found
 
 
-def solve_broken(problem: Problem, first: FirstStage, begin: Starts, held: Any = False) -> SecondStage:
-    """The same with one step of symmetry breaking, after a search that says where to `begin`. If `held` (may be traced)
-    minima are held together: the symmetric solution, by the same program."""
+def solve_broken(problem: Problem, first: FirstStage, begin: Any, held: Any = False) -> SecondStage:
+    """The same with one step of symmetry breaking, after a search that says where to `begin` (`SecondStage.begin`). If
+    `held` (may be traced) minima are held together: the symmetric solution, by the same program."""
+    if not isinstance(begin, Starts):
+        fine = jax.lax.stop_gradient(problem.fine)
+        size = fitted(fine, problem.frozen(jax.lax.stop_gradient(first.x)))
+        both = [broken_start(fine, begin, informative, size) for informative in (True, False)]
+        begin = Starts(jnp.stack(both), beside(fine, begin))
     return _solve(problem, first, problem.nodes.broken, Search(1, False, begin, held))
 
 
@@ -343,14 +348,8 @@ def _solve(problem: Problem, first: FirstStage, nodes: Any, search: Search) -> S
     orders = [ft.order_at(fine, x).along for x in tried.x]
     m, q = (jnp.stack(v) for v in zip(*((jnp.abs(o.overlap), o.norm(ft.TEACHER_SIZE)) for o in orders), strict=True))
     branches = Branches(m, q, energies, tried.code, chosen)
-    begin = _begin_again(search.starts, found, same) if search.levels else _begin_broken(fine, frozen, few)
+    begin = _begin_again(search.starts, found, same) if search.levels else few
     return SecondStage(best, branches, prepared.found, rough & (code != Code.upstream), begin, marginal)
-
-
-def _begin_broken(fine: Finetuning, frozen: FrozenMap, x) -> Starts:
-    """Where a search with breaking begins after a symmetric one that came to `x` on few nodes."""
-    both = [broken_start(fine, x, informative, fitted(fine, frozen)) for informative in (True, False)]
-    return Starts(jnp.stack(both), beside(fine, x), jnp.array(False))
 
 
 def _begin_again(before: Starts, found: _Found, same) -> Starts:
@@ -358,4 +357,4 @@ def _begin_again(before: Starts, found: _Found, same) -> Starts:
     solved = succeeded(found.code) & found.placed & jnp.all(jnp.isfinite(found.x), 1)
     ends = jnp.where(solved[:, None], found.x, before.both)
     same = same & solved[0]
-    return before._replace(both=jnp.where(same, ends[0], ends), same=same | before.same)
+    return before._replace(both=jnp.where(same, ends[0], ends), same=same)

@@ -12,7 +12,7 @@ from ..errors import Code, SolveError, succeeded
 from ..math.implicit import nan_slope
 from ..runtime.cores import cores
 from ..setting.stages import Pretraining
-from .finetuning import Answer, SecondStage, Starts, answer
+from .finetuning import Answer, SecondStage, answer
 from .lanes import Lanes
 from .pretraining import FirstStage, solve_pretraining
 from .problem import Problem
@@ -98,7 +98,7 @@ def _breaking(lanes: Lanes) -> tuple:
     return solve_broken, n.finetuning_nodes * n.samples // 4
 
 
-def _broken(lanes: Lanes, first: FirstStage, begin: Starts, then: tuple = (), held: bool = False) -> SecondStage:
+def _broken(lanes: Lanes, first: FirstStage, begin, then: tuple = (), held: bool = False) -> SecondStage:
     given = *_breaking(lanes), first, begin, jnp.full(lanes.shape, held)
     if then and _needed(lanes, then):
         _ahead(lanes, then, first, lanes.ahead(*given))
