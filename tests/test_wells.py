@@ -25,7 +25,7 @@ def order(v, spread=0.5):
 @pytest.fixture(scope="module")
 def draws():
     dimension, mirror = ft.node_dimension(FINE), ft.mirrored(FINE)
-    nodes = nested_nodes(dimension, 128, 1, 0, mirror, None, 128, 3, (8,))
+    nodes = nested_nodes(dimension, 128, 1, 0, mirror, None, 128, 3, (16,))
     return ft.draws(FINE, FROZEN, jax.tree_util.tree_map(lambda a: jnp.asarray(a[0]), nodes))
 
 
@@ -34,7 +34,7 @@ def located(d, o, previous, cold):
     return wells.locate(ft.inner_problem(FINE, o, d), ft.samples(o, d), d.teacher, previous, cold)
 
 
-def nothing(samples=8):
+def nothing(samples=16):
     return jax.tree_util.tree_map(lambda a: a[0], wells.nothing(1, 3, 128, samples))
 
 
@@ -51,8 +51,10 @@ def test_the_global_minimum_is_found_and_followed(draws):
         found = located(draws, order(v, spread), found, False)
         problem = ft.sampled_problem(FINE, order(v, spread), draws)
         assert np.all(found.ok)
-        depth = problem.terms(found.u[0])[0]
-        assert np.mean(depth > lowest_of_many(problem) + 1e-6) <= 0.01
+        depth, best = problem.terms(found.u[0])[0], lowest_of_many(problem) + 1e-6
+        cold = problem.terms(located(draws, order(v, spread), nothing(), True).u[0])[0]
+        # Three times as many are missed where anchors are looked for at omega, not at samples.
+        assert np.mean(depth > best) <= 0.005 and np.mean(cold > best) <= 0.001
         second = problem.terms(found.u[1])[0]
         two = np.asarray(found.two)
         assert 0.01 < two.mean() < 0.8 and np.all(second[two] >= depth[two] - 1e-9)

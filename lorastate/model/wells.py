@@ -30,7 +30,7 @@ class Wells(NamedTuple):
     """The two lowest wells found at every sample: u (2, m, s N), the second equal to the first where there is only one;
     flags `two` and `ok` (s N,), the latter whether any descent converged. No derivative.
 
-    `anchors` (_ANCHORS, m, N): the deepest places where descents from many starts have ended at the node itself, the
+    `anchors` (_ANCHORS, m, N): places where descents from many starts have ended at some samples of the node, the
     `loss` (_ANCHORS, N) there, infinite for what is none, and which of them each sample was `tried` from (_TRIED, s N),
     -1 for none. Where no node should have two wells there is room for one alone, u (1, m, N), and `two` says where that
     may be wrong.
@@ -126,8 +126,9 @@ def _many_starts(omega, guess):
     return jnp.stack([omega, guess, -guess, *axes])
 
 
-#: Anchors of a node, and how many of them are tried at a sample.
-_ANCHORS, _TRIED = 8, 3
+#: Anchors of a node, at how many of its samples (of half of them, if there are fewer) they are looked for, and how many
+#: are tried at a sample.
+_ANCHORS, _LOOKED_FROM, _TRIED = 16, 8, 3
 #: How much deeper than estimated a well may become; length of a last step of its search: solves with breaking are not
 #: exact enough for the error of its square to matter.
 _FOLLOWS, _LAST = 3.0, 1e-5
@@ -138,30 +139,41 @@ def _stiffness(problem):
     return jnp.broadcast_to(1 / jnp.asarray(problem.v), (len(problem.omega), 1))
 
 
-def _anchored(problem, guess):
-    """The deepest distinct places (_ANCHORS, m, N) where descents from many starts, or mirror images of these, end at
-    the nodes themselves, and the loss there (_ANCHORS, N), infinite where there are fewer."""
+def _anchored(problem, x, guess):
+    """Where descents from many starts, or mirror images of these, end at some of the samples x (m, s N) of every node:
+    distinct places (_ANCHORS, m, N), those first that are nearest to the deepest of a sample, and the loss there
+    (_ANCHORS, N), infinite where there are fewer.
 
-    stiff = _stiffness(problem)
-
-    def pull(u):
-        return jnp.sum(stiff * (u - problem.omega) ** 2, 0) / 2
+    At samples, not at omega: what is a well at one may be none nearer to omega, where the pull is another.
+    """
+    m, n = problem.omega.shape
+    looked_at = max(min(_LOOKED_FROM, x.shape[1] // (2 * n)), 1)
+    points = x[:, : looked_at * n]
+    many, stiff = tiled(problem, points), _stiffness(problem)
 
     def one(start):
-        u, f, ok = prox.locate(problem, start)
-        return u, jnp.where(ok, f - pull(u), jnp.inf)
+        u, f, ok = prox.locate(many, start)
+        return u, jnp.where(ok, f - jnp.sum(stiff * (u - points) ** 2, 0) / 2, jnp.inf)
 
-    places, loss = jax.lax.map(one, _many_starts(problem.omega, guess))
-    places = jnp.concatenate([places, jax.lax.map(lambda a: prox.reflected(problem, a), places)])
-    loss = jnp.concatenate([loss, loss])
+    places, loss = jax.lax.map(one, _many_starts(points, jnp.tile(guess, (1, looked_at))))
+    places = jnp.concatenate([places, jax.lax.map(lambda a: prox.reflected(many, a), places)])
+    places = jnp.moveaxis(places.reshape(-1, m, looked_at, n), 1, 2).reshape(-1, m, n)
+    loss = jnp.concatenate([loss, loss]).reshape(-1, n)
 
-    def deepest(depth, _):
-        index = jnp.argmin(depth, 0)
+    def nearer(behind, point):
+        cost = loss + jnp.sum(stiff[None] * (places - point[None]) ** 2, 1) / 2
+        more = cost - jnp.min(cost, 0, keepdims=True)
+        return jnp.minimum(behind, jnp.where(jnp.isfinite(cost), more, jnp.inf)), None
+
+    behind = jax.lax.scan(nearer, jnp.full_like(loss, jnp.inf), jnp.moveaxis(points.reshape(m, looked_at, n), 1, 0))[0]
+
+    def nearest(behind, _):
+        index = jnp.argmin(behind, 0)
         place = jnp.take_along_axis(places, index[None, None], 0)[0]
-        there = jnp.where(jnp.isfinite(jnp.min(depth, 0)), jnp.take_along_axis(loss, index[None], 0)[0], jnp.inf)
-        return jnp.where(jnp.max(jnp.abs(places - place[None]), 1) > 100 * _SAME, depth, jnp.inf), (place, there)
+        there = jnp.where(jnp.isfinite(jnp.min(behind, 0)), jnp.take_along_axis(loss, index[None], 0)[0], jnp.inf)
+        return jnp.where(jnp.max(jnp.abs(places - place[None]), 1) > 100 * _SAME, behind, jnp.inf), (place, there)
 
-    return jax.lax.scan(deepest, loss + jax.vmap(pull)(places), length=_ANCHORS)[1]
+    return jax.lax.scan(nearest, behind, length=_ANCHORS)[1]
 
 
 def _promising(problem, x, anchors, loss):
@@ -206,7 +218,7 @@ def locate(problem, x, guess, previous: Wells, cold, look: Any = True, anew: Any
     problem, x, guess = jax.lax.stop_gradient((problem, x, guess))
     cold, anew = jnp.asarray(cold), cold | jnp.asarray(anew)
     known = previous.anchors, previous.loss
-    anchors, loss = jax.lax.cond(anew, lambda: _anchored(problem, guess), lambda: known)
+    anchors, loss = jax.lax.cond(anew, lambda: _anchored(problem, x, guess), lambda: known)
 
     def looked():
         tried, places = _promising(problem, x, anchors, loss)
