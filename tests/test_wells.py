@@ -53,8 +53,8 @@ def test_the_global_minimum_is_found_and_followed(draws):
         assert np.all(found.ok)
         depth, best = problem.terms(found.u[0])[0], lowest_of_many(problem) + 1e-6
         cold = problem.terms(located(draws, order(v, spread), nothing(), True).u[0])[0]
-        # Twice as many are missed where anchors are looked for at omega, not at samples.
-        assert np.mean(depth > best) <= 0.006 and np.mean(cold > best) <= 0.0015
+        # Three times as many are missed where anchors are looked for at omega, not at samples.
+        assert np.mean(depth > best) <= 0.005 and np.mean(cold > best) <= 0.001
         second = problem.terms(found.u[1])[0]
         two = np.asarray(found.two)
         assert 0.01 < two.mean() < 0.8 and np.all(second[two] >= depth[two] - 1e-9)

@@ -126,8 +126,8 @@ def _many_starts(omega, guess):
     return jnp.stack([omega, guess, -guess, *axes])
 
 
-#: Anchors of a node, at how many of its samples (a quarter of them at most) they are looked for, and how many are tried
-#: at a sample.
+#: Anchors of a node, at how many of its samples (of half of them, if there are fewer) they are looked for, and how many
+#: are tried at a sample.
 _ANCHORS, _LOOKED_FROM, _TRIED = 16, 8, 3
 #: How much deeper than estimated a well may become; length of a last step of its search: solves with breaking are not
 #: exact enough for the error of its square to matter.
@@ -147,7 +147,7 @@ def _anchored(problem, x, guess):
     At samples, not at omega: what is a well at one may be none nearer to omega, where the pull is another.
     """
     m, n = problem.omega.shape
-    looked_at = max(min(_LOOKED_FROM, x.shape[1] // (4 * n)), 1)
+    looked_at = max(min(_LOOKED_FROM, x.shape[1] // (2 * n)), 1)
     points = x[:, : looked_at * n]
     many, stiff = tiled(problem, points), _stiffness(problem)
 
